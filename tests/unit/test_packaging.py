@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user gets from pip, and what must not happen in a checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from email import message_from_string
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import kvcomm_vllm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> str:
+    """Output of ``code`` in a fresh interpreter started in ``cwd``, with ``path`` first on it."""
+    environment = {**os.environ, "PYTHONPATH": str(path) if path else ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module", params=["with the symlink", "symlink lost on the way"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the checkout; archives may drop kvcomm_vllm/kernels."""
+    copy = tmp_path_factory.mktemp("checkout") / "kvcomm"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    skip = shutil.ignore_patterns("__pycache__")
+    for name in ("kvcomm_vllm", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=skip)
+    if request.param != "with the symlink":
+        (copy / "kvcomm_vllm/kernels").unlink()
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*build, "-w", "dist"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next((copy / "dist").glob("*.whl"))
+
+
+def names_in(wheel: Path) -> list[str]:
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_wheel_has_every_module_of_the_checkout_exactly_once(wheel: Path) -> None:
+    here = [f.relative_to(ROOT) for f in (ROOT / "kvcomm_vllm").rglob("*.py")]
+    expected = {str(f) for f in here if "kernels" not in f.parts}
+    expected |= {f"kvcomm_vllm/{f.relative_to(ROOT)}" for f in (ROOT / "kernels").rglob("*.py")}
+    found = Counter(name for name in names_in(wheel) if name.endswith(".py"))
+    assert set(found) == expected
+    assert set(found.values()) == {1}
+    assert "kvcomm_vllm/py.typed" in names_in(wheel)
+
+
+def test_wheel_adds_no_other_top_level_package(wheel: Path) -> None:
+    tops = {name.split("/")[0] for name in names_in(wheel)}
+    assert tops == {"kvcomm_vllm", f"kvcomm_vllm-{kvcomm_vllm.__version__}.dist-info"}
+
+
+def test_unpacked_wheel_imports_its_kernels_from_itself(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    module = sorted(f.stem for f in (ROOT / "kernels").glob("*.py"))[0]
+    code = f"import importlib.util as u; print(u.find_spec('kvcomm_vllm.kernels.{module}').origin)"
+    origin = python(code, cwd=tmp_path, path=tmp_path)
+    assert Path(origin) == tmp_path / "kvcomm_vllm" / "kernels" / f"{module}.py"
+
+
+def test_metadata_states_the_one_version_and_requires_no_vllm(wheel: Path) -> None:
+    folder = f"kvcomm_vllm-{kvcomm_vllm.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = message_from_string(archive.read(f"{folder}/METADATA").decode())
+        entry_points = archive.read(f"{folder}/entry_points.txt").decode()
+    assert metadata["Version"] == kvcomm_vllm.__version__
+    requirements = metadata.get_all("Requires-Dist") or []
+    hard = [r for r in requirements if "extra ==" not in r]
+    assert hard
+    assert not [r for r in hard if r.startswith(("vllm", "torch", "transformers"))]
+    assert set(metadata.get_all("Provides-Extra") or []) >= {"cpu", "cuda", "demo", "dev"}
+    assert "kvcomm = kvcomm_vllm.plugin:register" in entry_points
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"], ids=["root", "tests"])
+def test_transformers_does_not_take_our_kernels_for_the_package_of_that_name(folder: Path) -> None:
+    try:
+        distribution("kernels")
+    except PackageNotFoundError:
+        pass
+    else:
+        pytest.skip("the package kernels of PyPI is installed")
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    code = "from transformers.utils import is_kernels_available as k; print(k())"
+    assert python(code, cwd=folder) == "False"
+
+
+def test_no_folder_of_the_checkout_becomes_a_package_that_shadows_another() -> None:
+    # pytest puts tests/ on the path: a package tests/http would hide the one of the standard
+    # library, and kernels/ the one of PyPI.
+    roots = [ROOT / "kernels", *(d for d in (ROOT / "tests").iterdir() if d.is_dir())]
+    assert [str(d) for d in roots if (d / "__init__.py").exists()] == []
+
+
+def test_checkout_without_installation_finds_kernels_through_the_symlink(tmp_path: Path) -> None:
+    link = ROOT / "kvcomm_vllm" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../kernels"
+    # -S: no site-packages, so no editable install can answer.
+    code = "import kvcomm_vllm.kernels as k; print(list(k.__path__)[0])"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).resolve() == ROOT / "kernels"

