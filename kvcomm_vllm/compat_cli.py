@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our flags on vLLM's command line, and our checks before vLLM builds an engine.
+
+vLLM has no hook for either, so two methods of ``EngineArgs`` are wrapped (same names in 0.20 to
+0.33): ``add_cli_args`` and ``create_model_config``, which every way to start an engine goes through
+before it looks at ``kv_transfer_config``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from typing import Any
+
+from vllm.config import KVTransferConfig, ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+
+from kvcomm_vllm.config import ConfigError, KVCommConfig
+from kvcomm_vllm.config_file import load_file
+from kvcomm_vllm.hints_http import MIDDLEWARE
+from kvcomm_vllm.model_guard import unsupported_engine, unsupported_model
+
+# Only loggers below "vllm" have a handler.
+logger = init_logger("vllm.kvcomm")
+
+NAMES = ("kvcomm", "KVCommConnector")
+_EXTRA = "kv_connector_extra_config"
+_BOTH = (
+    "--kv-transfer-config and --kv-connector/--kvcomm-config both say which KV connector to use; "
+    "give one of them"
+)
+_DESCRIPTION = """Reuse of other requests' KV cache at any place of a prompt (kvcomm_vllm)."""
+_CONNECTOR_HELP = (
+    "KV connector to use. kvcomm lets agents reuse the KV cache of text that another agent's "
+    "request has already computed, wherever it stands in their own prompts."
+)
+_CONFIG_HELP = (
+    "YAML file with settings for kvcomm; implies --kv-connector kvcomm. Keys and defaults: "
+    f"{KVCommConfig().describe()}."
+)
+
+
+def install() -> None:
+    """Wrap ``EngineArgs``; does nothing the second time."""
+    if hasattr(EngineArgs.add_cli_args, "__wrapped__"):
+        return
+    add_cli_args, create_model_config = EngineArgs.add_cli_args, EngineArgs.create_model_config
+
+    @functools.wraps(add_cli_args)
+    def with_our_flags(parser: Any) -> Any:
+        return add_flags(add_cli_args(parser))
+
+    @functools.wraps(create_model_config)
+    def with_our_checks(self: EngineArgs) -> ModelConfig:
+        model = create_model_config(self)
+        check_engine(self, model)
+        return model
+
+    EngineArgs.add_cli_args = staticmethod(with_our_flags)
+    EngineArgs.create_model_config = with_our_checks
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """``parser`` with our two flags; one that this vLLM has come to own is left alone."""
+    known = parser._option_string_actions
+    group = parser.add_argument_group("KVCommConfig", _DESCRIPTION)
+    if "--kv-connector" not in known:
+        group.add_argument(
+            "--kv-connector",
+            dest="kvcomm_connector",
+            action=_OurFlag,
+            type=_connector_name,
+            metavar="NAME",
+            help=_CONNECTOR_HELP,
+        )
+    if "--kvcomm-config" not in known:
+        group.add_argument("--kvcomm-config", action=_OurFlag, metavar="FILE", help=_CONFIG_HELP)
+    if "--kv-transfer-config" in known:
+        known["--kv-transfer-config"].__class__ = _TransferConfigFlag
+    return parser
+
+
+def is_ours(config: KVTransferConfig | None) -> bool:
+    """Whether ``config`` selects our connector, by registered name or by class."""
+    return config is not None and config.kv_connector in NAMES
+
+
+def transfer_config(path: str | None) -> KVTransferConfig:
+    """What ``--kv-connector kvcomm [--kvcomm-config path]`` stands for.
+
+    Raises:
+        ConfigError: see :func:`kvcomm_vllm.config_file.load_file`.
+    """
+    config = KVCommConfig() if path is None else load_file(path)
+    return KVTransferConfig(
+        kv_connector="kvcomm",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+        kv_connector_extra_config=config.to_mapping(),
+    )
+
+
+def checked(config: KVTransferConfig) -> KVCommConfig:
+    """Our configuration inside a ``KVTransferConfig`` that selects us.
+
+    Raises:
+        ConfigError: a key or value is refused, or the role is not ``kv_both``.
+    """
+    if config.kv_role != "kv_both":
+        raise ConfigError(f"kv_role: {config.kv_role!r} is not allowed; kvcomm needs 'kv_both'")
+    return KVCommConfig.from_mapping(config.kv_connector_extra_config, _EXTRA)
+
+
+def check_engine(args: EngineArgs, model: ModelConfig) -> None:
+    """Validate our configuration in ``args``; drop it, with one warning, if reuse cannot work.
+
+    A load that fails is always computed again: vLLM's default is to answer such a request with an
+    error, and a default cannot be told from a wish.
+
+    Raises:
+        ConfigError: see :func:`checked`.
+    """
+    if isinstance(args.kv_transfer_config, dict):
+        args.kv_transfer_config = KVTransferConfig(**args.kv_transfer_config)
+    transfer = args.kv_transfer_config
+    if transfer is None or not is_ours(transfer):
+        return
+    config = checked(transfer)
+    # With several API servers their parent (rank -1) has already said it.
+    quiet = args._api_process_count > 1 and args._api_process_rank >= 0
+    reason = unsupported_model(model) or unsupported_engine(args, model)
+    if reason is not None:
+        args.kv_transfer_config = None
+        if not quiet:
+            logger.warning(
+                "KV reuse is off (%s): %s The engine starts without kvcomm and serves exactly.",
+                reason,
+                reason.explanation,
+            )
+        return
+    if args.disable_hybrid_kv_cache_manager is False:
+        # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
+        args.disable_hybrid_kv_cache_manager = None
+    if transfer.kv_load_failure_policy != "recompute":
+        args.kv_transfer_config = dataclasses.replace(transfer, kv_load_failure_policy="recompute")
+        if not quiet:
+            logger.info("kv_load_failure_policy is recompute: KV that cannot be loaded is computed")
+    if not quiet:
+        for warning in config.warnings():
+            logger.warning("%s", warning)
+
+
+class _OurFlag(argparse.Action):
+    """Rebuilds ``kv_transfer_config`` from our flags as far as they have been parsed."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not _flags_given(namespace) and namespace.kv_transfer_config is not None:
+            parser.error(_BOTH)
+        setattr(namespace, self.dest, values)
+        try:
+            namespace.kv_transfer_config = transfer_config(
+                getattr(namespace, "kvcomm_config", None)
+            )
+        except ConfigError as error:
+            parser.error(f"argument --kvcomm-config: {error}")
+        _add_middleware(namespace)
+
+
+class _TransferConfigFlag(argparse.Action):
+    """vLLM's ``--kv-transfer-config``, with our part of it checked as it is parsed."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if _flags_given(namespace):
+            parser.error(_BOTH)
+        if is_ours(values):
+            try:
+                checked(values)
+            except ConfigError as error:
+                parser.error(f"argument --kv-transfer-config: {error}")
+            _add_middleware(namespace)
+        setattr(namespace, self.dest, values)
+
+
+def _flags_given(namespace: argparse.Namespace) -> bool:
+    ours = ("kvcomm_connector", "kvcomm_config")
+    return any(getattr(namespace, name, None) is not None for name in ours)
+
+
+def _connector_name(value: str) -> str:
+    if value != NAMES[0]:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not allowed; allowed: {NAMES[0]} "
+            "(other connectors are chosen with --kv-transfer-config)"
+        )
+    return value
+
+
+def _add_middleware(namespace: argparse.Namespace) -> None:
+    given = getattr(namespace, "middleware", None)
+    if given is not None and MIDDLEWARE not in given:
+        namespace.middleware = [*given, MIDDLEWARE]

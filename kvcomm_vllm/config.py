@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: every key once, with its default, its meaning and what it allows.
+
+Imports neither torch nor vLLM, so that both halves and the command line can use it at no cost.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from kvcomm_vllm.config_key import Key, key
+
+MODES = ("off", "rotate", "seam")
+
+
+class ConfigError(ValueError):
+    """A configuration that is refused; the text names source, key, value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class KVCommConfig:
+    """All settings of the plugin. Build it with :meth:`from_mapping`, which checks every value."""
+
+    mode: str = key(
+        "seam",
+        "How other agents' KV is reused: off = not at all, rotate = moved to its new position as "
+        "it is, seam = moved, with each span's first tokens and the text between spans computed.",
+        choices=MODES,
+    )
+    default_on: bool = key(
+        True,
+        "Serve every request with reuse; false = only requests that name a mode in their hints.",
+    )
+    seam_tokens: int = key(
+        16,
+        "First tokens of each reused span that are computed anyway (mode seam).",
+        low=0,
+        high=4096,
+    )
+    min_span_tokens: int = key(
+        32,
+        "Shortest run of shared tokens that becomes a span of its own; shorter ones are computed.",
+        low=1,
+    )
+    min_reuse_tokens: int = key(
+        64,
+        "Fewest tokens a plan must take from other requests to be carried out.",
+        low=1,
+    )
+    min_reuse_share: float = key(
+        0.3,
+        "Smallest share of reused tokens among reused and computed-in-holes ones that is worth it.",
+        low=0.0,
+        high=1.0,
+    )
+    reuse_approximate: bool = key(
+        True,
+        "Whether KV that is itself approximate (computed after reused text) may be a source.",
+    )
+    window_tokens: int = key(
+        16,
+        "Tokens hashed per index entry; shared text shorter than twice this may be overlooked.",
+        low=4,
+        high=256,
+    )
+    max_sequences: int = key(
+        10_000,
+        "Most earlier requests the index remembers; the oldest go first.",
+        low=1,
+    )
+    max_hole_tokens: int = key(
+        0,
+        "Most tokens of seams and gaps computed in one step, beside vLLM's own token budget.",
+        low=0,
+        when_zero="the engine's max_num_batched_tokens",
+    )
+    share_inflight_seconds: float = key(
+        5.0,
+        "Longest time a request waits for another one that is prefilling the same text.",
+        low=0.0,
+        high=600.0,
+        when_zero="never wait",
+    )
+    report: bool = key(
+        True,
+        "Put tokens by treatment and reasons into the response's kv_transfer_params.kvcomm.",
+    )
+    self_check: bool = key(
+        True,
+        "Check at start that KV is read, written and rotated correctly; reuse is off if it is not.",
+    )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object], source: str) -> KVCommConfig:
+        """The configuration that ``mapping`` describes; keys it leaves out keep their defaults.
+
+        Args:
+            mapping: key -> value, as read from YAML or JSON.
+            source: where it came from (a file name, a flag), for error messages.
+
+        Raises:
+            ConfigError: unknown keys, wrong types, values out of range; all of them at once.
+        """
+        known = keys()
+        values: dict[str, Any] = {}
+        problems = []
+        for name, given in mapping.items():
+            if name not in known:
+                problems.append(_unknown(name, known))
+                continue
+            value = values[name] = known[name].normalise(given)
+            if (problem := known[name].problem(value)) is not None:
+                shown = reprlib.repr(given)
+                problems.append(f"{name}: {shown} {problem}; allowed: {known[name].allowed}")
+        if problems:
+            raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, bool | int | float | str]:
+        """All keys with their values; can be written as JSON and read by :meth:`from_mapping`."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The effective configuration in one line; a star marks what differs from the default."""
+        return ", ".join(
+            f"{name}={_shown(value)}{'' if value == keys()[name].default else '*'}"
+            for name, value in self.to_mapping().items()
+        )
+
+    def warnings(self) -> tuple[str, ...]:
+        """Combinations that are allowed but defeat themselves, a sentence each."""
+        found = []
+        sure = 2 * self.window_tokens - 1
+        if self.min_span_tokens < sure:
+            found.append(
+                f"min_span_tokens={self.min_span_tokens}: with window_tokens="
+                f"{self.window_tokens} only shared text of {sure} tokens or more is always found"
+            )
+        if self.mode == "seam" and self.seam_tokens >= self.min_span_tokens:
+            found.append(
+                f"seam_tokens={self.seam_tokens}: spans of min_span_tokens="
+                f"{self.min_span_tokens} are all seam and save nothing"
+            )
+        return tuple(found)
+
+
+def keys() -> dict[str, Key]:
+    """Every configuration key by name, in the order of declaration."""
+    return {field.name: field.metadata["key"] for field in fields(KVCommConfig)}
+
+
+def _unknown(name: object, known: Mapping[str, Key]) -> str:
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown key {reprlib.repr(name)}; {hint}known keys: {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

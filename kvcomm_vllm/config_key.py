@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one configuration key allows, and how a wrong value for it is put into words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key: its meaning and the values it allows.
+
+    Args:
+        default: the value when the key is not given; its type is the key's type.
+        doc: one sentence for users.
+        low, high: inclusive bounds of a number; None where there is none.
+        choices: the only values allowed; empty when the bounds decide.
+        when_zero: what 0 means, where it is not simply the number nought.
+    """
+
+    default: bool | int | float | str
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    when_zero: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words, as used in error messages, YAML comments and the docs."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if isinstance(self.default, bool):
+            return "true or false"
+        kind = "a whole number" if isinstance(self.default, int) else "a number"
+        if self.high is None:
+            text = f"{kind}, {self.low} or more"
+        else:
+            text = f"{kind} from {self.low} to {self.high}"
+        return f"{text} (0 = {self.when_zero})" if self.when_zero else text
+
+    def problem(self, value: object) -> str | None:
+        """Why ``value`` is not allowed for this key; None when it is."""
+        if self.choices:
+            return None if isinstance(value, str) and value in self.choices else "is not known"
+        if isinstance(self.default, bool):
+            return None if isinstance(value, bool) else _wrong_type(value)
+        # bool is an int in Python: `seam_tokens: yes` must not become one token.
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return _wrong_type(value)
+        if isinstance(self.default, int) and not isinstance(value, int):
+            return _wrong_type(value)
+        if not math.isfinite(value):
+            return "is not a finite number"
+        too_low = self.low is not None and value < self.low
+        too_high = self.high is not None and value > self.high
+        return "is out of range" if too_low or too_high else None
+
+    def normalise(self, value: Any) -> Any:
+        """``value`` as it was meant: 5 for 5.0, and false where YAML 1.1 has misread `off`."""
+        if value is False and "off" in self.choices:
+            return "off"
+        if isinstance(self.default, float) and type(value) is int and abs(value) < 2**53:
+            return float(value)
+        return value
+
+
+def key(default: Any, doc: str, **limits: Any) -> Any:
+    """A dataclass field that carries its :class:`Key` in ``metadata["key"]``."""
+    return field(default=default, metadata={"key": Key(default, doc, **limits)})
+
+
+def _wrong_type(value: object) -> str:
+    names = {"str": "text", "int": "a whole number", "float": "a number with a point"}
+    names |= {"bool": "true/false", "NoneType": "empty", "list": "a list", "dict": "a mapping"}
+    return f"is {names.get(type(value).__name__, type(value).__name__)}"

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the plugin (``vllm.general_plugins``): vLLM calls ``register`` in every process.
+
+Importing this module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+CONNECTOR_MODULE = "kvcomm_vllm.connector"
+CONNECTOR_CLASS = "KVCommConnector"
+
+
+def register() -> None:
+    """Make the connector known by name and add our flags; may be called any number of times.
+
+    The connector's module is imported only when an engine uses it. Outside the supported vLLM
+    versions nothing is registered. Nothing that goes wrong here stops vLLM: an exception would end
+    every process that loads plugins, also where nobody asked for kvcomm.
+    """
+    from vllm.logger import init_logger
+
+    try:
+        problem = _register()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem is not None:
+        init_logger("vllm.kvcomm").warning("kvcomm is not available: %s", problem)
+
+
+def _register() -> str | None:
+    from kvcomm_vllm.vllm_version import check_vllm
+
+    if (problem := check_vllm()) is not None:
+        return problem
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from kvcomm_vllm import compat_cli
+
+    for name in compat_cli.NAMES:
+        with suppress(ValueError):  # registered before
+            KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, CONNECTOR_CLASS)
+    compat_cli.install()
+    return None

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why something was not reused: one word each, the same in log, metric label, response and docs."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Scope(enum.Enum):
+    """What a reason speaks about."""
+
+    ENGINE = "engine"
+    REQUEST = "request"
+    SPAN = "span"
+
+    @property
+    def title(self) -> str:
+        """Heading of this scope in the docs."""
+        return {
+            Scope.ENGINE: "The whole engine: reuse is off, every request is served exactly",
+            Scope.REQUEST: "One request",
+            Scope.SPAN: "One span of a prompt",
+        }[self]
+
+
+class Reason(enum.StrEnum):
+    """A reason; ``.value`` is the word, ``.explanation`` one sentence for users, ``.scope`` whom it
+    concerns. Being a ``str`` it can be written to JSON and metrics as it is.
+    """
+
+    explanation: str
+    scope: Scope
+
+    def __new__(cls, word: str, scope: Scope, explanation: str) -> Reason:
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.scope = scope
+        member.explanation = explanation
+        return member
+
+    MLA = (
+        "mla",
+        Scope.ENGINE,
+        "The model compresses its KV (MLA); its pages hold no keys that could be rotated.",
+    )
+    MAMBA = (
+        "mamba",
+        Scope.ENGINE,
+        "The model has layers with a running state (Mamba, linear attention) and no KV per token.",
+    )
+    ENCODER_DECODER = (
+        "encoder_decoder",
+        Scope.ENGINE,
+        "vLLM runs no KV connector with encoder-decoder models.",
+    )
+    POOLING = (
+        "pooling",
+        Scope.ENGINE,
+        "The model does not generate text (embedding, classification, reward).",
+    )
+    DIFFUSION = (
+        "diffusion",
+        Scope.ENGINE,
+        "The model generates by diffusion, which rewrites KV that is already stored.",
+    )
+    ABSOLUTE_POSITIONS = (
+        "absolute_positions",
+        Scope.ENGINE,
+        "Positions are part of the token embeddings, so KV cannot be moved.",
+    )
+    SLIDING_WINDOW_HYBRID = (
+        "sliding_window_hybrid",
+        Scope.ENGINE,
+        "The hybrid KV cache manager was forced on; it drops pages outside the window.",
+    )
+    KV_QUANTISED = (
+        "kv_quantised",
+        Scope.ENGINE,
+        "The KV cache has a packed format (--kv-cache-dtype) that cannot be read back.",
+    )
+    KV_OFFLOADING = (
+        "kv_offloading",
+        Scope.ENGINE,
+        "--kv-offloading-size installs vLLM's own KV connector; only one can be in use.",
+    )
+    PREFIX_CACHING_OFF = (
+        "prefix_caching_off",
+        Scope.ENGINE,
+        "Prefix caching is switched off; its pages are what reuse reads from.",
+    )
+    PIPELINE_PARALLEL = (
+        "pipeline_parallel",
+        Scope.ENGINE,
+        "Layers are spread over pipeline stages, which the side forward cannot cross.",
+    )
+    CONTEXT_PARALLEL = (
+        "context_parallel",
+        Scope.ENGINE,
+        "The tokens of a page are spread over ranks (context parallelism).",
+    )
+    SPEC_DECODE = (
+        "spec_decode",
+        Scope.ENGINE,
+        "Speculative decoding with draft layers whose KV cannot be moved.",
+    )
+    LORA_ENABLED = (
+        "lora_enabled",
+        Scope.ENGINE,
+        "LoRA adapters are enabled in a way that keeps pages of adapters from being told apart.",
+    )
+    UNKNOWN_BACKEND = (
+        "unknown_backend",
+        Scope.ENGINE,
+        "The attention backend of a layer is not known; its pages cannot be read safely.",
+    )
+    UNKNOWN_LAYOUT = (
+        "unknown_layout",
+        Scope.ENGINE,
+        "The KV pages have a shape, strides or block size that is not known.",
+    )
+    ROPE_UNSUPPORTED = (
+        "rope_unsupported",
+        Scope.ENGINE,
+        "The rotary embedding of a layer is of a kind that cannot be undone and redone.",
+    )
+    SELF_CHECK_FAILED = (
+        "self_check_failed",
+        Scope.ENGINE,
+        "The check at start read back something else than it had written or rotated.",
+    )
+
+    DISABLED_AT_START = (
+        "disabled_at_start",
+        Scope.REQUEST,
+        "Reuse is off for the whole engine; the log at start says why.",
+    )
+    MODE_OFF = (
+        "mode_off",
+        Scope.REQUEST,
+        "The configuration or the request's hints say mode off.",
+    )
+    NOT_ASKED = (
+        "not_asked",
+        Scope.REQUEST,
+        "default_on is false and the request's hints name no mode.",
+    )
+    BAD_HINTS = (
+        "bad_hints",
+        Scope.REQUEST,
+        "The request's kv_transfer_params.kvcomm is malformed; it was ignored.",
+    )
+    NO_MATCH = (
+        "no_match",
+        Scope.REQUEST,
+        "No earlier request holds text of this prompt beyond its cached prefix.",
+    )
+    TOO_LITTLE = (
+        "too_little",
+        Scope.REQUEST,
+        "Too few tokens (min_reuse_tokens) or too small a share (min_reuse_share) to be worth it.",
+    )
+    PROMPT_LOGPROBS = (
+        "prompt_logprobs",
+        Scope.REQUEST,
+        "The request asks for log-probabilities of its prompt, so all of it is computed.",
+    )
+    PROMPT_EMBEDS = (
+        "prompt_embeds",
+        Scope.REQUEST,
+        "The prompt was given as embeddings; there are no token ids to match.",
+    )
+    MULTIMODAL = (
+        "multimodal",
+        Scope.REQUEST,
+        "The prompt holds images, audio or video.",
+    )
+    LORA = (
+        "lora",
+        Scope.REQUEST,
+        "The request uses a LoRA adapter and the shared text was computed without it.",
+    )
+    NO_ROOM = (
+        "no_room",
+        Scope.REQUEST,
+        "There were no free pages to load into.",
+    )
+    HOLE_BUDGET = (
+        "hole_budget",
+        Scope.REQUEST,
+        "Seams and gaps would exceed max_hole_tokens.",
+    )
+    WAITING_INFLIGHT = (
+        "waiting_inflight",
+        Scope.REQUEST,
+        "Not declined: waits until another request has prefilled the same text.",
+    )
+    LOAD_FAILED = (
+        "load_failed",
+        Scope.REQUEST,
+        "A worker could not load the KV; vLLM computed the tokens instead.",
+    )
+
+    TOO_SHORT = (
+        "too_short",
+        Scope.SPAN,
+        "The shared text is shorter than min_span_tokens.",
+    )
+    OUTSIDE_HINTS = (
+        "outside_hints",
+        Scope.SPAN,
+        "The hints restrict reuse to other token ranges.",
+    )
+    SOURCE_EVICTED = (
+        "source_evicted",
+        Scope.SPAN,
+        "The pages that held the text were given to other requests.",
+    )
+    SOURCE_APPROXIMATE = (
+        "source_approximate",
+        Scope.SPAN,
+        "The source is itself approximate and reuse_approximate is false.",
+    )
