@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the index stores and what it answers: sequences and matches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request's tokens and the hashes of the blocks that hold their KV. Compared by identity.
+
+    Attributes:
+        id: unique in its index, growing with the time of `add`.
+        namespace: tenant and model key; text is never matched across namespaces.
+        tokens: int32 [len(block_hashes) * block_size], only tokens whose KV lies in full, hashed
+            blocks.
+        block_hashes: one per block, in order.
+        num_prompt_tokens: how many tokens of the request were its prompt.
+        first_approximate: token offset from which the KV is approximate; None means all of it is
+            exact.
+        ready: False while the prefill that writes the KV is running.
+        owner: request id.
+    """
+
+    id: int
+    namespace: bytes
+    tokens: NDArray[np.int32]
+    block_hashes: list[bytes]
+    num_prompt_tokens: int
+    first_approximate: int | None
+    ready: bool
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """`length` prompt tokens from `prompt_start` equal `sequence` from `sequence_start`."""
+
+    sequence: Sequence
+    prompt_start: int
+    sequence_start: int
+    length: int
