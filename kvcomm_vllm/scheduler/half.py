@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler half: decides what is reused, and answers for it until the request ends.
+
+vLLM calls in this order, every step: ``on_new_request`` as requests arrive; ``match`` and ``admit`` for each waiting request;
+``build_message``; then, when the workers have answered, ``on_report`` and ``finish``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
+from kvcomm_vllm.metrics import KVCommStats
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.index import SequenceIndex
+from kvcomm_vllm.scheduler.operations import operations
+from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.planner import first_approximate, make_plan
+from kvcomm_vllm.scheduler.requests import new_state
+from kvcomm_vllm.scheduler.slots import slot_keys
+from kvcomm_vllm.scheduler.sources import SourceFinder
+from kvcomm_vllm.scheduler.spans import Plan
+from kvcomm_vllm.scheduler.state import RequestState
+from kvcomm_vllm.scheduler.store import SequenceStore
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+class SchedulerHalf:
+    """Args:
+    config: the effective configuration.
+    block_size: tokens per page; equals the granularity of vLLM's block hashes.
+    max_batched_tokens: vLLM's token budget per step, the default cap for tokens computed in holes.
+    off: why reuse is off for the whole engine, if it is.
+    """
+
+    def __init__(
+        self, config: KVCommConfig, block_size: int, max_batched_tokens: int, off: Reason | None
+    ) -> None:
+        self.config = config
+        self.block_size = block_size
+        self.max_hole_tokens = config.max_hole_tokens or max_batched_tokens
+        self.off = off
+        self.stats = KVCommStats()
+        self.states: dict[str, RequestState] = {}
+        self.store = SequenceStore(
+            SequenceIndex(block_size, config.window_tokens, config.max_sequences), block_size
+        )
+        self.pages: SourcePages
+        self.finder: SourceFinder
+        self._planned: list[RequestState] = []
+        self._ops: list[RequestOps] = []
+
+    def bind_pool(self, pool: BlockPool) -> None:
+        """Must precede the first request: pages are looked up in vLLM's own pool."""
+        self.pages = SourcePages(pool, self.block_size)
+        self.finder = SourceFinder(self.config, self.store, self.pages)
+
+    def on_new_request(self, request: Request) -> None:
+        state = new_state(request, self.config, self.max_hole_tokens, self.stats)
+        self.states[request.request_id] = state
+        if self._active(state):
+            exact = self.pages.leading(request.block_hashes) * self.block_size
+            self.finder.adopt(state, exact)
+
+    def _active(self, state: RequestState) -> bool:
+        return self.off is None and state.limits is not None
+
+    # ---- vLLM asks how many tokens we can supply -----------------------------------------------
+
+    def match(self, request: Request, local: int) -> int | None:
+        """Tokens beyond the local prefix hit this request can have at once; None to be asked again next step.
+
+        Called once per scheduling attempt, so it consumes nothing: an attempt that was not admitted is forgotten first.
+        """
+        state = self.states.get(request.request_id)
+        if state is None:
+            return 0
+        self._forget(state)
+        state.local = local
+        if not self._active(state):
+            return 0
+        began = time.perf_counter()
+        external = self._plan(state, local)
+        self.stats.add_seconds("planning", time.perf_counter() - began)
+        return external
+
+    def _plan(self, state: RequestState, local: int) -> int | None:
+        limits = state.limits
+        assert limits is not None
+        if not state.is_private(local, self.block_size):
+            state.restore_exact()
+        if self.finder.adopt(state, local):
+            return None  # the local hit is to be looked up again, along the adopted chain
+        matches = self.finder.find(state, local)
+        if self.finder.worth_waiting(state, matches):
+            self.stats.count_reason(Reason.WAITING_INFLIGHT)
+            return None
+        ready = [match for match in matches if match.sequence.ready]
+        sources = [part for match in ready for part in self.pages.sources(match, state.tokens())]
+        plan = make_plan(local, sources, limits)
+        if isinstance(plan, Reason):
+            state.decline(Reason.SOURCE_EVICTED if ready and not sources else plan)
+            return 0
+        taken = sum(other.plan.hole_tokens for other in self._planned if other.plan)
+        taken += sum(len(hole.tokens) for ops in self._ops for hole in ops.holes)
+        if taken and taken + plan.hole_tokens > self.max_hole_tokens:
+            return None  # other requests' holes fill this step
+        if not self.finder.all_written(state, plan, self.states.values()):
+            return None
+        if not self.finder.hold(state, plan):
+            state.decline(Reason.NO_ROOM)
+            return 0
+        if not state.is_private(local, self.block_size):
+            state.make_private(first_approximate(plan), self.block_size)
+        state.plan = plan
+        self._planned.append(state)
+        return plan.external_tokens
+
+    def _forget(self, state: RequestState) -> None:
+        """Let a plan go that was not admitted."""
+        if state.plan is not None:
+            state.plan = None
+            self.pages.release(state.id)
+
+    # ---- vLLM admits the request ---------------------------------------------------------------
+
+    def admit(self, request: Request, block_ids: list[int], external: int) -> None:
+        state = self.states.get(request.request_id)
+        if state is None:
+            return
+        plan = state.plan
+        if plan is not None and external == 0:  # vLLM chose otherwise
+            self._forget(state)
+            if not state.is_private(state.local, self.block_size):
+                state.restore_exact()
+            plan = None
+        first_time, state.admitted, state.plan = not state.admitted, True, None
+        if plan is not None:
+            assert external == plan.external_tokens, "vLLM takes external tokens as offered"
+            state.loading = True
+            self._ops.append(operations(state.id, plan, state.tokens(), block_ids, self.block_size))
+            for span in plan.spans:
+                self.store.index.touch(span.source.sequence)
+        if first_time:
+            self._note(state, plan)
+        if self.off is None:
+            self.store.register(state)
+
+    def _note(self, state: RequestState, plan: Plan | None) -> None:
+        """For the report: how the prompt is served at its first admission."""
+        state.served, state.served_local = plan, state.local
+        if plan is not None:
+            state.declined.clear()
+            state.slots = slot_keys(plan, state.tokens(), state.namespace)
+
+    # ---- the step goes to the workers and comes back ---------------------------------------------
+
+    def build_message(self, output: SchedulerOutput) -> StepMessage:
+        for state in self._planned:
+            self._forget(state)
+        self._planned.clear()
+        self.store.follow(output)
+        message, self._ops = StepMessage(self._ops), []
+        return message
+
+    def on_report(self, report: StepReport) -> None:
+        for request_id in report.done | report.failed:
+            self.pages.release(request_id)
+            state = self.states.get(request_id)
+            if state is None:  # aborted meanwhile
+                continue
+            if request_id in report.done:
+                state.confirmed = True
+                self.store.loaded(state)
+            else:
+                state.failed = True
+                state.decline(Reason.LOAD_FAILED)
+                self.store.drop(state)
+
+    def finish(self, request: Request) -> dict[str, Any] | None:
+        """Stores the finished sequence; returns the report for the response."""
+        state = self.states.pop(request.request_id, None)
+        if state is None:
+            return None
+        self.store.finish(state, self.pages)
+        self.stats.count_request(state)
+        return {"kvcomm": state.report()} if self.config.report else None
+
+    def reset(self) -> None:
+        self.store.clear(list(self.states.values()))

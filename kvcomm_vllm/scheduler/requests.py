@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a new request is to be treated: by the configuration, its hints, and what kind of request it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.hints import HintError, Hints, parse_hints
+from kvcomm_vllm.metrics import KVCommStats
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.planner import Limits
+from kvcomm_vllm.scheduler.state import RequestState
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+def new_state(
+    request: Request, config: KVCommConfig, max_hole_tokens: int, stats: KVCommStats
+) -> RequestState:
+    """Hints that cannot be used are counted, named in the report, and otherwise as if not given."""
+    hints, message = Hints(), ""
+    try:
+        hints = parse_hints(request.kv_transfer_params)
+    except HintError as error:
+        message = str(error)
+        stats.count_reason(Reason.BAD_HINTS)
+    asked = config.default_on or hints.mode is not None
+    mode = hints.mode or (config.mode if asked else "off")
+    apart = unshareable(request)
+    off = apart
+    if off is None and request.skip_reading_prefix_cache:
+        off = Reason.PROMPT_LOGPROBS
+    if off is None and mode == "off":
+        off = Reason.MODE_OFF if asked else Reason.NOT_ASKED
+    return RequestState.new(
+        request,
+        limits=None if off else limits_of(mode, hints, config, max_hole_tokens),
+        off=off,
+        hints=hints,
+        mode="off" if off else mode,
+        shareable=apart is None,
+        message=message,
+    )
+
+
+def unshareable(request: Request) -> Reason | None:
+    """Why this request can neither reuse nor be reused, if so: its KV does not follow from token ids alone."""
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        return Reason.PROMPT_EMBEDS
+    if request.mm_features:
+        return Reason.MULTIMODAL
+    if request.lora_request is not None:
+        return Reason.LORA
+    return None
+
+
+def limits_of(mode: str, hints: Hints, config: KVCommConfig, max_hole_tokens: int) -> Limits:
+    seam = config.seam_tokens if hints.seam_tokens is None else hints.seam_tokens
+    return Limits(
+        seam_tokens=0 if mode == "rotate" else seam,
+        min_span_tokens=config.min_span_tokens,
+        min_reuse_tokens=config.min_reuse_tokens,
+        min_reuse_share=config.min_reuse_share,
+        max_hole_tokens=max_hole_tokens,
+    )

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources: what of a prompt lies in other requests' pages, and whether it can be read yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from vllm.v1.request import RequestStatus
+
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.scheduler.index import Match, Sequence
+from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.spans import Plan
+from kvcomm_vllm.scheduler.state import RequestState
+from kvcomm_vllm.scheduler.store import SequenceStore
+
+
+class SourceFinder:
+    """Args:
+    store: where text is found.
+    pages: where its KV is found.
+    """
+
+    def __init__(self, config: KVCommConfig, store: SequenceStore, pages: SourcePages) -> None:
+        self.config = config
+        self.store = store
+        self.pages = pages
+        self.block_size = pages.block_size
+
+    def adopt(self, state: RequestState, known: int) -> bool:
+        """Continue a private chain if this prompt starts like the sequence that owns it, beyond ``known`` tokens.
+
+        So a follow-up turn, a retry or a second sample finds the pages of its own conversation by vLLM's own lookup:
+        same context, no seam, no copy.
+        """
+        if state.adoption_tried or not self.config.reuse_approximate:
+            return False
+        lead = self.store.index.leading(
+            state.namespace, state.tokens(), lambda s: s.ready and s.first_approximate is not None
+        )
+        if lead is None:
+            return False
+        sequence = lead.sequence
+        assert sequence.first_approximate is not None
+        first = sequence.first_approximate // self.block_size
+        blocks = min(lead.length, len(state.tokens()) - 1) // self.block_size
+        blocks = self.pages.leading(sequence.block_hashes[:blocks])
+        if blocks <= first or blocks * self.block_size <= known:
+            return False
+        state.adoption_tried = True
+        state.taint.adopt(sequence.block_hashes[:blocks], first)
+        state.first_approximate = sequence.first_approximate
+        return True
+
+    def find(self, state: RequestState, local: int) -> list[Match]:
+        """Matches behind the local hit; remembered, since a waiting request is asked about every step."""
+        assert state.limits is not None
+        tokens, own = state.tokens(), state.id
+        patient = self._patient(state)
+        key = (local, len(tokens), self.store.version, patient)
+        if state.matches_key != key:
+            found = self.store.index.find(
+                state.namespace,
+                tokens[:-1],  # the last token is always computed: it yields the next one
+                local,
+                state.limits.min_span_tokens,
+                lambda s: s.owner != own and self._usable(s) and (s.ready or patient),
+            )
+            state.matches, state.matches_key = state.hints.clip(found), key
+        return state.matches
+
+    def _usable(self, sequence: Sequence) -> bool:
+        return self.config.reuse_approximate or sequence.first_approximate is None
+
+    def _patient(self, state: RequestState) -> bool:
+        limit = self.config.share_inflight_seconds
+        return limit > 0 and (state.wait_until is None or time.monotonic() < state.wait_until)
+
+    def worth_waiting(self, state: RequestState, matches: Iterable[Match]) -> bool:
+        """Whether enough of the prompt is just being prefilled by another request.
+
+        Waiting costs no more than that prefill, which both would pay otherwise.
+        """
+        assert state.limits is not None
+        coming = sum(match.length for match in matches if not match.sequence.ready)
+        if coming < state.limits.min_reuse_tokens:
+            return False
+        if state.wait_until is None:
+            state.wait_until = time.monotonic() + self.config.share_inflight_seconds
+        return True
+
+    def all_written(
+        self, state: RequestState, plan: Plan, running: Iterable[RequestState]
+    ) -> bool:
+        """Whether every page this plan reads holds its KV when the loads run, which is before this step's forward.
+
+        vLLM hashes pages when it allocates them, so a local hit may be on pages that this very step's forward fills.
+        """
+        unwritten: set[bytes] = set()
+        for other in running:
+            request = other.request
+            if other is not state and request.status == RequestStatus.RUNNING:
+                done = request.num_computed_tokens // self.block_size
+                unwritten.update(request.block_hashes[done:])
+        if not unwritten:
+            return True
+        read: set[bytes] = set(state.request.block_hashes[: plan.local // self.block_size])
+        for span in plan.spans:
+            read.update(self.pages.hashes(span.source))
+        return unwritten.isdisjoint(read)
+
+    def hold(self, state: RequestState, plan: Plan) -> bool:
+        """Keep the plan's source pages; False where the request would not get its own beside them."""
+        in_use = 0
+        for block_hash in state.request.block_hashes[: plan.local // self.block_size]:
+            block = self.pages.lookup(block_hash)
+            in_use += block is not None and block.ref_cnt > 0
+        own = -(-state.request.num_tokens // self.block_size) - in_use
+        blocks = [block for span in plan.spans for block in span.source.blocks]
+        return self.pages.hold(state.id, blocks, own)

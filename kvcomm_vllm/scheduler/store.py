@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store: which requests' KV can be found, from the start of their prefill until their pages are gone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.request import RequestStatus
+
+from kvcomm_vllm.scheduler.index import SequenceIndex
+from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.state import RequestState
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+SWEEP = 4  # stored sequences looked at per finished request
+
+
+class SequenceStore:
+    """Keeps the index true to what requests have in their pages.
+
+    A sequence is *filling* from admission to the step that runs the last chunk of its prompt: others may wait for it, but
+    not read it. It is extended by the generated text when the request ends.
+    """
+
+    def __init__(self, index: SequenceIndex, block_size: int) -> None:
+        self.index = index
+        self.block_size = block_size
+        self.version = 0  # changes whenever a search may find something else
+        self._filling: dict[str, RequestState] = {}
+
+    def register(self, state: RequestState) -> None:
+        """The request was admitted (again): its tokens so far become findable."""
+        self.drop(state)
+        self.version += 1
+        if not state.shareable:
+            return
+        request = state.request
+        blocks = request.num_tokens // self.block_size
+        state.prefill_tokens = request.num_tokens
+        if blocks:
+            state.sequence = self.index.add(
+                namespace=state.namespace,
+                tokens=state.tokens()[: blocks * self.block_size],
+                block_hashes=list(request.block_hashes[:blocks]),
+                num_prompt_tokens=request.num_prompt_tokens,
+                first_approximate=state.first_approximate,
+                ready=False,
+                owner=state.id,
+            )
+            self._filling[state.id] = state
+
+    def follow(self, output: SchedulerOutput) -> None:
+        """A prompt whose last chunk runs in this step can be read by the next step's loads."""
+        for state in list(self._filling.values()):
+            scheduled = output.num_scheduled_tokens.get(state.id, 0)
+            if scheduled and not state.loading:
+                self._mark_ready(state, scheduled)
+            elif state.request.status == RequestStatus.PREEMPTED:
+                self.drop(state)
+
+    def loaded(self, state: RequestState) -> None:
+        """The workers confirmed this request's loads: not before may its pages be read by others."""
+        state.loading = False
+        if state.id in self._filling:
+            self._mark_ready(state, scheduled=0)
+
+    def _mark_ready(self, state: RequestState, scheduled: int) -> None:
+        if state.request.num_computed_tokens + scheduled >= state.prefill_tokens:
+            assert state.sequence is not None
+            self.index.mark_ready(state.sequence)
+            self.version += 1
+            del self._filling[state.id]
+
+    def drop(self, state: RequestState) -> None:
+        self._filling.pop(state.id, None)
+        if state.sequence is not None:
+            self.index.drop(state.sequence)
+            state.sequence = None
+            self.version += 1
+
+    def finish(self, state: RequestState, pages: SourcePages) -> None:
+        """The request ended: keep what its pages hold, prompt and output, or forget what never got its KV."""
+        request, sequence = state.request, state.sequence
+        if sequence is None:
+            return
+        # the last sampled token was never forwarded, so it has no KV
+        rows = min(request.num_computed_tokens, request.num_tokens - 1)
+        blocks = min(rows // self.block_size, len(request.block_hashes))
+        tokens = blocks * self.block_size
+        if tokens < len(sequence.tokens) or (state.served and not state.reused):
+            self.drop(state)
+            return
+        self._filling.pop(state.id, None)
+        self.version += 1
+        self.index.extend(sequence, state.tokens()[:tokens], list(request.block_hashes[:blocks]))
+        self.index.mark_ready(sequence)
+        self._sweep(pages)
+
+    def _sweep(self, pages: SourcePages) -> None:
+        """Forget a few sequences whose pages are gone; in the long run all of them."""
+        for sequence in self.index.sweep_candidates(SWEEP):
+            if sequence.ready and not pages.alive(sequence):
+                self.index.drop(sequence)
+
+    def clear(self, states: list[RequestState]) -> None:
+        """vLLM emptied its prefix cache: no page can be found any more."""
+        self.index.clear()
+        self.version += 1
+        self._filling.clear()
+        for state in states:
+            state.sequence = None
