@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every access to vLLM that may differ between versions or that vLLM offers no interface for (engine side)."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+def find_model_runner() -> Any | None:
+    """The model runner that is just creating this worker's connector, or None.
+
+    vLLM has no way for a connector to reach the model (its pull request 37339 is open), but the worker is on the call
+    stack of the connector's constructor.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        runner = getattr(frame.f_locals.get("self"), "model_runner", None)
+        if runner is not None:
+            return runner
+        frame = frame.f_back
+    return None
+
+
+def require_load_before_forward(output: SchedulerOutput) -> None:
+    """vLLM 0.30+ runs ``start_load_kv`` before the forward only if this flag is set."""
+    if hasattr(output, "has_sync_kv_loads"):
+        output.has_sync_kv_loads = True
+
+
+def attention_layers(config: VllmConfig) -> dict[str, Any]:
+    """Layer name -> attention layer of this rank, in model order."""
+    return dict(config.compilation_config.static_forward_context)
+
+
+def cpu_isa(layer: Any) -> str:
+    """Instruction set the CPU backend packs pages for; set on layers by its metadata builder."""
+    return str(getattr(layer, "isa", ""))
+
+
+def metadata_builders(runner: Any, private: bool) -> list[tuple[Any, list[str]]]:
+    """One metadata builder per attention group and the layers it serves.
+
+    Args:
+        private: make own ones. CUDA builders keep state of the step whose metadata is already built (FlashAttention's
+            scheduler buffer under full graphs, FlashInfer's planned wrapper), which a second use would destroy.
+    """
+    found = []
+    for groups in runner.attn_groups:
+        for group in groups:
+            builder = group.get_metadata_builder()
+            if private:
+                spec = group.kv_cache_spec
+                builder = type(builder)(spec, group.layer_names, runner.vllm_config, runner.device)
+            found.append((builder, group.layer_names))
+    return found
+
+
+def common_metadata(**fields: Any) -> Any:
+    """``CommonAttentionMetadata`` from the fields this vLLM version knows."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    known = {f.name for f in dataclasses.fields(CommonAttentionMetadata)}
+    return CommonAttentionMetadata(**{k: v for k, v in fields.items() if k in known})
+
+
+@contextmanager
+def forward_context(
+    metadata: dict[str, Any], config: VllmConfig, tokens: int, slots: torch.Tensor
+) -> Iterator[None]:
+    """vLLM's forward context for one extra forward outside CUDA graphs."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import set_forward_context
+
+    with set_forward_context(
+        metadata,
+        config,
+        num_tokens=tokens,
+        slot_mapping=dict.fromkeys(metadata, slots),
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+    ):
+        yield
+
+
+def write_kv(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """The backend's own write: ``key``, ``value`` ``[tokens, kv_heads, head_dim]`` into slots, packed and quantised."""
+    layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connector vLLM sees: a facade that hands each call to the half it is for.
+
+The data path, top down: ``scheduler/half.py`` plans a request (``index`` -> ``pages`` -> ``planner`` -> ``taint``) and sends a
+``messages.StepMessage`` with the step; ``worker/half.py`` carries it out before vLLM's forward (``load`` -> ``side_forward``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.logger import init_logger
+
+from kvcomm_vllm import compat
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.engine_guard import engine_off
+from kvcomm_vllm.messages import StepMessage, StepReport, WorkerFacts
+from kvcomm_vllm.metrics import KVCommPromMetrics, KVCommStats
+from kvcomm_vllm.reasons import Reason
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from kvcomm_vllm.scheduler.half import SchedulerHalf
+    from kvcomm_vllm.worker.half import WorkerHalf
+
+logger = init_logger("vllm.kvcomm")
+
+
+class KVCommConnector(KVConnectorBase_V1):
+    """Reuses KV across agents; see ``configs/kvcomm.yaml`` for its settings."""
+
+    _scheduler: SchedulerHalf
+    _worker: WorkerHalf
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = self._kv_transfer_config.kv_connector_extra_config or {}
+        self.config = KVCommConfig.from_mapping(extra, "kv_connector_extra_config")
+        block_size = vllm_config.cache_config.block_size
+        if role is KVConnectorRole.SCHEDULER:
+            from kvcomm_vllm.scheduler.half import SchedulerHalf
+
+            self._off = engine_off(vllm_config, kv_cache_config)
+            budget = vllm_config.scheduler_config.max_num_batched_tokens
+            off = self._off.reason if self._off else Reason.DISABLED_AT_START  # until workers report
+            self._scheduler = SchedulerHalf(self.config, block_size, budget, off)
+            logger.info("kvcomm: %s", self.config.describe())
+        else:
+            from kvcomm_vllm.worker.half import WorkerHalf
+
+            self._worker = WorkerHalf(self.config, vllm_config, block_size)
+
+    # ---- scheduler ------------------------------------------------------------------------------
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a best-effort cache: losing a load only costs time
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._scheduler.bind_pool(gpu_block_pool)
+
+    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
+        """What the workers found out at start, once; any rank that cannot reuse turns it off."""
+        facts = [fact for fact in metadata.values() if isinstance(fact, WorkerFacts)]
+        lame = [fact for fact in facts if fact.reason is not None]
+        if self._off is not None:
+            logger.warning("kvcomm: reuse is OFF: %s (%s)", self._off.reason.value, self._off.detail)
+        elif lame or not facts:
+            self._scheduler.off = Reason(lame[0].reason) if lame else Reason.UNKNOWN_BACKEND
+            detail = lame[0].detail if lame else "no worker answered"
+            logger.warning(
+                "kvcomm: reuse is OFF, requests are served exactly: %s (%s)",
+                self._scheduler.off.value,
+                detail,
+            )
+        else:
+            self._scheduler.off = None
+            logger.info(
+                "kvcomm: reuse is ON, mode %s, self-check %s: %s",
+                self.config.mode,
+                "passed" if self.config.self_check else "skipped",
+                facts[0].summary,
+            )
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._scheduler.match(request, num_computed_tokens), False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        self._scheduler.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        message = self._scheduler.build_message(scheduler_output)
+        if message.requests:
+            compat.require_load_before_forward(scheduler_output)
+        return message
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, StepReport):
+            self._scheduler.on_report(report)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finish(request)
+
+    def reset_cache(self) -> bool:
+        if self.role is KVConnectorRole.SCHEDULER:
+            self._scheduler.reset()
+        return True
+
+    # ---- worker ---------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._worker.register()
+
+    def get_handshake_metadata(self) -> WorkerFacts:
+        return self._worker.facts
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        message = self._get_connector_metadata()
+        assert isinstance(message, StepMessage)
+        self._worker.run(message)
+
+    def build_connector_worker_meta(self) -> StepReport | None:
+        return self._worker.take_report()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_lost_blocks()
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: all loads precede the forward, so CUDA graphs stay whole."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing to save: KV is read later, in place, from vLLM's own pages."""
+
+    def wait_for_save(self) -> None:
+        """Nothing was saved."""
+
+    # ---- both -----------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVCommStats | None:
+        half = self._scheduler if self.role is KVConnectorRole.SCHEDULER else self._worker
+        return half.stats.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVCommStats:
+        return KVCommStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
+    ) -> KVCommPromMetrics:
+        return KVCommPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters: what happens to prompt tokens and requests, on ``/metrics`` and in vLLM's periodic log line.
+
+A reused token counts when every worker has confirmed its load, never when it was merely planned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+from kvcomm_vllm.reasons import Reason
+
+if TYPE_CHECKING:
+    from kvcomm_vllm.scheduler.state import RequestState
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One Prometheus counter (exported with the suffix ``_total``) and its label beside vLLM's own."""
+
+    name: str
+    label: str
+    documentation: str
+
+
+METRICS = {
+    "tokens": Metric(
+        "vllm:kvcomm_tokens",
+        "treatment",
+        "Prompt tokens of finished requests: local (vLLM's prefix cache), reused, computed.",
+    ),
+    "requests": Metric(
+        "vllm:kvcomm_requests", "outcome", "Finished requests: reused, declined, off, failed."
+    ),
+    "reasons": Metric(
+        "vllm:kvcomm_reasons", "reason", "Why requests, or attempts to plan them, were not reused."
+    ),
+    "seconds": Metric(
+        "vllm:kvcomm_seconds", "phase", "Time spent planning (scheduler), loading, in side forwards."
+    ),
+    "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
+}
+
+
+class KVCommStats(KVConnectorStats):
+    """Counts since the last report. ``data`` maps ``"metric/label value"`` to a number."""
+
+    def _add(self, metric: str, label: str, amount: float = 1) -> None:
+        key = f"{metric}/{label}"
+        self.data[key] = self.data.get(key, 0) + amount
+
+    def count_reason(self, reason: Reason) -> None:
+        self._add("reasons", reason.value)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        self._add("seconds", phase, seconds)
+        self._add("runs", phase)
+
+    def count_request(self, state: RequestState) -> None:
+        for start, end, treatment in state.treatments():
+            self._add("tokens", treatment.value, end - start)
+        for reason in state.declined:
+            self._add("reasons", reason)
+        self._add("requests", state.outcome)
+
+    def take(self) -> KVCommStats | None:
+        """What has been counted since the last call, or None."""
+        if not self.data:
+            return None
+        taken = KVCommStats(data=self.data)
+        self.data = {}
+        return taken
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> KVCommStats:
+        total = Counter(self.data)
+        total.update(other.data)
+        return KVCommStats(data=dict(total))
+
+    def reduce(self) -> dict[str, int | float]:
+        """One line for vLLM's log: tokens by treatment and the time planning and loading took."""
+        line: dict[str, int | float] = {}
+        for key, value in sorted(self.data.items()):
+            metric, label = key.split("/", 1)
+            if metric == "tokens":
+                line[f"kvcomm {label} tokens"] = int(value)
+            elif metric == "seconds":
+                line[f"kvcomm {label} ms"] = round(1e3 * value, 1)
+        return line
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class KVCommPromMetrics(KVConnectorPromMetrics):
+    """Registers ``METRICS`` and adds the engines' counts to them."""
+
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine: Any) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine)
+        self._counters = {
+            key: self._counter_cls(
+                name=metric.name,
+                documentation=metric.documentation,
+                labelnames=[*labelnames, metric.label],
+            )
+            for key, metric in METRICS.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        labels = self.per_engine_labelvalues[engine_idx]
+        for key, value in transfer_stats_data.items():
+            metric, label = key.split("/", 1)
+            self._counters[metric].labels(*labels, label).inc(value)

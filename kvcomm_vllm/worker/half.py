@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker half: does what the step message says, before vLLM's forward of that step.
+
+Fixed order on one stream: loads, then one side forward for all holes. Nothing raises into the engine: what cannot be done
+is reported by block id, and vLLM computes those blocks again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from kvcomm_vllm import compat
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
+from kvcomm_vllm.metrics import KVCommStats
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups
+from kvcomm_vllm.worker.load import LoadKernel, load_kernel, run_loads, token_moves
+from kvcomm_vllm.worker.self_check import self_check
+from kvcomm_vllm.worker.side_forward import Row, SideForward
+from kvcomm_vllm.worker.unsupported import Unsupported
+
+logger = init_logger("vllm.kvcomm.worker")
+
+
+class WorkerHalf:
+    """Args:
+    config: the effective configuration.
+    block_size: tokens per page in block tables.
+    """
+
+    def __init__(self, config: KVCommConfig, vllm_config: Any, block_size: int) -> None:
+        self.config = config
+        self.vllm_config = vllm_config
+        self.block_size = block_size
+        self.runner = compat.find_model_runner()
+        self.facts = WorkerFacts(Reason.DISABLED_AT_START.value, "not started", "")
+        self.stats = KVCommStats()
+        self.groups: list[LayerGroup] = []
+        self.kernel: LoadKernel | None = None
+        self.side_forward: SideForward | None = None
+        self._report: StepReport | None = None
+        self._lost_blocks: set[int] = set()
+
+    def register(self) -> None:
+        """The KV cache exists: learn its layout, check it, and say what was found."""
+        try:
+            self._prepare()
+        except Unsupported as found:
+            self.facts = WorkerFacts(found.reason.value, found.detail, "")
+        except Exception as error:  # whatever a foreign model or vLLM version does, the server serves
+            logger.debug("kvcomm: self-check raised", exc_info=True)
+            detail = f"{type(error).__name__}: {error}"
+            self.facts = WorkerFacts(Reason.SELF_CHECK_FAILED.value, detail, "")
+
+    def _prepare(self) -> None:
+        if self.runner is None:
+            raise Unsupported(Reason.UNKNOWN_BACKEND, "the model runner was not found")
+        self.groups = build_groups(compat.attention_layers(self.vllm_config), self.runner.model)
+        pages = self.groups[0].pages
+        device = pages.layers[0].device
+        self.kernel = load_kernel(device)
+        self.side_forward = SideForward(self.runner, self.block_size)
+        if self.config.self_check:
+            with torch.inference_mode():
+                self_check(self.groups, self.block_size, self.kernel)
+        layers = sum(len(group.layers) for group in self.groups)
+        summary = (
+            f"{layers} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "
+            f"{pages.head_dim}, {pages.layers[0].dtype}, {pages.packing.value} pages of {self.block_size}"
+        ).replace("torch.", "")
+        self.facts = WorkerFacts(None, "", summary)
+
+    def run(self, message: StepMessage) -> None:
+        """Loads and side forward of one step."""
+        requests = message.requests
+        if not requests:
+            return
+        report = self._report = StepReport()
+        try:
+            self._load(requests)
+            self._fill_holes(requests)
+        except Exception:
+            logger.exception("kvcomm: load failed, vLLM computes %d request(s) itself", len(requests))
+            for ops in requests:
+                report.failed.add(ops.request_id)
+                self._lost_blocks.update(ops.block_ids[ops.first_token // self.block_size :])
+        else:
+            report.done.update(ops.request_id for ops in requests)
+
+    def _load(self, requests: list[RequestOps]) -> None:
+        began = time.perf_counter()
+        device = self.groups[0].pages.layers[0].device
+        pairs = [(ops.block_ids, load) for ops in requests for load in ops.loads]
+        assert self.kernel is not None
+        with torch.inference_mode():
+            run_loads(self.groups, token_moves(pairs, self.block_size, device), self.kernel)
+        self.stats.add_seconds("load", time.perf_counter() - began)
+
+    def _fill_holes(self, requests: list[RequestOps]) -> None:
+        rows = [Row(ops.block_ids, hole) for ops in requests for hole in ops.holes]
+        if not rows:
+            return
+        began = time.perf_counter()
+        assert self.side_forward is not None
+        self.side_forward.run(rows)
+        self.stats.add_seconds("side_forward", time.perf_counter() - began)
+
+    def take_report(self) -> StepReport | None:
+        report, self._report = self._report, None
+        return report
+
+    def take_lost_blocks(self) -> set[int]:
+        lost, self._lost_blocks = self._lost_blocks, set()
+        return lost

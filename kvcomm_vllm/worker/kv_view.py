@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV view: which layers' pages can be read and written as token slots, and how.
+
+vLLM 0.28+ gives every attention layer a logical ``[pages, kv_heads, tokens, 2 * head_dim]`` cache. On CUDA its strides
+tell everything; on CPU K and V are packed inside each page for the instruction set in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcomm_vllm.compat import cpu_isa
+from kvcomm_vllm.kernels.pages import Packing, PageGroup
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.rope import NO_ROPE, Rope, rope_module, rope_of
+from kvcomm_vllm.worker.unsupported import Unsupported
+
+CPU_PACKING = {"vec": Packing.VEC, "vec16": Packing.VEC, "amx": Packing.AMX}
+STRIDED_BACKENDS = {"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"}
+PLAIN_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers whose loads share one launch: same pages, same rotary embedding (``rotary``, vLLM's module)."""
+
+    layers: tuple[Any, ...]
+    pages: PageGroup
+    rope: Rope
+    rotary: Any | None
+
+
+def build_groups(layers: dict[str, Any], model: torch.nn.Module) -> list[LayerGroup]:
+    """Groups of all attention layers that own a cache, in model order.
+
+    Raises:
+        Unsupported: if any of them is not understood; reuse is then off for all.
+    """
+    ropes: dict[int, Rope] = {}
+    members: dict[tuple[Any, ...], list[Any]] = {}
+    traits: dict[tuple[Any, ...], tuple[Packing, Rope, Any]] = {}
+    for name, layer in layers.items():
+        if not hasattr(layer, "kv_cache") or getattr(layer, "kv_sharing_target_layer_name", None):
+            continue
+        module = rope_module(model, layer)
+        if module is not None and id(module) not in ropes:
+            ropes[id(module)] = rope_of(module)
+        rope = NO_ROPE if module is None else ropes[id(module)]
+        packing = packing_of(name, layer)
+        cache = layer.kv_cache
+        key = (packing, id(rope), cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype)
+        members.setdefault(key, []).append(layer)
+        traits[key] = (packing, rope, module)
+    if not members:
+        raise Unsupported(Reason.UNKNOWN_LAYOUT, "the model has no attention layer with a KV cache")
+    return [_group(members[key], *traits[key]) for key in members]
+
+
+def packing_of(name: str, layer: Any) -> Packing:
+    """How this layer's pages are packed.
+
+    Raises:
+        Unsupported: unknown backend, shape or quantisation.
+    """
+    cache = layer.kv_cache
+    head_dim = int(layer.head_size)
+    if not hasattr(layer.impl, "do_kv_cache_update"):
+        raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name} ({type(layer.impl).__name__})")
+    quantised = layer.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32")
+    if cache.ndim != 4 or cache.shape[-1] != 2 * head_dim or layer.head_size_v != head_dim:
+        reason = Reason.KV_QUANTISED if quantised else Reason.UNKNOWN_LAYOUT
+        raise Unsupported(reason, f"{name}: cache of shape {tuple(cache.shape)}, head size {head_dim}")
+    if cache.device.type == "cpu":
+        isa = cpu_isa(layer)
+        if isa not in CPU_PACKING:
+            raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name}: CPU pages packed for '{isa}'")
+        if quantised or cache.dtype not in PLAIN_DTYPES:
+            raise Unsupported(Reason.KV_QUANTISED, f"{name}: {layer.kv_cache_dtype} on CPU")
+        if not cache.is_contiguous():
+            raise Unsupported(Reason.UNKNOWN_LAYOUT, f"{name}: CPU pages are not contiguous")
+        return CPU_PACKING[isa]
+    backend = layer.attn_backend.get_name()
+    if backend not in STRIDED_BACKENDS:
+        raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name}: attention backend {backend}")
+    if quantised and layer.kv_cache_dtype not in FP8_DTYPES:
+        raise Unsupported(Reason.KV_QUANTISED, f"{name}: --kv-cache-dtype {layer.kv_cache_dtype}")
+    return Packing.STRIDED
+
+
+def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> LayerGroup:
+    first = layers[0]
+    fp8 = FP8_DTYPES.get(first.kv_cache_dtype)
+    caches = [layer.kv_cache.view(fp8) if fp8 else layer.kv_cache for layer in layers]
+    pages = PageGroup(
+        layers=tuple(caches),
+        packing=packing,
+        head_dim=int(first.head_size),
+        rotary_dim=rope.rotary_dim,
+        interleaved=rope.interleaved,
+        k_scales=tuple(float(layer._k_scale) for layer in layers) if fp8 else None,
+        v_scales=tuple(float(layer._v_scale) for layer in layers) if fp8 else None,
+    )
+    return LayerGroup(tuple(layers), pages, rope, rotary)

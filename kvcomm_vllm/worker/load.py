@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load: all REUSE spans of a step, from their source pages to the requests' own, re-rotated.
+
+    K_new = R(new) R(-old) K_page      V_new = V_page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvcomm_vllm.kernels.pages import PageGroup, Rotation
+from kvcomm_vllm.messages import LoadOp
+from kvcomm_vllm.worker.kv_view import LayerGroup
+
+LoadKernel = Callable[[PageGroup, torch.Tensor, torch.Tensor, Rotation], None]
+
+
+def load_kernel(device: torch.device) -> LoadKernel:
+    """The fastest load this machine has: Triton on accelerators, numba on CPU, plain torch where numba is missing."""
+    if device.type != "cpu":
+        from kvcomm_vllm.kernels import load as triton_load
+
+        return triton_load.load
+    from kvcomm_vllm.kernels import cpu_load
+
+    return cpu_load.load
+
+
+@dataclass(frozen=True)
+class TokenMoves:
+    """The tokens of a step's loads: slots and positions, int64 ``[tokens]`` on the cache's device."""
+
+    source_slots: torch.Tensor
+    slots: torch.Tensor
+    source_positions: torch.Tensor
+    positions: torch.Tensor
+
+
+def slots_of(block_ids: list[int], start: int, count: int, block_size: int) -> np.ndarray:
+    """Slots of ``count`` tokens from the ``start``-th of the run of pages ``block_ids``: int64 ``[count]``."""
+    token = np.arange(start, start + count, dtype=np.int64)
+    return np.asarray(block_ids, dtype=np.int64)[token // block_size] * block_size + token % block_size
+
+
+def token_moves(
+    ops: Iterable[tuple[list[int], LoadOp]], block_size: int, device: torch.device
+) -> TokenMoves:
+    """Lists every token of pairs (the request's block table, one of its loads)."""
+    columns: list[list[np.ndarray]] = [[], [], [], []]
+    for block_ids, op in ops:
+        span = np.arange(op.length, dtype=np.int64)
+        columns[0].append(slots_of(op.source_blocks, op.source_offset, op.length, block_size))
+        columns[1].append(slots_of(block_ids, op.prompt_start, op.length, block_size))
+        columns[2].append(op.source_start + span)
+        columns[3].append(op.prompt_start + span)
+    tensors = [torch.from_numpy(np.concatenate(c)).to(device, non_blocking=True) for c in columns]
+    return TokenMoves(*tensors)
+
+
+def run_loads(groups: list[LayerGroup], moves: TokenMoves, kernel: LoadKernel) -> None:
+    """One launch per layer group."""
+    for group in groups:
+        turn = group.rope.move(moves.source_positions, moves.positions)
+        kernel(group.pages, moves.source_slots, moves.slots, turn)

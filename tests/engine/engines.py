@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real vLLM engines in this process, and prompts of agents that quote each other."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.config import KVTransferConfig
+
+SETTINGS = {"min_span_tokens": 8, "min_reuse_tokens": 16, "seam_tokens": 4, "window_tokens": 8}
+
+
+def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any) -> LLM:
+    """An eager engine with pages of 32 tokens; ``plugin`` holds settings of ours, None is plain vLLM."""
+    transfer = None
+    if plugin is not None:
+        transfer = KVTransferConfig(
+            kv_connector="kvcomm",
+            kv_role="kv_both",
+            kv_connector_extra_config={**SETTINGS, **plugin},
+        )
+    defaults: dict[str, Any] = {
+        "enforce_eager": True,
+        "block_size": 32,
+        "max_model_len": 2048,
+        "seed": 0,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    return LLM(model=model, kv_transfer_config=transfer, **{**defaults, **options})
+
+
+def connector(llm: LLM) -> Any:
+    return core(llm).scheduler.connector
+
+
+def core(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core
+
+
+@dataclass
+class Answer:
+    tokens: list[int]
+    report: dict[str, Any]
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+
+
+def ask(
+    llm: LLM,
+    *prompts: list[int],
+    tokens: int = 8,
+    hints: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> list[Answer]:
+    """Greedy answers to prompts sent at once."""
+    extra = {"kv_transfer_params": {"kvcomm": hints}} if hints is not None else None
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra, **sampling
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    answers = []
+    for output in outputs:
+        first = output.outputs[0]
+        report = (output.kv_transfer_params or {}).get("kvcomm", {})
+        steps = [{i: p.logprob for i, p in step.items()} for step in first.logprobs or []]
+        answers.append(Answer(list(first.token_ids), report, steps))
+    return answers
+
+
+def text(seed: int, length: int, vocabulary: int = 500) -> list[int]:
+    """Random token ids; the same for the same seed."""
+    rng = random.Random(seed)
+    return [rng.randrange(3, vocabulary) for _ in range(length)]
