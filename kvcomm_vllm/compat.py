@@ -74,9 +74,9 @@ def common_metadata(**fields: Any) -> Any:
 
 @contextmanager
 def forward_context(
-    metadata: dict[str, Any], config: VllmConfig, tokens: int, slots: torch.Tensor
+    metadata: dict[str, Any], config: VllmConfig, tokens: int, slots: torch.Tensor, eager: bool
 ) -> Iterator[None]:
-    """vLLM's forward context for one extra forward outside CUDA graphs."""
+    """vLLM's forward context for one extra forward outside CUDA graphs; ``eager``: outside compiled code, too."""
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import set_forward_context
 
@@ -86,6 +86,7 @@ def forward_context(
         num_tokens=tokens,
         slot_mapping=dict.fromkeys(metadata, slots),
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        skip_compiled=eager,
     ):
         yield
 
@@ -93,3 +94,23 @@ def forward_context(
 def write_kv(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
     """The backend's own write: ``key``, ``value`` ``[tokens, kv_heads, head_dim]`` into slots, packed and quantised."""
     layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+
+
+def let_vllm_scan_llvmlite() -> None:
+    """Keep an engine startable in a process where numba has been used.
+
+    vLLM's CPU worker looks at ``vars()`` of everything in every module; llvmlite's library object answers any attribute name,
+    ``__dict__`` included, with a function, on which that scan fails. Seen with vLLM 0.32 and llvmlite 0.47.
+    """
+    from llvmlite.binding import ffi
+
+    answer_any = ffi._lib_wrapper.__getattr__
+    if answer_any.__module__ != ffi.__name__:
+        return  # done before
+
+    def answer_functions(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer_any(self, name)
+
+    ffi._lib_wrapper.__getattr__ = answer_functions

@@ -120,7 +120,7 @@ class KVCommConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, StepReport):
-            self._scheduler.on_report(report)
+            self._scheduler.on_report(report, connector_output.invalid_block_ids)
 
     def request_finished(
         self, request: Request, block_ids: list[int]

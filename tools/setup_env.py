@@ -33,10 +33,12 @@ def main() -> None:
     step(1, f"environment in {venv}")
     make_venv(venv, python)
     step(2, "pip")
+    if not has(python, "pip"):  # uv makes environments without it
+        must(subprocess.run([python, "-m", "ensurepip"]).returncode)
     must(install(python, "--upgrade", "pip"))
     extra, index = "", []
     step(3, "which vLLM")
-    if subprocess.run([python, "-c", FIND_VLLM], cwd="/").returncode == 0:
+    if has(python, "vllm"):
         print("keeping the vLLM that is there")
     elif has_cuda():
         print("a CUDA device is present: plain vLLM")
@@ -48,9 +50,6 @@ def main() -> None:
     must(install(python, *index, "--editable", f"{ROOT}[{extra}dev]"))
     step(5, "known traps")
     must(subprocess.run([python, ROOT / "tools/repair_env.py"]).returncode)
-
-
-FIND_VLLM = "import sys, importlib.util as u; sys.exit(u.find_spec('vllm') is None)"
 
 
 def step(number: int, what: str) -> None:
@@ -72,6 +71,13 @@ def make_venv(venv: Path, python: Path) -> None:
             "python -m venv failed. On Debian and Ubuntu: apt install python3-venv; "
             "or name an environment of your own: make VENV=path/to/it"
         )
+
+
+def has(python: Path, module: str) -> bool:
+    """Whether the environment of ``python`` has ``module``; asked without importing it."""
+    code = f"import sys, importlib.util as u; sys.exit(u.find_spec('{module}') is None)"
+    # From the root folder, where no stray folder of that name is on the path.
+    return subprocess.run([python, "-c", code], cwd="/").returncode == 0
 
 
 def has_cuda() -> bool:

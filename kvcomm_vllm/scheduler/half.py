@@ -59,7 +59,7 @@ class SchedulerHalf:
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
         self.pages = SourcePages(pool, self.block_size)
-        self.finder = SourceFinder(self.config, self.store, self.pages)
+        self.finder = SourceFinder(self.config, self.store.index, self.pages)
 
     def on_new_request(self, request: Request) -> None:
         state = new_state(request, self.config, self.max_hole_tokens, self.stats)
@@ -134,7 +134,7 @@ class SchedulerHalf:
         state = self.states.get(request.request_id)
         if state is None:
             return
-        plan = state.plan
+        plan, state.block_ids = state.plan, block_ids
         if plan is not None and external == 0:  # vLLM chose otherwise
             self._forget(state)
             if not state.is_private(state.local, self.block_size):
@@ -169,7 +169,10 @@ class SchedulerHalf:
         message, self._ops = StepMessage(self._ops), []
         return message
 
-    def on_report(self, report: StepReport) -> None:
+    def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
+        """``lost_pages``: page ids that were to be written by the loads that failed."""
+        if lost_pages:
+            self.store.lose(lost_pages, self.states.values(), self.pages)
         for request_id in report.done | report.failed:
             self.pages.release(request_id)
             state = self.states.get(request_id)

@@ -20,15 +20,14 @@ class SequenceIndex:
     """Stored sequences, found by any text they share with a prompt, at any offset of either.
 
     Windows of `window_tokens` tokens at stride `window_tokens` from each sequence's start are kept
-    in a hash table; a prompt is probed at every offset, so text of at least ``2 * window_tokens -
-    1`` tokens contains a stored window wherever it stands. Cost is linear in the prompt, whatever
-    the number of sequences. Least recently used sequences leave when `max_sequences` or
-    `max_tokens` is reached.
+    in a hash table; a prompt is probed at every offset, so text of at least twice a window less one
+    token contains a stored window wherever it stands. Cost is linear in the prompt, whatever the
+    number of sequences. Least recently used sequences leave when `max_sequences` or `max_tokens` is
+    reached.
 
-    Memory: `bytes_per_token` of index per token (about 12 with windows of 16) plus each sequence's
-        own tokens
-    (4 per token) and block hashes. Address space for `max_tokens` is reserved at once, memory is
-    used as it fills. Not thread-safe. Answers depend on the calls made, on nothing else.
+    Memory: `bytes_per_token` of index per token (about 12 with windows of 16), and each sequence's
+    own tokens (4 per token) and block hashes. Address space for `max_tokens` is reserved at once,
+    memory is used as it fills. Not thread-safe. Answers depend on the calls made, on nothing else.
     """
 
     def __init__(
@@ -195,10 +194,10 @@ class SequenceIndex:
 
         A run is a maximal stretch of equal tokens of prompt and sequence. From left to right, among
         the runs that still cover `min_length` tokens, the one that begins first is chosen, of those
-        the one that reaches furthest; of runs of the same extent the one whose KV is exact, then
-        the newest. A run loses the tokens that the match before it has. Runs of at least ``2 *
-        window_tokens - 1`` tokens are found always, except that of a window stored very often only
-        the newest are examined (see `window_search.CANDIDATES`).
+        the one that reaches furthest; of runs of the same extent, one that is ready, then one whose
+        KV is exact, then the newest. A run loses the tokens that the match before it has. Runs of
+        at least ``2 * window_tokens - 1`` tokens are found always, except that of a window stored
+        very often only the newest are examined (see `window_search.CANDIDATES`).
 
         Args:
             namespace: only sequences of this namespace are looked at.

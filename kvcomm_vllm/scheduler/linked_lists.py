@@ -13,8 +13,7 @@ Ids = NDArray[np.integer]
 class LinkedLists:
     """`lists` lists over the nodes 1..`nodes`; node 0 ends every list; a node is in at most one.
 
-    Memory: 12 bytes per node and 4 per list, reserved at once and committed by the system when
-        touched.
+    Memory: 12 bytes per node and 4 per list; the system commits it when it is touched.
     """
 
     def __init__(self, nodes: int, lists: int) -> None:

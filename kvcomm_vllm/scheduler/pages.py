@@ -102,6 +102,10 @@ class SourcePages:
             # last page first, as vLLM frees a request: its head stays longest
             self.pool.free_blocks(reversed(blocks))
 
+    def evict(self, block_ids: list[int]) -> None:
+        """Nobody may find these pages any more; who uses them keeps them."""
+        self.pool.evict_blocks(set(block_ids))
+
     @property
     def held(self) -> int:
         return sum(len(blocks) for blocks in self._held.values())

@@ -9,22 +9,21 @@ from collections.abc import Iterable
 from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.scheduler.index import Match, Sequence
+from kvcomm_vllm.scheduler.index import Match, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.state import RequestState
-from kvcomm_vllm.scheduler.store import SequenceStore
 
 
 class SourceFinder:
     """Args:
-    store: where text is found.
+    index: where text is found.
     pages: where its KV is found.
     """
 
-    def __init__(self, config: KVCommConfig, store: SequenceStore, pages: SourcePages) -> None:
+    def __init__(self, config: KVCommConfig, index: SequenceIndex, pages: SourcePages) -> None:
         self.config = config
-        self.store = store
+        self.index = index
         self.pages = pages
         self.block_size = pages.block_size
 
@@ -36,7 +35,7 @@ class SourceFinder:
         """
         if state.adoption_tried or not self.config.reuse_approximate:
             return False
-        lead = self.store.index.leading(
+        lead = self.index.leading(
             state.namespace, state.tokens(), lambda s: s.ready and s.first_approximate is not None
         )
         if lead is None:
@@ -58,9 +57,9 @@ class SourceFinder:
         assert state.limits is not None
         tokens, own = state.tokens(), state.id
         patient = self._patient(state)
-        key = (local, len(tokens), self.store.version, patient)
+        key = (local, len(tokens), self.index.version, patient)
         if state.matches_key != key:
-            found = self.store.index.find(
+            found = self.index.find(
                 state.namespace,
                 tokens[:-1],  # the last token is always computed: it yields the next one
                 local,
@@ -93,22 +92,26 @@ class SourceFinder:
     def all_written(
         self, state: RequestState, plan: Plan, running: Iterable[RequestState]
     ) -> bool:
-        """Whether every page this plan reads holds its KV when the loads run, which is before this step's forward.
+        """Whether every page this plan reads holds its KV when it is read.
 
-        vLLM hashes pages when it allocates them, so a local hit may be on pages that this very step's forward fills.
+        vLLM hashes pages when it allocates them, so a local hit or a source may be a page that this very step fills:
+        by loads and side forward, which is too late for another load, or by the forward, too late for a side forward, too.
         """
-        unwritten: set[bytes] = set()
+        size = self.block_size
+        by_loads: set[bytes] = set()
+        by_forward: set[bytes] = set()
         for other in running:
             request = other.request
             if other is not state and request.status == RequestStatus.RUNNING:
-                done = request.num_computed_tokens // self.block_size
-                unwritten.update(request.block_hashes[done:])
-        if not unwritten:
-            return True
-        read: set[bytes] = set(state.request.block_hashes[: plan.local // self.block_size])
-        for span in plan.spans:
-            read.update(self.pages.hashes(span.source))
-        return unwritten.isdisjoint(read)
+                done = request.num_computed_tokens // size
+                by_forward.update(request.block_hashes[done:])
+                if other.loading:
+                    by_loads.update(request.block_hashes[other.local // size : done])
+        local = state.request.block_hashes[: plan.local // size]
+        if not by_forward.isdisjoint(local):
+            return False
+        late = by_loads | by_forward
+        return all(late.isdisjoint(self.pages.hashes(span.source)) for span in plan.spans)
 
     def hold(self, state: RequestState, plan: Plan) -> bool:
         """Keep the plan's source pages; False where the request would not get its own beside them."""

@@ -34,6 +34,7 @@ class RequestState:
     Attributes:
         limits: None where reuse is off for this request; ``off`` then says why.
         plan: made by the current scheduling attempt, not admitted yet.
+        block_ids: its block table at its last admission.
         loading: operations are on their way to the workers.
         served: the plan of the first admission, ``served_local`` its local hit: what the report speaks of.
         confirmed, failed: the workers' word on that plan.
@@ -53,6 +54,7 @@ class RequestState:
     local: int = 0
     plan: Plan | None = None
     admitted: bool = False
+    block_ids: list[int] = field(default_factory=list)
     loading: bool = False
     served: Plan | None = None
     served_local: int = 0

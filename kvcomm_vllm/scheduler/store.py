@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
@@ -27,13 +28,11 @@ class SequenceStore:
     def __init__(self, index: SequenceIndex, block_size: int) -> None:
         self.index = index
         self.block_size = block_size
-        self.version = 0  # changes whenever a search may find something else
         self._filling: dict[str, RequestState] = {}
 
     def register(self, state: RequestState) -> None:
         """The request was admitted (again): its tokens so far become findable."""
         self.drop(state)
-        self.version += 1
         if not state.shareable:
             return
         request = state.request
@@ -70,7 +69,6 @@ class SequenceStore:
         if state.request.num_computed_tokens + scheduled >= state.prefill_tokens:
             assert state.sequence is not None
             self.index.mark_ready(state.sequence)
-            self.version += 1
             del self._filling[state.id]
 
     def drop(self, state: RequestState) -> None:
@@ -78,7 +76,19 @@ class SequenceStore:
         if state.sequence is not None:
             self.index.drop(state.sequence)
             state.sequence = None
-            self.version += 1
+
+    def lose(self, lost: set[int], states: Iterable[RequestState], pages: SourcePages) -> None:
+        """These pages could not be loaded; what was computed on top of them in that step is void, too.
+
+        vLLM computes them again but leaves them in its prefix cache meanwhile, and for good if the
+        request is aborted or preempted before: a later request would find pages nobody wrote.
+        """
+        pages.evict(list(lost))
+        for state in states:
+            first = next((n for n, page in enumerate(state.block_ids) if page in lost), None)
+            if first is not None:
+                pages.evict(state.block_ids[first:])
+                self.drop(state)
 
     def finish(self, state: RequestState, pages: SourcePages) -> None:
         """The request ended: keep what its pages hold, prompt and output, or forget what never got its KV."""
@@ -93,7 +103,6 @@ class SequenceStore:
             self.drop(state)
             return
         self._filling.pop(state.id, None)
-        self.version += 1
         self.index.extend(sequence, state.tokens()[:tokens], list(request.block_hashes[:blocks]))
         self.index.mark_ready(sequence)
         self._sweep(pages)
@@ -107,7 +116,6 @@ class SequenceStore:
     def clear(self, states: list[RequestState]) -> None:
         """vLLM emptied its prefix cache: no page can be found any more."""
         self.index.clear()
-        self.version += 1
         self._filling.clear()
         for state in states:
             state.sequence = None

@@ -20,6 +20,7 @@ from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups
 from kvcomm_vllm.worker.load import LoadKernel, load_kernel, run_loads, token_moves
+from kvcomm_vllm.worker.model_check import unrotated_layers
 from kvcomm_vllm.worker.self_check import self_check
 from kvcomm_vllm.worker.side_forward import Row, SideForward
 from kvcomm_vllm.worker.unsupported import Unsupported
@@ -60,20 +61,28 @@ class WorkerHalf:
     def _prepare(self) -> None:
         if self.runner is None:
             raise Unsupported(Reason.UNKNOWN_BACKEND, "the model runner was not found")
-        self.groups = build_groups(compat.attention_layers(self.vllm_config), self.runner.model)
+        layers = compat.attention_layers(self.vllm_config)
+        self.groups = build_groups(layers, self.runner.model)
         pages = self.groups[0].pages
         device = pages.layers[0].device
         self.kernel = load_kernel(device)
         self.side_forward = SideForward(self.runner, self.block_size)
         if self.config.self_check:
             with torch.inference_mode():
-                self_check(self.groups, self.block_size, self.kernel)
-        layers = sum(len(group.layers) for group in self.groups)
+                self._check(layers, self.kernel, self.side_forward)
+        count = sum(len(group.layers) for group in self.groups)
         summary = (
-            f"{layers} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "
+            f"{count} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "
             f"{pages.head_dim}, {pages.layers[0].dtype}, {pages.packing.value} pages of {self.block_size}"
         ).replace("torch.", "")
         self.facts = WorkerFacts(None, "", summary)
+
+    def _check(self, layers: dict[str, Any], kernel: LoadKernel, side_forward: SideForward) -> None:
+        """The model first: it is the check with collectives, so no rank may fail before it alone."""
+        unrotated = unrotated_layers(self.groups, self.block_size, kernel, side_forward)
+        if unrotated:
+            self.groups = build_groups(layers, self.runner.model, unrotated)
+        self_check(self.groups, self.block_size, kernel)
 
     def run(self, message: StepMessage) -> None:
         """Loads and side forward of one step."""

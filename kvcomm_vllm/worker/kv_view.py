@@ -7,6 +7,7 @@ tell everything; on CPU K and V are packed inside each page for the instruction 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,13 @@ class LayerGroup:
     rotary: Any | None
 
 
-def build_groups(layers: dict[str, Any], model: torch.nn.Module) -> list[LayerGroup]:
+def build_groups(
+    layers: dict[str, Any], model: torch.nn.Module, unrotated: Collection[str] = ()
+) -> list[LayerGroup]:
     """Groups of all attention layers that own a cache, in model order.
+
+    Args:
+        unrotated: names of layers that are known not to use the rotary embedding they have.
 
     Raises:
         Unsupported: if any of them is not understood; reuse is then off for all.
@@ -46,7 +52,7 @@ def build_groups(layers: dict[str, Any], model: torch.nn.Module) -> list[LayerGr
     for name, layer in layers.items():
         if not hasattr(layer, "kv_cache") or getattr(layer, "kv_sharing_target_layer_name", None):
             continue
-        module = rope_module(model, layer)
+        module = None if name in unrotated else rope_module(model, layer)
         if module is not None and id(module) not in ropes:
             ropes[id(module)] = rope_of(module)
         rope = NO_ROPE if module is None else ropes[id(module)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvcomm_vllm import compat
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 from kvcomm_vllm.messages import LoadOp
 from kvcomm_vllm.worker.kv_view import LayerGroup
@@ -27,6 +28,8 @@ def load_kernel(device: torch.device) -> LoadKernel:
         return triton_load.load
     from kvcomm_vllm.kernels import cpu_load
 
+    if cpu_load.available():
+        compat.let_vllm_scan_llvmlite()
     return cpu_load.load
 
 

@@ -82,7 +82,7 @@ def rope_of(module: Any) -> Rope:
     else:
         table = module.cos_sin_cache
     cos, sin = table.detach().float().chunk(2, dim=-1)
-    return Rope(cos.contiguous(), sin.contiguous(), interleaved=not module.is_neox_style)
+    return Rope(cos.contiguous(), sin.contiguous(), interleaved=not getattr(module, "is_neox_style", True))
 
 
 def rope_module(model: torch.nn.Module, layer: torch.nn.Module) -> Any | None:

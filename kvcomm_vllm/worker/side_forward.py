@@ -21,10 +21,15 @@ from kvcomm_vllm.worker.load import slots_of
 
 @dataclass(frozen=True)
 class Row:
-    """One hole and the block table of its request."""
+    """One hole and the block table of its request.
+
+    Args:
+        shift: added to positions alone; not 0 only in the check at start.
+    """
 
     block_ids: list[int]
     hole: HoleOp
+    shift: int = 0
 
     @property
     def end(self) -> int:
@@ -42,7 +47,7 @@ def batches(rows: list[Row], max_tokens: int) -> list[list[Row]]:
                 done.append([])
                 room = max_tokens
             piece, tokens = tokens[:room], tokens[room:]
-            done[-1].append(Row(row.block_ids, HoleOp(start, piece)))
+            done[-1].append(Row(row.block_ids, HoleOp(start, piece), row.shift))
             start += len(piece)
             room -= len(piece)
     return [batch for batch in done if batch]
@@ -61,11 +66,12 @@ class SideForward:
         self.max_tokens = int(runner.vllm_config.scheduler_config.max_num_batched_tokens)
         self._builders = compat.metadata_builders(runner, private=self.device.type != "cpu")
 
-    def run(self, rows: list[Row]) -> None:
+    def run(self, rows: list[Row], eager: bool = False) -> None:
+        """Writes the rows' K and V into their pages; ``eager`` leaves the compiled model alone."""
         for batch in batches(rows, self.max_tokens):
-            self._forward(batch)
+            self._forward(batch, eager)
 
-    def _forward(self, rows: list[Row]) -> None:
+    def _forward(self, rows: list[Row], eager: bool) -> None:
         lengths = np.array([len(row.hole.tokens) for row in rows], dtype=np.int32)
         ends = np.array([row.end for row in rows], dtype=np.int32)
         starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
@@ -74,7 +80,7 @@ class SideForward:
         for i, row in enumerate(rows):
             table[i, : len(row.block_ids)] = row.block_ids
         ids = np.concatenate([np.asarray(row.hole.tokens, dtype=np.int64) for row in rows])
-        spans = [np.arange(row.hole.start, row.end, dtype=np.int64) for row in rows]
+        spans = [np.arange(row.hole.start, row.end, dtype=np.int64) + row.shift for row in rows]
         positions = self._tensor(np.concatenate(spans))
         slots = self._tensor(
             np.concatenate(
@@ -105,7 +111,7 @@ class SideForward:
             metadata.update(dict.fromkeys(layer_names, builder.build(0, common)))
         with (
             torch.inference_mode(),
-            compat.forward_context(metadata, self.runner.vllm_config, total, slots),
+            compat.forward_context(metadata, self.runner.vllm_config, total, slots, eager),
         ):
             self.runner.model(input_ids=self._tensor(ids).to(torch.int32), positions=positions)
 

@@ -36,16 +36,14 @@ def families(draw) -> tuple[list[list[int]], list[int]]:
     families(),
     st.lists(st.tuples(st.booleans(), st.one_of(st.none(), st.integers(0, 30))), min_size=6),
     st.sets(st.integers(0, 5)),
-    st.booleans(),
+    st.sampled_from([0, 1, 2, 3, 64]),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_longest_common_beginning_is_found(family, kinds, refused, collide):
+def test_the_longest_common_beginning_is_found(family, kinds, refused, hash_bits):
     texts, prompt = family
     with pytest.MonkeyPatch.context() as patch:
-        if collide:
-            strong = RollingHash.prefixes
-            mask = np.uint64(1)
-            patch.setattr(RollingHash, "prefixes", lambda *args: strong(*args) & mask)
+        strong, mask = RollingHash.prefixes, np.uint64((1 << hash_bits) - 1)
+        patch.setattr(RollingHash, "prefixes", lambda *args: strong(*args) & mask)
         index = SequenceIndex(4, window_tokens=W, max_sequences=64, max_tokens=1 << 12)
         sequences = [
             store(index, text, ready=ready, first_approximate=limit)
@@ -87,3 +85,19 @@ def test_equal_text_elsewhere_or_of_another_tenant_is_no_leading_match():
     store(index, [99] * 16 + text)
     store(index, text, namespace=b"other tenant")
     assert index.leading(b"model", np.array(text, np.int32)) is None
+
+
+def test_a_colliding_longer_sequence_does_not_hide_the_longest_match(monkeypatch):
+    """Prefixes of equal length share a key: only the texts tell which sequence begins alike."""
+    monkeypatch.setattr(
+        RollingHash,
+        "prefixes",
+        lambda self, sums, seed: np.arange((len(sums) - 1) // self.window_tokens, dtype=np.uint64),
+    )
+    index = SequenceIndex(4, window_tokens=W, max_tokens=1 << 12)
+    text = list(range(16))
+    longest = store(index, text[:12])
+    store(index, text[:4] + [99] * 12)
+    found = index.leading(b"model", np.array(text, np.int32))
+    assert found is not None
+    assert (found.sequence.id, found.length) == (longest.id, 12)

@@ -141,6 +141,15 @@ def test_tokens_are_bounded_and_one_long_sequence_is_kept_in_part():
     assert find(index, list(range(1000, 1400)), 16) == [(0, 128, large.id)]
 
 
+def test_what_has_left_makes_room_for_any_number_of_new_sequences():
+    rng = np.random.default_rng(4)
+    index = SequenceIndex(16, max_sequences=3, max_tokens=256)
+    for _ in range(200):
+        tokens = rng.integers(0, 50_000, 16 * int(rng.integers(1, 8))).tolist()
+        sequence = store(index, tokens)
+        assert find(index, tokens, 16) == [(0, len(tokens), sequence.id)]
+
+
 def test_a_sweep_visits_every_sequence_in_turn():
     index = SequenceIndex(16, max_sequences=8, max_tokens=1 << 12)
     assert index.sweep_candidates(3) == []

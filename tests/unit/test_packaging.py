@@ -52,14 +52,15 @@ def names_in(wheel: Path) -> list[str]:
     return zipfile.ZipFile(wheel).namelist()
 
 
-def test_wheel_has_every_module_of_the_checkout_exactly_once(wheel: Path) -> None:
-    here = [f.relative_to(ROOT) for f in (ROOT / "kvcomm_vllm").rglob("*.py")]
-    expected = {str(f) for f in here if "kernels" not in f.parts}
-    expected |= {f"kvcomm_vllm/{f.relative_to(ROOT)}" for f in (ROOT / "kernels").rglob("*.py")}
-    found = Counter(name for name in names_in(wheel) if name.endswith(".py"))
+def test_wheel_has_every_file_of_the_checkout_exactly_once(wheel: Path) -> None:
+    checkout = wheel.parent.parent
+    own = [f.relative_to(checkout) for f in (checkout / "kvcomm_vllm").rglob("*") if f.is_file()]
+    kernels = [f.relative_to(checkout) for f in (checkout / "kernels").rglob("*.py")]
+    expected = {str(f) for f in own if not {"kernels", "__pycache__"} & set(f.parts)}
+    expected |= {f"kvcomm_vllm/{f}" for f in kernels}
+    found = Counter(name for name in names_in(wheel) if ".dist-info/" not in name)
     assert set(found) == expected
     assert set(found.values()) == {1}
-    assert "kvcomm_vllm/py.typed" in names_in(wheel)
 
 
 def test_wheel_adds_no_other_top_level_package(wheel: Path) -> None:

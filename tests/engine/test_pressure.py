@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory pressure, failures and aborts cost time, never an answer."""
+
+from collections.abc import Iterator
+
+import pytest
+from engines import ask, connector, core, make_engine, text
+from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from kvcomm_vllm.worker.half import WorkerHalf
+
+pytestmark = pytest.mark.engine
+
+SHARED = text(201, 200)
+TAIL = text(202, 5)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_llama: str) -> Iterator[LLM]:
+    """Room for 24 pages: three requests of ten pages do not fit together."""
+    llm = make_engine(tiny_llama, plugin={}, num_gpu_blocks_override=25, max_model_len=700)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture
+def worker() -> WorkerHalf:
+    return get_kv_transfer_group()._worker  # type: ignore[no-any-return]
+
+
+def assert_nothing_is_held(llm: LLM) -> None:
+    scheduler = connector(llm)._scheduler
+    assert scheduler.pages.held == 0
+    assert not scheduler.states
+    assert core(llm).scheduler.reset_prefix_cache(reset_connector=True), "pages are still in use"
+
+
+def test_preempted_requests_finish_and_leave_no_approximate_page(small: LLM, plain: LLM) -> None:
+    prompts = [text(seed, 40) + SHARED + TAIL for seed in (211, 212, 213)]
+    ask(small, text(210, 40) + SHARED + TAIL)
+    answers = ask(small, *prompts, tokens=90)
+    assert all(len(answer.tokens) == 90 for answer in answers)
+    assert sum(answer.report["reused"] > 0 for answer in answers) >= 2
+    for prompt in prompts:
+        exact = ask(small, prompt, hints={"mode": "off"})[0]
+        assert exact.tokens == ask(plain, prompt)[0].tokens
+    assert_nothing_is_held(small)
+
+
+def test_an_evicted_source_is_a_miss(small: LLM, plain: LLM) -> None:
+    ask(small, text(220, 40) + SHARED + TAIL)
+    for seed in range(221, 225):
+        ask(small, text(seed, 400))
+    prompt = text(226, 40) + SHARED + TAIL
+    answer = ask(small, prompt)[0]
+    assert answer.report["reused"] == 0
+    assert set(answer.report["declined"]) <= {"source_evicted", "no_match"}
+    assert answer.tokens == ask(plain, prompt)[0].tokens
+    assert_nothing_is_held(small)
+
+
+@pytest.mark.parametrize("broken", ["kernel", "side_forward"])
+def test_a_failed_load_is_computed_and_gives_the_dense_answer(
+    small: LLM, plain: LLM, worker: WorkerHalf, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("page lost")
+
+    ask(small, text(230, 40) + SHARED + TAIL)
+    prompt = text(231, 40) + SHARED + TAIL
+    target = worker if broken == "kernel" else worker.side_forward
+    monkeypatch.setattr(target, "kernel" if broken == "kernel" else "run", fail)
+    answer = ask(small, prompt)[0]
+    assert answer.report["declined"] == {"load_failed": 1}
+    assert answer.report["reused"] == 0
+    assert answer.tokens == ask(plain, prompt)[0].tokens
+    monkeypatch.undo()
+    assert_nothing_is_held(small)
+
+
+def test_a_request_aborted_in_flight_leaves_the_engine_whole(small: LLM, plain: LLM) -> None:
+    ask(small, text(240, 40) + SHARED + TAIL)
+    engine = small.llm_engine
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    for steps in (0, 1, 2):
+        name = f"doomed-{steps}"
+        prompt = text(241 + steps, 40) + SHARED + TAIL
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request([name])
+        while engine.has_unfinished_requests():
+            engine.step()
+    prompt = text(245, 40) + SHARED + TAIL
+    assert ask(small, prompt)[0].report["reused"] > 0
+    exact = ask(small, prompt, hints={"mode": "off"})[0]
+    assert exact.tokens == ask(plain, prompt)[0].tokens
+    assert_nothing_is_held(small)
+
+
+def test_agents_side_by_side_share_what_the_first_has_prefilled(small: LLM) -> None:
+    core(small).scheduler.reset_prefix_cache(reset_connector=True)
+    prompts = [text(seed, 40) + SHARED + TAIL for seed in (251, 252)]
+    first, second = ask(small, *prompts)
+    assert first.report["reused"] == 0
+    assert second.report["reused"] > 100
