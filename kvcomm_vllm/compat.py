@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every access to vLLM that may differ between versions or that vLLM offers no interface for (engine side)."""
+"""Every access to vLLM that may differ between versions or that vLLM offers no interface for
+(engine side).
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 def find_model_runner() -> Any | None:
     """The model runner that is just creating this worker's connector, or None.
 
-    vLLM has no way for a connector to reach the model (its pull request 37339 is open), but the worker is on the call
-    stack of the connector's constructor.
+    vLLM has no way for a connector to reach the model (its pull request 37339 is open), but the
+    worker is on the call stack of the connector's constructor.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -50,8 +52,9 @@ def metadata_builders(runner: Any, private: bool) -> list[tuple[Any, list[str]]]
     """One metadata builder per attention group and the layers it serves.
 
     Args:
-        private: make own ones. CUDA builders keep state of the step whose metadata is already built (FlashAttention's
-            scheduler buffer under full graphs, FlashInfer's planned wrapper), which a second use would destroy.
+        private: make own ones. CUDA builders keep state of the step whose metadata is already built
+            (FlashAttention's scheduler buffer under full graphs, FlashInfer's planned wrapper),
+            which a second use would destroy.
     """
     found = []
     for groups in runner.attn_groups:
@@ -76,7 +79,9 @@ def common_metadata(**fields: Any) -> Any:
 def forward_context(
     metadata: dict[str, Any], config: VllmConfig, tokens: int, slots: torch.Tensor, eager: bool
 ) -> Iterator[None]:
-    """vLLM's forward context for one extra forward outside CUDA graphs; ``eager``: outside compiled code, too."""
+    """vLLM's forward context for one extra forward outside CUDA graphs; ``eager``: outside compiled
+    code, too.
+    """
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import set_forward_context
 
@@ -92,15 +97,18 @@ def forward_context(
 
 
 def write_kv(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """The backend's own write: ``key``, ``value`` ``[tokens, kv_heads, head_dim]`` into slots, packed and quantised."""
+    """The backend's own write: ``key``, ``value`` ``[tokens, kv_heads, head_dim]`` into slots,
+    packed and quantised.
+    """
     layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 
 
 def let_vllm_scan_llvmlite() -> None:
     """Keep an engine startable in a process where numba has been used.
 
-    vLLM's CPU worker looks at ``vars()`` of everything in every module; llvmlite's library object answers any attribute name,
-    ``__dict__`` included, with a function, on which that scan fails. Seen with vLLM 0.32 and llvmlite 0.47.
+    vLLM's CPU worker looks at ``vars()`` of everything in every module; llvmlite's library object
+    answers any attribute name, ``__dict__`` included, with a function, on which that scan fails.
+    Seen with vLLM 0.32 and llvmlite 0.47.
     """
     from llvmlite.binding import ffi
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The connector vLLM sees: a facade that hands each call to the half it is for.
 
-The data path, top down: ``scheduler/half.py`` plans a request (``index`` -> ``pages`` -> ``planner`` -> ``taint``) and sends a
-``messages.StepMessage`` with the step; ``worker/half.py`` carries it out before vLLM's forward (``load`` -> ``side_forward``).
+The data path, top down: ``scheduler/half.py`` plans a request (``index`` -> ``pages`` ->
+``planner`` -> ``taint``) and sends a ``messages.StepMessage`` with the step; ``worker/half.py``
+carries it out before vLLM's forward (``load`` -> ``side_forward``).
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class KVCommConnector(KVConnectorBase_V1):
 
             self._off = engine_off(vllm_config, kv_cache_config)
             budget = vllm_config.scheduler_config.max_num_batched_tokens
-            off = self._off.reason if self._off else Reason.DISABLED_AT_START  # until workers report
+            # until workers report
+            off = self._off.reason if self._off else Reason.DISABLED_AT_START
             self._scheduler = SchedulerHalf(self.config, block_size, budget, off)
             logger.info("kvcomm: %s", self.config.describe())
         else:
@@ -80,15 +82,11 @@ class KVCommConnector(KVConnectorBase_V1):
         facts = [fact for fact in metadata.values() if isinstance(fact, WorkerFacts)]
         lame = [fact for fact in facts if fact.reason is not None]
         if self._off is not None:
-            logger.warning("kvcomm: reuse is OFF: %s (%s)", self._off.reason.value, self._off.detail)
-        elif lame or not facts:
-            self._scheduler.off = Reason(lame[0].reason) if lame else Reason.UNKNOWN_BACKEND
-            detail = lame[0].detail if lame else "no worker answered"
-            logger.warning(
-                "kvcomm: reuse is OFF, requests are served exactly: %s (%s)",
-                self._scheduler.off.value,
-                detail,
-            )
+            self._turn_off(self._off.reason, self._off.detail)
+        elif not facts:
+            self._turn_off(Reason.UNKNOWN_BACKEND, "no worker answered")
+        elif lame:
+            self._turn_off(Reason.of(str(lame[0].reason)), lame[0].detail)
         else:
             self._scheduler.off = None
             logger.info(
@@ -97,6 +95,12 @@ class KVCommConnector(KVConnectorBase_V1):
                 "passed" if self.config.self_check else "skipped",
                 facts[0].summary,
             )
+
+    def _turn_off(self, reason: Reason, detail: str) -> None:
+        self._scheduler.off = reason
+        logger.warning(
+            "kvcomm: reuse is OFF, requests are served exactly: %s (%s)", reason.value, detail
+        )
 
     def on_new_request(self, request: Request) -> None:
         self._scheduler.on_new_request(request)
@@ -154,7 +158,9 @@ class KVCommConnector(KVConnectorBase_V1):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: all loads precede the forward, so CUDA graphs stay whole."""
 
-    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
         """Nothing to save: KV is read later, in place, from vLLM's own pages."""
 
     def wait_for_save(self) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the scheduler can see at start that makes reuse impossible for the whole engine.
 
-Models that vLLM would not even start with a connector are dealt with before, in ``model_guard.py``; what only the
-workers see (page layout, rotary embedding) follows in ``worker/kv_view.py``.
+Models that vLLM would not even start with a connector are dealt with before, in ``model_guard.py``;
+what only the workers see (page layout, rotary embedding) follows in ``worker/kv_view.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def engine_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
     spec = groups[0].kv_cache_spec
     if isinstance(spec, MLAAttentionSpec):
         return EngineOff(Reason.MLA, type(spec).__name__)
-    if not isinstance(spec, FullAttentionSpec):
+    # subclasses drop pages of a running request (R-SWA) or put their own before it (sinks)
+    if type(spec) is not FullAttentionSpec:
         return EngineOff(Reason.UNKNOWN_LAYOUT, type(spec).__name__)
     if getattr(kv_cache, "hash_block_size", None) not in (None, spec.block_size):
         return EngineOff(Reason.UNKNOWN_LAYOUT, "block hashes finer than pages")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What crosses between the scheduler half and the worker half: plain dataclasses of ints, lists and bytes.
+"""What crosses between the scheduler half and the worker half: plain dataclasses of ints, lists and
+bytes.
 
-vLLM pickles the step message to every worker and sends the reports back, so nothing here holds tensors or
-objects of either half.
+vLLM pickles the step message to every worker and sends the reports back, so nothing here holds
+tensors or objects of either half.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 @dataclass(slots=True)
 class LoadOp:
-    """Copy one run of tokens from source pages to the request's pages, re-rotated to its new position.
+    """Copy one run of tokens from source pages to the request's pages, re-rotated to its new
+    position.
 
     Args:
         source_blocks: the pages that hold the run, in order.
@@ -45,7 +47,9 @@ class HoleOp:
 
 @dataclass(slots=True)
 class RequestOps:
-    """All work for one request in one step; ``block_ids`` is its block table up to the last external token."""
+    """All work for one request in one step; ``block_ids`` is its block table up to the last
+    external token.
+    """
 
     request_id: str
     block_ids: list[int]

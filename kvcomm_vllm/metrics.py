@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters: what happens to prompt tokens and requests, on ``/metrics`` and in vLLM's periodic log line.
+"""Counters: what happens to prompt tokens and requests, on ``/metrics`` and in vLLM's periodic log
+line.
 
 A reused token counts when every worker has confirmed its load, never when it was merely planned.
 """
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """One Prometheus counter (exported with the suffix ``_total``) and its label beside vLLM's own."""
+    """One Prometheus counter (exported with the suffix ``_total``) and its label beside vLLM's
+    own.
+    """
 
     name: str
     label: str
@@ -43,7 +46,9 @@ METRICS = {
         "vllm:kvcomm_reasons", "reason", "Why requests, or attempts to plan them, were not reused."
     ),
     "seconds": Metric(
-        "vllm:kvcomm_seconds", "phase", "Time spent planning (scheduler), loading, in side forwards."
+        "vllm:kvcomm_seconds",
+        "phase",
+        "Time spent planning (scheduler), loading, in side forwards.",
     ),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
@@ -51,6 +56,8 @@ METRICS = {
 
 class KVCommStats(KVConnectorStats):
     """Counts since the last report. ``data`` maps ``"metric/label value"`` to a number."""
+
+    data: dict[str, float]
 
     def _add(self, metric: str, label: str, amount: float = 1) -> None:
         key = f"{metric}/{label}"
@@ -104,7 +111,9 @@ class KVCommStats(KVConnectorStats):
 class KVCommPromMetrics(KVConnectorPromMetrics):
     """Registers ``METRICS`` and adds the engines' counts to them."""
 
-    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine: Any) -> None:
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine: Any
+    ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine)
         self._counters = {
             key: self._counter_cls(

@@ -38,6 +38,11 @@ class Reason(enum.StrEnum):
         member.explanation = explanation
         return member
 
+    @classmethod
+    def of(cls, word: str) -> Reason:
+        """The reason whose word this is."""
+        return next(reason for reason in cls if reason.value == word)
+
     MLA = (
         "mla",
         Scope.ENGINE,

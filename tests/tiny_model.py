@@ -14,7 +14,7 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> None:
     The text ``"w7 w9"`` is two tokens; no token starts or ends a text on its own.
     """
     _save_weights(folder, seed)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
 
 
 def _save_weights(folder: Path, seed: int) -> None:
@@ -42,7 +42,7 @@ def _save_weights(folder: Path, seed: int) -> None:
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

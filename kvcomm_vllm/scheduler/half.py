@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler half: decides what is reused, and answers for it until the request ends.
 
-vLLM calls in this order, every step: ``on_new_request`` as requests arrive; ``match`` and ``admit`` for each waiting request;
-``build_message``; then, when the workers have answered, ``on_report`` and ``finish``.
+vLLM calls in this order, every step: ``on_new_request`` as requests arrive; ``match`` and ``admit``
+for each waiting request; ``build_message``; then, when the workers have answered, ``on_report`` and
+``finish``.
 """
 
 from __future__ import annotations
@@ -74,9 +75,11 @@ class SchedulerHalf:
     # ---- vLLM asks how many tokens we can supply -----------------------------------------------
 
     def match(self, request: Request, local: int) -> int | None:
-        """Tokens beyond the local prefix hit this request can have at once; None to be asked again next step.
+        """Tokens beyond the local prefix hit this request can have at once; None to be asked again
+        next step.
 
-        Called once per scheduling attempt, so it consumes nothing: an attempt that was not admitted is forgotten first.
+        Called once per scheduling attempt, so it consumes nothing: an attempt that was not admitted
+        is forgotten first.
         """
         state = self.states.get(request.request_id)
         if state is None:

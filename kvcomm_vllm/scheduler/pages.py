@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source pages: found by block hash in vLLM's own ``BlockPool``, held only while a plan uses them."""
+"""Source pages: found by block hash in vLLM's own ``BlockPool``, held only while a plan uses
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ GROUP = [0]  # one KV cache group: the connector does not ask for the hybrid all
 
 
 class SourcePages:
-    """Looks pages up, and keeps them from being evicted between planning and the worker's confirmation.
+    """Looks pages up, and keeps them from being evicted between planning and the worker's
+    confirmation.
 
-    vLLM's rule: a cached page with no user sits in the free queue and may be handed out by the very next
-    allocation, so pages are touched before the planned request's own pages are allocated.
+    vLLM's rule: a cached page with no user sits in the free queue and may be handed out by the very
+    next allocation, so pages are touched before the planned request's own pages are allocated.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
@@ -30,11 +33,13 @@ class SourcePages:
         self._held: dict[str, list[KVCacheBlock]] = {}
 
     def lookup(self, block_hash: bytes) -> KVCacheBlock | None:
-        found = self.pool.get_cached_block(block_hash, GROUP)  # type: ignore[arg-type]
+        found = self.pool.get_cached_block(block_hash, GROUP)
         return found[0] if found else None
 
     def alive(self, sequence: Sequence) -> bool:
-        """Whether any page of the sequence is left (vLLM evicts a finished request's last pages first)."""
+        """Whether any page of the sequence is left (vLLM evicts a finished request's last pages
+        first).
+        """
         return any(self.lookup(block_hash) is not None for block_hash in sequence.block_hashes)
 
     def leading(self, block_hashes: list[bytes]) -> int:
@@ -82,7 +87,8 @@ class SourcePages:
         return source.sequence.block_hashes[first : first + len(source.blocks)]
 
     def hold(self, request_id: str, block_ids: list[int], needed: int) -> bool:
-        """Touch the pages for this request; False (and nothing held) where too few would stay free for its own.
+        """Touch the pages for this request; False (and nothing held) where too few would stay free
+        for its own.
 
         Args:
             needed: free pages the request itself will ask for.

@@ -37,22 +37,23 @@ def reuse_spans(sources: Iterable[Source], limits: Limits) -> list[ReuseSpan]:
 def make_plan(local: int, sources: Iterable[Source], limits: Limits) -> Plan | Reason:
     """The leading spans with the best balance of tokens saved against tokens computed in holes.
 
-    A hole token costs about what a prefill token costs, but outside vLLM's token budget, and whatever follows the
-    first reused token becomes private to the request. So a plan ends where going on would save too
-    little for what it computes, and is declined where nothing is left that pays.
+    A hole token costs about what a prefill token costs, but outside vLLM's token budget, and
+    whatever follows the first reused token becomes private to the request. So a plan ends where
+    going on would save too little for what it computes, and is declined where nothing is left that
+    pays.
     """
     spans = reuse_spans(sources, limits)
     if not spans:
         return Reason.NO_MATCH
-    weight = limits.min_reuse_share / (1 - limits.min_reuse_share) if limits.min_reuse_share < 1 else 0.0
     best: Plan | None = None
-    best_value, over_budget = 0.0, False
+    best_value, over_budget = (0.0, 0), False
     for count in range(1, len(spans) + 1):
         plan = Plan(local, tuple(spans[:count]))
         if plan.hole_tokens > limits.max_hole_tokens:
             over_budget = True
             break
-        value = plan.reused_tokens - weight * plan.hole_tokens
+        balance = plan.reused_tokens - limits.min_reuse_share * plan.external_tokens
+        value = (balance, plan.reused_tokens)  # of plans that balance alike the larger one
         if plan.reused_tokens >= limits.min_reuse_tokens and value > best_value:
             best, best_value = plan, value
     if best is None:
@@ -63,7 +64,8 @@ def make_plan(local: int, sources: Iterable[Source], limits: Limits) -> Plan | R
 def first_approximate(plan: Plan) -> int | None:
     """First token whose KV is not what plain vLLM would compute; None for a plan that is exact.
 
-    Loading what the same conversation computed exactly is exact. What follows an approximate token is approximate, too.
+    Loading what the same conversation computed exactly is exact. What follows an approximate token
+    is approximate, too.
     """
     for span in plan.spans:
         if not span.source.same_context:

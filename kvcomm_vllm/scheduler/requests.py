@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a new request is to be treated: by the configuration, its hints, and what kind of request it is."""
+"""How a new request is to be treated: by the configuration, its hints, and what kind of request it
+is.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def new_state(
 
 
 def unshareable(request: Request) -> Reason | None:
-    """Why this request can neither reuse nor be reused, if so: its KV does not follow from token ids alone."""
+    """Why this request can neither reuse nor be reused, if so: its KV does not follow from token
+    ids alone.
+    """
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return Reason.PROMPT_EMBEDS
     if request.mm_features:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots without markup: the same place in an agent's template gets the same key, whatever text arrives there.
+"""Slots without markup: the same place in an agent's template gets the same key, whatever text
+arrives there.
 
-A slot is known by the COMPUTE text that leads to it. That text is hashed without its edge tokens, since a
-neighbouring message may merge with them when the prompt is tokenised.
+A slot is known by the COMPUTE text that leads to it. That text is hashed without its edge tokens,
+since a neighbouring message may merge with them when the prompt is tokenised.
 """
 
 from __future__ import annotations

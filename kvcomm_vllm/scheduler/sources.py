@@ -28,10 +28,11 @@ class SourceFinder:
         self.block_size = pages.block_size
 
     def adopt(self, state: RequestState, known: int) -> bool:
-        """Continue a private chain if this prompt starts like the sequence that owns it, beyond ``known`` tokens.
+        """Continue a private chain if this prompt starts like the sequence that owns it, beyond
+        ``known`` tokens.
 
-        So a follow-up turn, a retry or a second sample finds the pages of its own conversation by vLLM's own lookup:
-        same context, no seam, no copy.
+        So a follow-up turn, a retry or a second sample finds the pages of its own conversation by
+        vLLM's own lookup: same context, no seam, no copy.
         """
         if state.adoption_tried or not self.config.reuse_approximate:
             return False
@@ -53,7 +54,9 @@ class SourceFinder:
         return True
 
     def find(self, state: RequestState, local: int) -> list[Match]:
-        """Matches behind the local hit; remembered, since a waiting request is asked about every step."""
+        """Matches behind the local hit; remembered, since a waiting request is asked about every
+        step.
+        """
         assert state.limits is not None
         tokens, own = state.tokens(), state.id
         patient = self._patient(state)
@@ -89,13 +92,12 @@ class SourceFinder:
             state.wait_until = time.monotonic() + self.config.share_inflight_seconds
         return True
 
-    def all_written(
-        self, state: RequestState, plan: Plan, running: Iterable[RequestState]
-    ) -> bool:
+    def all_written(self, state: RequestState, plan: Plan, running: Iterable[RequestState]) -> bool:
         """Whether every page this plan reads holds its KV when it is read.
 
-        vLLM hashes pages when it allocates them, so a local hit or a source may be a page that this very step fills:
-        by loads and side forward, which is too late for another load, or by the forward, too late for a side forward, too.
+        vLLM hashes pages when it allocates them, so a local hit or a source may be a page that this
+        very step fills: by loads and side forward, which is too late for another load, or by the
+        forward, too late for a side forward, too.
         """
         size = self.block_size
         by_loads: set[bytes] = set()
@@ -114,7 +116,9 @@ class SourceFinder:
         return all(late.isdisjoint(self.pages.hashes(span.source)) for span in plan.spans)
 
     def hold(self, state: RequestState, plan: Plan) -> bool:
-        """Keep the plan's source pages; False where the request would not get its own beside them."""
+        """Keep the plan's source pages; False where the request would not get its own beside
+        them.
+        """
         in_use = 0
         for block_hash in state.request.block_hashes[: plan.local // self.block_size]:
             block = self.pages.lookup(block_hash)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spans: how each run of a prompt's tokens gets its KV.
 
-    position   0 ....... local ...... s ........ e ...... s ....... e ........ N
-    treatment  [ LOCAL   ][ COMPUTE   ][ REUSE   ][COMPUTE ][ REUSE  ][ COMPUTE ]
-                vLLM's     gap + seam   loaded     gap+seam  loaded    tail, by vLLM's
-                own cache                                              own forward
+position   0 ....... local ...... s ........ e ...... s ....... e ........ N
+treatment  [ LOCAL   ][ COMPUTE   ][ REUSE   ][COMPUTE ][ REUSE  ][ COMPUTE ]
+            vLLM's     gap + seam   loaded     gap+seam  loaded    tail, by vLLM's
+            own cache                                              own forward
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from kvcomm_vllm.scheduler.index import Sequence
 
 
-class Treatment(str, enum.Enum):
+class Treatment(enum.StrEnum):
     LOCAL = "local"
     REUSE = "reused"
     COMPUTE = "computed"
@@ -26,8 +26,10 @@ class Source:
     """A run of the prompt whose KV lies in pages: ``length`` tokens from ``prompt_start``.
 
     Args:
-        blocks: page ids holding exactly this run; ``block_offset`` is its first token's place in the first page.
-        same_context: everything before the run is equal, too, so its KV fits as it is: no seam, no rotation.
+        blocks: page ids holding exactly this run; ``block_offset`` is its first token's place in
+            the first page.
+        same_context: everything before the run is equal, too, so its KV fits as it is: no seam, no
+            rotation.
     """
 
     sequence: Sequence
@@ -45,7 +47,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ReuseSpan:
-    """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match, too, but are computed."""
+    """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match,
+    too, but are computed.
+    """
 
     start: int
     end: int
@@ -59,9 +63,11 @@ class ReuseSpan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Spans of one admission of one request: LOCAL up to ``local``, then holes and REUSE spans, then the tail.
+    """Spans of one admission of one request: LOCAL up to ``local``, then holes and REUSE spans,
+    then the tail.
 
-    Everything up to the last REUSE span's end is *external* for vLLM: loaded or computed before its forward.
+    Everything up to the last REUSE span's end is *external* for vLLM: loaded or computed before its
+    forward.
     """
 
     local: int
@@ -90,7 +96,9 @@ class Plan:
     def holes(self) -> list[tuple[int, int]]:
         """The runs ``(start, end)`` between the REUSE spans, to be computed by the side forward."""
         starts = [self.local, *(span.end for span in self.spans)]
-        return [(a, span.start) for a, span in zip(starts, self.spans, strict=False) if a < span.start]
+        return [
+            (a, span.start) for a, span in zip(starts, self.spans, strict=False) if a < span.start
+        ]
 
     def treatments(self, total: int) -> list[tuple[int, int, Treatment]]:
         """All spans of a prompt of ``total`` tokens in order, without empty ones."""

@@ -36,7 +36,8 @@ class RequestState:
         plan: made by the current scheduling attempt, not admitted yet.
         block_ids: its block table at its last admission.
         loading: operations are on their way to the workers.
-        served: the plan of the first admission, ``served_local`` its local hit: what the report speaks of.
+        served: the plan of the first admission, ``served_local`` its local hit: what the report
+            speaks of.
         confirmed, failed: the workers' word on that plan.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
@@ -114,8 +115,9 @@ class RequestState:
 
     @property
     def reused(self) -> Plan | None:
-        """The plan that was carried out. A request that has output without a failure was loaded: vLLM withholds the
-        output of a step whose loads failed, but ends a one-token request before it passes the workers' word on.
+        """The plan that was carried out. A request that has output without a failure was loaded:
+        vLLM withholds the output of a step whose loads failed, but ends a one-token request before
+        it passes the workers' word on.
         """
         done = self.confirmed or self.request.num_output_tokens > 0
         return self.served if done and not self.failed else None

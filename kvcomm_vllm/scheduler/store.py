@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store: which requests' KV can be found, from the start of their prefill until their pages are gone."""
+"""The store: which requests' KV can be found, from the start of their prefill until their pages are
+gone.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ SWEEP = 4  # stored sequences looked at per finished request
 class SequenceStore:
     """Keeps the index true to what requests have in their pages.
 
-    A sequence is *filling* from admission to the step that runs the last chunk of its prompt: others may wait for it, but
-    not read it. It is extended by the generated text when the request ends.
+    A sequence is *filling* from admission to the step that runs the last chunk of its prompt:
+    others may wait for it, but not read it. It is extended by the generated text when the request
+    ends.
     """
 
     def __init__(self, index: SequenceIndex, block_size: int) -> None:
@@ -60,7 +63,9 @@ class SequenceStore:
                 self.drop(state)
 
     def loaded(self, state: RequestState) -> None:
-        """The workers confirmed this request's loads: not before may its pages be read by others."""
+        """The workers confirmed this request's loads: not before may its pages be read by
+        others.
+        """
         state.loading = False
         if state.id in self._filling:
             self._mark_ready(state, scheduled=0)
@@ -78,7 +83,8 @@ class SequenceStore:
             state.sequence = None
 
     def lose(self, lost: set[int], states: Iterable[RequestState], pages: SourcePages) -> None:
-        """These pages could not be loaded; what was computed on top of them in that step is void, too.
+        """These pages could not be loaded; what was computed on top of them in that step is void,
+        too.
 
         vLLM computes them again but leaves them in its prefix cache meanwhile, and for good if the
         request is aborted or preempted before: a later request would find pages nobody wrote.
@@ -91,7 +97,9 @@ class SequenceStore:
                 self.drop(state)
 
     def finish(self, state: RequestState, pages: SourcePages) -> None:
-        """The request ended: keep what its pages hold, prompt and output, or forget what never got its KV."""
+        """The request ended: keep what its pages hold, prompt and output, or forget what never got
+        its KV.
+        """
         request, sequence = state.request, state.sequence
         if sequence is None:
             return

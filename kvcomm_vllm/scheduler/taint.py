@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taint: approximate blocks stay private in vLLM's prefix cache.
 
-vLLM hashes a request's blocks from its token ids when they are allocated, before they are even filled, so blocks
-that were reused (or computed on top of reused ones) would be served to anyone with the same
-text. The chain of hashes makes one private link enough: every hash behind it is private, too. Removing the hashes
-instead would not do, as a block that fills up later would get its exact hash from an exact parent.
+vLLM hashes a request's blocks from its token ids when they are allocated, before they are even
+filled, so blocks that were reused (or computed on top of reused ones) would be served to anyone
+with the same text. The chain of hashes makes one private link enough: every hash behind it is
+private, too. Removing the hashes instead would not do, as a block that fills up later would get its
+exact hash from an exact parent.
 
 The request's hasher is wrapped (``Request._block_hasher``); nothing else in vLLM is touched.
 """
@@ -40,7 +41,7 @@ class Taint:
 
         def private_hasher(request: Request) -> list[bytes]:
             known = len(request.block_hashes)
-            new = exact(request)
+            new: list[bytes] = exact(request)
             at = first_block - known
             if not 0 <= at < len(new):
                 return new  # before the link, or behind it on a chain that is private already
@@ -50,11 +51,13 @@ class Taint:
             del request.block_hashes[known:]
             return [*new[:at], link, *behind]
 
-        self.request._block_hasher = private_hasher  # type: ignore[assignment]
+        self.request._block_hasher = private_hasher
         self._rehash_from(first_block)
 
     def adopt(self, block_hashes: list[bytes], first_block: int) -> None:
-        """Continue another request's private chain: this prompt starts with that request's very tokens."""
+        """Continue another request's private chain: this prompt starts with that request's very
+        tokens.
+        """
         self.restore()
         self.first_block = first_block
         self.request.block_hashes[:] = block_hashes

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker half: does what the step message says, before vLLM's forward of that step.
 
-Fixed order on one stream: loads, then one side forward for all holes. Nothing raises into the engine: what cannot be done
-is reported by block id, and vLLM computes those blocks again.
+Fixed order on one stream: loads, then one side forward for all holes. Nothing raises into the
+engine: what cannot be done is reported by block id, and vLLM computes those blocks again.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ class WorkerHalf:
             self._prepare()
         except Unsupported as found:
             self.facts = WorkerFacts(found.reason.value, found.detail, "")
-        except Exception as error:  # whatever a foreign model or vLLM version does, the server serves
+        # whatever a foreign model or vLLM version does, the server serves
+        except Exception as error:
             logger.debug("kvcomm: self-check raised", exc_info=True)
             detail = f"{type(error).__name__}: {error}"
             self.facts = WorkerFacts(Reason.SELF_CHECK_FAILED.value, detail, "")
@@ -69,19 +71,24 @@ class WorkerHalf:
         self.side_forward = SideForward(self.runner, self.block_size)
         if self.config.self_check:
             with torch.inference_mode():
-                self._check(layers, self.kernel, self.side_forward)
+                self._check(layers, self.runner.model, self.kernel, self.side_forward)
         count = sum(len(group.layers) for group in self.groups)
         summary = (
             f"{count} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "
-            f"{pages.head_dim}, {pages.layers[0].dtype}, {pages.packing.value} pages of {self.block_size}"
+            f"{pages.head_dim}, {pages.layers[0].dtype}, "
+            f"{pages.packing.value} pages of {self.block_size}"
         ).replace("torch.", "")
         self.facts = WorkerFacts(None, "", summary)
 
-    def _check(self, layers: dict[str, Any], kernel: LoadKernel, side_forward: SideForward) -> None:
-        """The model first: it is the check with collectives, so no rank may fail before it alone."""
+    def _check(
+        self, layers: dict[str, Any], model: Any, kernel: LoadKernel, side_forward: SideForward
+    ) -> None:
+        """The model first: it is the check with collectives, so no rank may fail before it
+        alone.
+        """
         unrotated = unrotated_layers(self.groups, self.block_size, kernel, side_forward)
         if unrotated:
-            self.groups = build_groups(layers, self.runner.model, unrotated)
+            self.groups = build_groups(layers, model, unrotated)
         self_check(self.groups, self.block_size, kernel)
 
     def run(self, message: StepMessage) -> None:
@@ -90,16 +97,25 @@ class WorkerHalf:
         if not requests:
             return
         report = self._report = StepReport()
-        try:
-            self._load(requests)
-            self._fill_holes(requests)
-        except Exception:
-            logger.exception("kvcomm: load failed, vLLM computes %d request(s) itself", len(requests))
+        # Not skipped after a failed load: the side forward has collectives, and the other ranks
+        # that loaded wait in them.
+        done = [self._succeeds(phase, requests) for phase in (self._load, self._fill_holes)]
+        if not all(done):
             for ops in requests:
                 report.failed.add(ops.request_id)
                 self._lost_blocks.update(ops.block_ids[ops.first_token // self.block_size :])
         else:
             report.done.update(ops.request_id for ops in requests)
+
+    def _succeeds(
+        self, phase: Callable[[list[RequestOps]], None], requests: list[RequestOps]
+    ) -> bool:
+        try:
+            phase(requests)
+        except Exception:
+            logger.exception("kvcomm: vLLM computes %d request(s) itself", len(requests))
+            return False
+        return True
 
     def _load(self, requests: list[RequestOps]) -> None:
         began = time.perf_counter()

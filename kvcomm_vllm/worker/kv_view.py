@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV view: which layers' pages can be read and written as token slots, and how.
 
-vLLM 0.28+ gives every attention layer a logical ``[pages, kv_heads, tokens, 2 * head_dim]`` cache. On CUDA its strides
-tell everything; on CPU K and V are packed inside each page for the instruction set in use.
+vLLM 0.28+ gives every attention layer a logical ``[pages, kv_heads, tokens, 2 * head_dim]`` cache.
+On CUDA its strides tell everything; on CPU K and V are packed inside each page for the instruction
+set in use.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from kvcomm_vllm.worker.unsupported import Unsupported
 CPU_PACKING = {"vec": Packing.VEC, "vec16": Packing.VEC, "amx": Packing.AMX}
 STRIDED_BACKENDS = {"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"}
 PLAIN_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
-FP8_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers whose loads share one launch: same pages, same rotary embedding (``rotary``, vLLM's module)."""
+    """Layers whose loads share one launch: same pages, same rotary embedding (``rotary``, vLLM's
+    module).
+    """
 
     layers: tuple[Any, ...]
     pages: PageGroup
@@ -79,7 +86,9 @@ def packing_of(name: str, layer: Any) -> Packing:
     quantised = layer.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32")
     if cache.ndim != 4 or cache.shape[-1] != 2 * head_dim or layer.head_size_v != head_dim:
         reason = Reason.KV_QUANTISED if quantised else Reason.UNKNOWN_LAYOUT
-        raise Unsupported(reason, f"{name}: cache of shape {tuple(cache.shape)}, head size {head_dim}")
+        raise Unsupported(
+            reason, f"{name}: cache of shape {tuple(cache.shape)}, head size {head_dim}"
+        )
     if cache.device.type == "cpu":
         isa = cpu_isa(layer)
         if isa not in CPU_PACKING:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load: all REUSE spans of a step, from their source pages to the requests' own, re-rotated.
 
-    K_new = R(new) R(-old) K_page      V_new = V_page
+K_new = R(new) R(-old) K_page      V_new = V_page
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ LoadKernel = Callable[[PageGroup, torch.Tensor, torch.Tensor, Rotation], None]
 
 
 def load_kernel(device: torch.device) -> LoadKernel:
-    """The fastest load this machine has: Triton on accelerators, numba on CPU, plain torch where numba is missing."""
+    """The fastest load this machine has: Triton on accelerators, numba on CPU, plain torch where
+    numba is missing.
+    """
     if device.type != "cpu":
         from kvcomm_vllm.kernels import load as triton_load
 
@@ -35,7 +37,9 @@ def load_kernel(device: torch.device) -> LoadKernel:
 
 @dataclass(frozen=True)
 class TokenMoves:
-    """The tokens of a step's loads: slots and positions, int64 ``[tokens]`` on the cache's device."""
+    """The tokens of a step's loads: slots and positions, int64 ``[tokens]`` on the cache's
+    device.
+    """
 
     source_slots: torch.Tensor
     slots: torch.Tensor
@@ -44,9 +48,13 @@ class TokenMoves:
 
 
 def slots_of(block_ids: list[int], start: int, count: int, block_size: int) -> np.ndarray:
-    """Slots of ``count`` tokens from the ``start``-th of the run of pages ``block_ids``: int64 ``[count]``."""
+    """Slots of ``count`` tokens from the ``start``-th of the run of pages ``block_ids``: int64
+    ``[count]``.
+    """
     token = np.arange(start, start + count, dtype=np.int64)
-    return np.asarray(block_ids, dtype=np.int64)[token // block_size] * block_size + token % block_size
+    return (
+        np.asarray(block_ids, dtype=np.int64)[token // block_size] * block_size + token % block_size
+    )
 
 
 def token_moves(

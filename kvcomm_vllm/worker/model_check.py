@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up check of the model itself: do its keys turn with the position as its rotary embedding says?
+"""Start-up check of the model itself: do its keys turn with the position as its rotary embedding
+says?
 
-A token alone in its sequence attends to nothing but itself, so what reaches a layer does not depend on its position. The same
-token at two positions must give equal values, and keys that differ by the rotation between the positions, in every layer.
-What only reading the model's code would tell shows here: layers that do not use the embedding they have (Cohere 2, EXAONE 4),
-norms with weights behind the rotation, positions inside the token embeddings.
+A token alone in its sequence attends to nothing but itself, so what reaches a layer does not depend
+on its position. The same token at two positions must give equal values, and keys that differ by the
+rotation between the positions, in every layer. What only reading the model's code would tell shows
+here: layers that do not use the embedding they have (Cohere 2, EXAONE 4), norms with weights behind
+the rotation, positions inside the token embeddings.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def unrotated_layers(
     """
     new = OLD + 2 * block_size + 1
     token = side_forward.runner.model_config.get_vocab_size() // 2
-    rows = [Row([page], HoleOp(0, [token]), shift) for page, shift in zip(PAGES, (OLD, new), strict=True)]
+    rows = [
+        Row([page], HoleOp(0, [token]), shift)
+        for page, shift in zip(PAGES, (OLD, new), strict=True)
+    ]
     side_forward.run(rows, eager=True)
     return frozenset().union(*(_unrotated(group, block_size, kernel, new) for group in groups))
 
@@ -44,7 +49,9 @@ def unrotated_layers(
 def _unrotated(group: LayerGroup, block_size: int, kernel: LoadKernel, new: int) -> set[str]:
     device = group.pages.layers[0].device
     # the token at both positions, and what a load makes of the first
-    slots = torch.tensor([PAGES[0] * block_size, PAGES[1] * block_size, PAGES[0] * block_size + 1]).to(device)
+    slots = torch.tensor(
+        [PAGES[0] * block_size, PAGES[1] * block_size, PAGES[0] * block_size + 1]
+    ).to(device)
     positions = torch.tensor([OLD, new]).to(device)
     run_loads([group], TokenMoves(slots[:1], slots[2:], positions[:1], positions[1:]), kernel)
     found = set()
@@ -52,7 +59,9 @@ def _unrotated(group: LayerGroup, block_size: int, kernel: LoadKernel, new: int)
         keys, values = packing.read(group.pages, index, slots)
         tolerance = TOLERANCE[group.pages.layers[index].element_size()]
         if not _equal(values[0], values[1], tolerance):
-            raise Unsupported(Reason.SELF_CHECK_FAILED, f"{layer.layer_name}: values depend on the position")
+            raise Unsupported(
+                Reason.SELF_CHECK_FAILED, f"{layer.layer_name}: values depend on the position"
+            )
         if not _equal(keys[2], keys[1], tolerance):
             if not _equal(keys[0], keys[1], tolerance):
                 detail = f"{layer.layer_name}: keys do not turn as the rotary embedding says"

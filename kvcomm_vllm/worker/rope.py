@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary embedding of a layer, as factors that move a cached key from one position to another.
 
-One formula for all kinds: with ``t = cos + i sin`` from the layer's own table, a key moves from position p to q by
-``t[q] * conj(t[p]) / |t[p]|^2`` per frequency. It undoes vLLM's own rounding of the table and cancels the
-magnitude that YaRN and LongRoPE put into it. Covers default, linear, dynamic, llama3, YaRN, LongRoPE and
-partial rotary embeddings, NeoX and GPT-J pairs, and layers without any.
+One formula for all kinds: with ``t = cos + i sin`` from the layer's own table, a key moves from
+position p to q by ``t[q] * conj(t[p]) / |t[p]|^2`` per frequency. It undoes vLLM's own rounding of
+the table and cancels the magnitude that YaRN and LongRoPE put into it. Covers default, linear,
+dynamic, llama3, YaRN, LongRoPE and partial rotary embeddings, NeoX and GPT-J pairs, and layers
+without any.
 """
 
 from __future__ import annotations
@@ -70,23 +71,28 @@ def rope_of(module: Any) -> Rope:
     """The table of a vLLM rotary embedding module.
 
     Raises:
-        Unsupported: for kinds that are not one rotation per pair and position, such as M-RoPE, FoPE or dual chunk.
+        Unsupported: for kinds that are not one rotation per pair and position, such as M-RoPE, FoPE
+            or dual chunk.
     """
     name = type(module).__name__
     if name not in TABLE_ROPES:
         raise Unsupported(Reason.ROPE_UNSUPPORTED, f"rotary embedding {name}")
     if name == "Phi3LongRoPEScaledRotaryEmbedding":
         table = module.long_short_cos_sin_cache
-        if module.use_long_rope:  # long rows lie behind the short ones; the choice is fixed by max_model_len
+        # long rows lie behind the short ones; the choice is fixed by max_model_len
+        if module.use_long_rope:
             table = table[module.original_max_position_embeddings :]
     else:
         table = module.cos_sin_cache
     cos, sin = table.detach().float().chunk(2, dim=-1)
-    return Rope(cos.contiguous(), sin.contiguous(), interleaved=not getattr(module, "is_neox_style", True))
+    return Rope(
+        cos.contiguous(), sin.contiguous(), interleaved=not getattr(module, "is_neox_style", True)
+    )
 
 
 def rope_module(model: torch.nn.Module, layer: torch.nn.Module) -> Any | None:
-    """The rotary embedding used with an attention layer: a sibling of it; None where the model has none there.
+    """The rotary embedding used with an attention layer: a sibling of it; None where the model has
+    none there.
 
     Raises:
         Unsupported: where it cannot be told.
@@ -99,4 +105,6 @@ def rope_module(model: torch.nn.Module, layer: torch.nn.Module) -> Any | None:
             break
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         return None
-    raise Unsupported(Reason.ROPE_UNSUPPORTED, "no rotary embedding found beside an attention layer")
+    raise Unsupported(
+        Reason.ROPE_UNSUPPORTED, "no rotary embedding found beside an attention layer"
+    )

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up self-check: what vLLM writes into a page is read back, and moving a key equals computing it in its new place.
+"""Start-up self-check: what vLLM writes into a page is read back, and moving a key equals computing
+it in its new place.
 
-Runs before the engine serves anything, on two pages that nobody uses yet, with the backend's own write and the model's own
-rotary embedding as judges. A version of vLLM that changed its page layout fails here, not in a user's answer.
+Runs before the engine serves anything, on two pages that nobody uses yet, with the backend's own
+write and the model's own rotary embedding as judges. A version of vLLM that changed its page layout
+fails here, not in a user's answer.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ SHIFT = 5  # odd, so that pages are not aligned with each other
 
 
 def self_check(groups: list[LayerGroup], block_size: int, kernel: LoadKernel) -> None:
-    """Raises ``Unsupported`` where a layer reads back something else than was written or rotated."""
+    """Raises ``Unsupported`` where a layer reads back something else than was written or
+    rotated.
+    """
     for group in groups:
         device = group.pages.layers[0].device
         source = torch.arange(block_size, 2 * block_size - SHIFT, device=device)
@@ -43,12 +47,16 @@ def self_check(groups: list[LayerGroup], block_size: int, kernel: LoadKernel) ->
 def _native(
     group: LayerGroup, old: torch.Tensor, new: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random K rotated by the model to both places, and V: ``[tokens, kv_heads, head_dim]`` in the model's dtype."""
+    """Random K rotated by the model to both places, and V: ``[tokens, kv_heads, head_dim]`` in the
+    model's dtype.
+    """
     pages = group.pages
     generator = torch.Generator().manual_seed(0)
     shape = (len(old), pages.kv_heads, pages.head_dim)
     dtype = pages.layers[0].dtype if pages.layers[0].dtype.itemsize > 1 else torch.bfloat16
-    plain, values = (torch.randn(shape, generator=generator).to(old.device, dtype) for _ in range(2))
+    plain, values = (
+        torch.randn(shape, generator=generator).to(old.device, dtype) for _ in range(2)
+    )
     if group.rotary is None:
         return plain, plain, values
     native = getattr(group.rotary, "forward_native", group.rotary.forward)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side forward: computes the holes between loaded spans before vLLM's own forward needs them.
 
-Each hole is one row of a batch with its request's block table and its own sequence length. Every layer writes all
-rows' K and V before it attends, so a later hole of a request reads an earlier one's fresh KV of the same layer,
-and the result equals dense prefill, token for token.
+Each hole is one row of a batch with its request's block table and its own sequence length. Every
+layer writes all rows' K and V before it attends, so a later hole of a request reads an earlier
+one's fresh KV of the same layer, and the result equals dense prefill, token for token.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from __future__ import annotations
 from kvcomm_vllm.reasons import Reason
 
 
-class Unsupported(Exception):
+class Unsupported(Exception):  # noqa: N818 - names what was found, not a fault
     """Reuse is off for this engine; ``detail`` names what was found."""
 
     def __init__(self, reason: Reason, detail: str) -> None:

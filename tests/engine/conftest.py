@@ -17,7 +17,9 @@ from vllm import LLM
 
 @pytest.fixture(scope="module")
 def plain(tiny_llama: str) -> Iterator[LLM]:
-    """Plain vLLM without prefix caching: the truth. In a process of its own, as vLLM's connector is global."""
+    """Plain vLLM without prefix caching: the truth. In a process of its own, as vLLM's connector is
+    global.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         llm = make_engine(tiny_llama, enable_prefix_caching=False)

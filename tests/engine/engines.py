@@ -14,7 +14,9 @@ SETTINGS = {"min_span_tokens": 8, "min_reuse_tokens": 16, "seam_tokens": 4, "win
 
 
 def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any) -> LLM:
-    """An eager engine with pages of 32 tokens; ``plugin`` holds settings of ours, None is plain vLLM."""
+    """An eager engine with pages of 32 tokens; ``plugin`` holds settings of ours, None is plain
+    vLLM.
+    """
     transfer = None
     if plugin is not None:
         transfer = KVTransferConfig(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Approximate KV never reaches a request that did not ask for it, and a conversation keeps its own cache."""
+"""Approximate KV never reaches a request that did not ask for it, and a conversation keeps its own
+cache.
+"""
 
 import pytest
 from engines import Answer, ask, text
@@ -63,7 +65,10 @@ def test_samples_of_one_prompt_share_its_pages(reusing: LLM) -> None:
 
 def test_tenants_with_different_salts_share_nothing(reusing: LLM) -> None:
     ask(reusing, text(160, 70) + SHARED + text(161, 5))
-    prompt = {"prompt_token_ids": text(162, 70) + SHARED + text(163, 5), "cache_salt": "other tenant"}
+    prompt = {
+        "prompt_token_ids": text(162, 70) + SHARED + text(163, 5),
+        "cache_salt": "other tenant",
+    }
     from vllm import SamplingParams
 
     output = reusing.generate([prompt], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)

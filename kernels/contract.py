@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of every kernel, checked before anything is read or written.
+
+Shapes, dtypes and strides are always checked (no device work). The values of slots are checked when
+they lie in host memory; on a device that would cost a synchronisation, so the caller checks the lists
+it built them from with :func:`check_slots`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvcomm_vllm.kernels.deviation import AnchorSum, MeanMap
+from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+
+CACHE_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+
+
+class ContractError(ValueError):
+    """A kernel was called with arguments it is not defined for; nothing was read or written."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`ContractError` with the message unless the condition holds."""
+    if not condition:
+        raise ContractError(message)
+
+
+def check_group(group: PageGroup) -> None:
+    """All layers of one shape, dtype, stride and device, and a packing that fits the shape."""
+    require(len(group.layers) > 0, "a page group needs at least one layer")
+    first, dim = group.layers[0], group.head_dim
+    require(
+        first.ndim == 4 and first.shape[3] == 2 * dim,
+        f"a layer's cache is [pages, heads, tokens, 2 * head_dim={2 * dim}], got {list(first.shape)}",
+    )
+    require(
+        first.dtype in CACHE_DTYPES,
+        f"cache dtype {first.dtype} is not one of fp16, bf16, fp32, fp8 e4m3, fp8 e5m2; "
+        "view an fp8 cache that vLLM keeps as uint8 with its float8 dtype first",
+    )
+    for layer in group.layers:
+        require(
+            (layer.shape, layer.dtype, layer.stride(), layer.device)
+            == (first.shape, first.dtype, first.stride(), first.device),
+            "layers of one group share shape, dtype, strides and device; split the group",
+        )
+    require(
+        0 <= group.rotary_dim <= dim and group.rotary_dim % 2 == 0,
+        f"rotary_dim {group.rotary_dim} is not an even number in 0..{dim}",
+    )
+    for scales in (group.k_scales, group.v_scales):
+        require(
+            scales is None or len(scales) == len(group.layers),
+            "k_scales and v_scales hold one factor per layer",
+        )
+    if group.packing is Packing.STRIDED:
+        require(first.stride(3) == 1, "channels of a strided cache must be contiguous")
+        return
+    require(first.is_contiguous(), f"a cache packed as {group.packing.value} must be contiguous")
+    if group.packing is Packing.AMX:
+        require(
+            dim % 16 == 0 and group.tokens_per_page % 16 == 0,
+            "amx packing needs head_dim and tokens per page in multiples of 16",
+        )
+
+
+def check_slots(group: PageGroup, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
+    """Same length, int64; in host memory also: inside the cache, and safe to run in any order."""
+    for name, slots in (("src_slots", src_slots), ("dst_slots", dst_slots)):
+        require(
+            slots.ndim == 1 and slots.dtype == torch.int64,
+            f"{name} is int64 [tokens], got {slots.dtype} {list(slots.shape)}",
+        )
+    require(
+        len(src_slots) == len(dst_slots),
+        f"{len(src_slots)} source slots for {len(dst_slots)} destination slots",
+    )
+    if not src_slots.device.type == dst_slots.device.type == "cpu":
+        return
+    keep = (src_slots >= 0) & (dst_slots >= 0)
+    src, dst = src_slots[keep], dst_slots[keep]
+    if len(src) == 0:
+        return
+    limit = group.layers[0].shape[0] * group.tokens_per_page
+    top = int(torch.maximum(src.max(), dst.max()))
+    require(top < limit, f"slot {top} is outside a cache of {limit} slots")
+    ordered = dst.sort().values
+    require(
+        not bool((ordered[1:] == ordered[:-1]).any()),
+        "a destination slot occurs twice; which token wins would be undefined",
+    )
+    moved = src != dst
+    require(
+        not bool(torch.isin(src[moved], dst).any()),
+        "a source slot is also another token's destination; tokens are moved in parallel, "
+        "so it could be read before or after it is overwritten",
+    )
+
+
+def check_rotation(group: PageGroup, turn: Rotation, tokens: int) -> None:
+    """cos and sin are fp32 ``[tokens, rotary_dim / 2]``, contiguous, on the cache's device."""
+    shape = (tokens, group.rotary_dim // 2)
+    for name, table in (("cos", turn.cos), ("sin", turn.sin)):
+        require(
+            tuple(table.shape) == shape and table.dtype == torch.float32,
+            f"rotation {name} is fp32 {list(shape)}, got {table.dtype} {list(table.shape)}",
+        )
+        require(
+            table.device == group.layers[0].device,
+            f"rotation {name} is on {table.device}, the cache on {group.layers[0].device}",
+        )
+        require(table.is_contiguous() or tokens == 0, f"rotation {name} must be contiguous")
+
+
+def check_arena(
+    group: PageGroup, name: str, k: torch.Tensor, v: torch.Tensor, skip_layers: int
+) -> None:
+    """K and V of an arena: ``[rows, layers - skip_layers, heads, head_dim]``, alike in all but values."""
+    require(
+        0 <= skip_layers <= len(group.layers),
+        f"skip_layers {skip_layers} is not in 0..{len(group.layers)}",
+    )
+    shape = (len(group.layers) - skip_layers, group.kv_heads, group.head_dim)
+    require(
+        tuple(k.shape[1:]) == shape and k.shape == v.shape,
+        f"{name} is [rows, layers, heads, head_dim] = [rows, {', '.join(map(str, shape))}] for K and V, "
+        f"got {list(k.shape)} and {list(v.shape)}",
+    )
+    require(
+        k.dtype == v.dtype and k.dtype in CACHE_DTYPES[:3],
+        f"{name} has one dtype of fp16, bf16, fp32 for K and V, got {k.dtype} and {v.dtype}",
+    )
+    require(
+        k.stride() == v.stride() and (k.stride(3) == 1 or k.numel() == 0),
+        f"{name}: K and V share strides and their channels are contiguous",
+    )
+    require(
+        k.device == v.device == group.layers[0].device,
+        f"{name} is on {k.device}, the cache on {group.layers[0].device}",
+    )
+
+
+def check_rows(name: str, rows: torch.Tensor, tokens: int, arena_rows: int) -> None:
+    """int64 ``[anchors, tokens]``; in host memory also: below the arena's end."""
+    require(
+        rows.ndim == 2 and rows.shape[1] == tokens and rows.dtype == torch.int64,
+        f"{name} is int64 [anchors, tokens={tokens}], got {rows.dtype} {list(rows.shape)}",
+    )
+    if rows.device.type == "cpu" and rows.numel():
+        top = int(rows.max())
+        require(top < arena_rows, f"{name}: row {top} is outside an arena of {arena_rows} rows")
+
+
+def check_anchor_sum(group: PageGroup, deviation: AnchorSum, tokens: int) -> None:
+    """Arena, row table and weights fit the group and the tokens."""
+    d = deviation
+    check_arena(group, "deviation arena", d.dk, d.dv, d.skip_layers)
+    check_rows("deviation rows", d.rows, tokens, len(d.dk))
+    shape = (len(d.rows), *(d.dk.shape[1:] if d.per_channel else (tokens,)))
+    for name, weights in (("wk", d.wk), ("wv", d.wv)):
+        require(
+            tuple(weights.shape) == shape and weights.dtype == torch.float32,
+            f"{name} is fp32 {list(shape)}, got {weights.dtype} {list(weights.shape)}",
+        )
+
+
+def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
+    """Means, index, map and centre fit the group and the tokens."""
+    d = deviation
+    check_arena(group, "mean", d.mean_k.transpose(0, 1), d.mean_v.transpose(0, 1), d.skip_layers)
+    require(d.mean_k.shape[1] > 0, "a mean needs at least the global row")
+    require(
+        d.index.shape == (tokens,) and d.index.dtype == torch.int32,
+        f"index is int32 [tokens={tokens}], got {d.index.dtype} {list(d.index.shape)}",
+    )
+    layers, heads, dim = len(group.layers) - d.skip_layers, group.kv_heads, group.head_dim
+    for name, table, shape in (
+        ("map", d.map, (layers, heads, 2 * dim, 2 * dim)),
+        ("x_mean", d.x_mean, (layers, heads, 2 * dim)),
+    ):
+        if table is not None:
+            require(
+                tuple(table.shape) == shape
+                and table.is_contiguous()
+                and table.dtype in CACHE_DTYPES[:3],
+                f"{name} is a contiguous float tensor {list(shape)}, "
+                f"got {table.dtype} {list(table.shape)}",
+            )

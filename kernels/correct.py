@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load with deviation: undo the rotation, add, rotate to the new position, in one pass."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcomm_vllm.kernels import blocks
+from kvcomm_vllm.kernels.contract import (
+    check_anchor_sum,
+    check_mean_map,
+    check_rotation,
+    check_slots,
+)
+from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
+from kvcomm_vllm.kernels.launch import (
+    cdiv,
+    group_arguments,
+    layers_per_program,
+    tokens_per_block,
+)
+from kvcomm_vllm.kernels.linear_map import load_mapped
+from kvcomm_vllm.kernels.pages import PageGroup, Rotation
+
+NO_WEIGHTS, TOKEN_WEIGHTS, CHANNEL_WEIGHTS = 0, 1, 2
+
+
+@triton.jit
+def load_sum_kernel(
+    p_layers,
+    p_src,
+    p_dst,
+    p_undo_cos,
+    p_undo_sin,
+    p_redo_cos,
+    p_redo_sin,
+    p_k_scales,
+    p_v_scales,
+    p_dk,
+    p_dv,
+    p_rows,
+    p_wk,
+    p_wv,
+    T,
+    L,
+    A,
+    SKIP,
+    stride_page,
+    stride_head,
+    stride_token,
+    stride_d_row,
+    stride_d_layer,
+    stride_d_head,
+    H: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    D_P: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    REST: tl.constexpr,
+    REST_P: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    FP8: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BT: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """Program (i_t, i_l): BT tokens, all heads of BL layers; an inner loop sums over the anchors.
+
+    Weights: none (all 1), per token ``[A, T]``, or per channel ``[A, L - SKIP, H, D]``.
+    """
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    m_t = o_t < T
+    b_src = tl.load(p_src + o_t, mask=m_t, other=-1)
+    b_dst = tl.load(p_dst + o_t, mask=m_t, other=-1)
+    m = (b_src >= 0) & (b_dst >= 0)
+    o_src = blocks.slot_offsets(b_src, PAGE, stride_page, stride_token)
+    o_dst = blocks.slot_offsets(b_dst, PAGE, stride_page, stride_token)
+    if HALF > 0:
+        b_ucos, b_usin = blocks.load_factors(p_undo_cos, p_undo_sin, o_t, m, HALF, HALF_P)
+        b_rcos, b_rsin = blocks.load_factors(p_redo_cos, p_redo_sin, o_t, m, HALF, HALF_P)
+    for i in range(BL * H):
+        i_l = tl.program_id(1) * BL + i // H
+        i_h = tl.cast(i % H, tl.int64)
+        if i_l < L:
+            p_layer = blocks.layer_pointer(p_layers, i_l, ELEMENT)
+            p_from = p_layer + o_src + i_h * stride_head
+            b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+            b_v = blocks.load_row(p_from, m, D, D, D_P)
+            b_ks = tl.load(p_k_scales + i_l)
+            b_vs = tl.load(p_v_scales + i_l)
+            b_a = blocks.decode(b_a, FP8) * b_ks
+            b_b = blocks.decode(b_b, FP8) * b_ks
+            b_c = blocks.decode(b_c, FP8) * b_ks
+            b_v = blocks.decode(b_v, FP8) * b_vs
+            if HALF > 0:
+                b_a, b_b = blocks.turn(b_a, b_b, b_ucos, b_usin)
+            # Layers before SKIP have no deviation: their anchor loop is empty.
+            n_a = tl.where(i_l >= SKIP, A, 0)
+            i_d = tl.cast(i_l - SKIP, tl.int64)
+            for i_a in range(0, n_a):
+                b_row = tl.load(p_rows + tl.cast(i_a, tl.int64) * T + o_t, mask=m, other=-1)
+                m_a = b_row >= 0
+                o_d = b_row * stride_d_row + i_d * stride_d_layer + i_h * stride_d_head
+                b_da, b_db, b_dc = blocks.load_key(
+                    p_dk + o_d, m_a, HALF, HALF_P, REST, REST_P, INTERLEAVED
+                )
+                b_dv = blocks.load_row(p_dv + o_d, m_a, 0, D, D_P).to(tl.float32)
+                b_da = b_da.to(tl.float32)
+                b_db = b_db.to(tl.float32)
+                b_dc = b_dc.to(tl.float32)
+                if WEIGHTS == 1:
+                    b_wk = tl.load(p_wk + tl.cast(i_a, tl.int64) * T + o_t, mask=m, other=0)
+                    b_wv = tl.load(p_wv + tl.cast(i_a, tl.int64) * T + o_t, mask=m, other=0)
+                    b_da = b_da * b_wk[:, None]
+                    b_db = b_db * b_wk[:, None]
+                    b_dc = b_dc * b_wk[:, None]
+                    b_dv = b_dv * b_wv[:, None]
+                if WEIGHTS == 2:
+                    o_w = ((tl.cast(i_a, tl.int64) * (L - SKIP) + i_d) * H + i_h) * D
+                    o_one = tl.zeros((1,), tl.int64) + o_w
+                    m_one = o_one >= 0
+                    b_wa, b_wb, b_wc = blocks.load_key(
+                        p_wk + o_one, m_one, HALF, HALF_P, REST, REST_P, INTERLEAVED
+                    )
+                    b_da = b_da * b_wa
+                    b_db = b_db * b_wb
+                    b_dc = b_dc * b_wc
+                    b_dv = b_dv * blocks.load_row(p_wv + o_one, m_one, 0, D, D_P)
+                b_a += b_da
+                b_b += b_db
+                b_c += b_dc
+                b_v += b_dv
+            if HALF > 0:
+                b_a, b_b = blocks.turn(b_a, b_b, b_rcos, b_rsin)
+            p_to = p_layer + o_dst + i_h * stride_head
+            blocks.store_key(
+                p_to,
+                blocks.encode(b_a / b_ks, ELEMENT, FP8),
+                blocks.encode(b_b / b_ks, ELEMENT, FP8),
+                blocks.encode(b_c / b_ks, ELEMENT, FP8),
+                m,
+                HALF,
+                HALF_P,
+                REST,
+                REST_P,
+                INTERLEAVED,
+            )
+            blocks.store_row(p_to, blocks.encode(b_v / b_vs, ELEMENT, FP8), m, D, D, D_P)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """An AnchorSum, or a MeanMap without map seen as one anchor of weight 1."""
+
+    dk: torch.Tensor
+    dv: torch.Tensor
+    rows: torch.Tensor
+    wk: torch.Tensor
+    wv: torch.Tensor
+    weights: int
+
+    @classmethod
+    def of(cls, deviation: Deviation) -> _Sum:
+        if isinstance(deviation, AnchorSum):
+            kind = CHANNEL_WEIGHTS if deviation.per_channel else TOKEN_WEIGHTS
+            rows, wk, wv = deviation.rows, deviation.wk.contiguous(), deviation.wv.contiguous()
+            return cls(deviation.dk, deviation.dv, rows.contiguous(), wk, wv, kind)
+        last = deviation.mean_k.shape[1] - 1
+        rows = deviation.index.to(torch.int64).clamp(max=last)[None]
+        dk, dv = deviation.mean_k.transpose(0, 1), deviation.mean_v.transpose(0, 1)
+        return cls(dk, dv, rows, dk, dv, NO_WEIGHTS)
+
+
+def load_corrected(
+    group: PageGroup,
+    src_slots: torch.Tensor,
+    dst_slots: torch.Tensor,
+    undo: Rotation,
+    redo: Rotation,
+    deviation: Deviation,
+) -> None:
+    """``K[dst] = redo * (undo * K[src] + dK)``, ``V[dst] = V[src] + dV``, fp32 inside, rounded once.
+
+    Args:
+        group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
+        src_slots, dst_slots: int64 ``[tokens]``; overlap rules as in ``load``.
+        undo, redo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-old)`` and ``R(new)``.
+        deviation: where dK and dV come from (paper Eq. 6 and 7, or mean plus map).
+
+    Raises:
+        ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
+
+    One launch. Moves at least ``4 * head_dim * itemsize`` bytes per token, layer and head, plus
+    ``2 * head_dim * itemsize`` of the arena per anchor (or of the mean), plus the map once.
+    """
+    a = group_arguments(group)
+    check_slots(group, src_slots, dst_slots)
+    check_rotation(group, undo, len(src_slots))
+    check_rotation(group, redo, len(src_slots))
+    if isinstance(deviation, AnchorSum):
+        check_anchor_sum(group, deviation, len(src_slots))
+    else:
+        check_mean_map(group, deviation, len(src_slots))
+    tokens, layers = len(src_slots), len(group.layers)
+    if tokens == 0:
+        return
+    if isinstance(deviation, MeanMap) and deviation.map is not None:
+        load_mapped(group, a, src_slots, dst_slots, undo, redo, deviation)
+        return
+    s = _Sum.of(deviation)
+    # Channel weights are read once per block: a block twice as tall halves what they add.
+    wide = s.weights == CHANNEL_WEIGHTS
+    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize) * (
+        2 if wide else 1
+    )
+    block_layers = layers_per_program(group.kv_heads, layers)
+    grid = (cdiv(tokens, block_tokens), cdiv(layers, block_layers))
+    load_sum_kernel[grid](
+        a.pointers, src_slots.contiguous(), dst_slots.contiguous(),
+        undo.cos, undo.sin, redo.cos, redo.sin, a.k_scales, a.v_scales,
+        s.dk, s.dv, s.rows, s.wk, s.wv,
+        tokens, layers, len(s.rows), deviation.skip_layers, *a.strides, *s.dk.stride()[:3],
+        **a.constants, WEIGHTS=s.weights, BT=block_tokens, BL=block_layers,
+        num_warps=8 if wide else 4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading KV on the CPU: from packed page to packed page in one compiled pass.
+
+Same signatures and contract as ``reference``. What the compiled kernels do not cover (fp8 caches,
+other packings, no numba) goes through ``portable``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvcomm_vllm.kernels import portable
+from kvcomm_vllm.kernels.contract import check_group, check_rotation, check_slots
+from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@cache
+def available() -> bool:
+    """True if kernels can be compiled on this machine (numba is there and its vectors work)."""
+    try:
+        from kvcomm_vllm.kernels.cpu_lanes import probe
+    except ImportError:
+        return False
+    try:
+        return probe()
+    except Exception:  # an LLVM that refuses these vectors is no reason to stop serving
+        return False
+
+
+def supports(group: PageGroup) -> bool:
+    """True if a compiled kernel serves this group; the others work too, only slower."""
+    first = group.layers[0]
+    if first.device.type != "cpu" or first.dtype not in KINDS or not available():
+        return False
+    if group.packing is Packing.AMX:
+        # NeoX partners (j, j + half) share a row of two channels only if half is even.
+        whole_rows = group.interleaved or group.rotary_dim % 4 == 0
+        return first.dtype is torch.bfloat16 and whole_rows
+    return group.packing is Packing.VEC and _value_bytes(group) % 4 == 0
+
+
+def _kernel(group: PageGroup) -> Any:
+    from kvcomm_vllm.kernels.cpu_kernels import load_kernel
+
+    adjacent = group.packing is Packing.AMX and group.interleaved
+    return load_kernel(KINDS[group.layers[0].dtype], group.packing, adjacent)
+
+
+def warm_up(group: PageGroup) -> None:
+    """Compile what ``load`` needs for this group (seconds), so that no request waits for it."""
+    if supports(group):
+        _kernel(group)
+
+
+def load(
+    group: PageGroup, src_slots: torch.Tensor, dst_slots: torch.Tensor, turn: Rotation
+) -> None:
+    """``K[dst] = turn * K[src]``, ``V[dst] = V[src]`` in all layers of the group.
+
+    Args:
+        src_slots, dst_slots: int64 ``[tokens]``; a token with a negative slot is skipped.
+        turn: fp32 ``[tokens, rotary_dim / 2]``; fp32 inside, rounded once to the cache's dtype.
+
+    Raises:
+        ContractError: slots outside the cache, or a source that is another token's destination.
+    """
+    if not supports(group):
+        portable.load(group, src_slots, dst_slots, turn)
+        return
+    check_group(group)
+    check_slots(group, src_slots, dst_slots)
+    check_rotation(group, turn, len(src_slots))
+
+    from kvcomm_vllm.kernels import cpu_tables
+    from kvcomm_vllm.kernels.cpu_kernels import JOB
+    from kvcomm_vllm.kernels.cpu_runs import split
+    from kvcomm_vllm.kernels.cpu_threads import run, share
+
+    tokens = split(src_slots, dst_slots, group.tokens_per_page)
+    if len(tokens.index) == 0:
+        return
+    tables = cpu_tables.build(group, tokens, turn)
+    bases = np.array([layer.data_ptr() for layer in group.layers], dtype=np.int64)
+    groups, layers, value_bytes = len(tables.block_bounds) - 1, len(bases), _value_bytes(group)
+    step = share(groups, layers)
+    run(
+        _kernel(group),
+        JOB,
+        groups * -(-layers // step),
+        bases=bases.ctypes.data,
+        layers=layers,
+        layer_step=step,
+        groups=groups,
+        blocks=tables.blocks.ctypes.data,
+        block_count=len(tables.blocks),
+        block_bounds=tables.block_bounds.ctypes.data,
+        values=tables.values.ctypes.data,
+        value_count=len(tables.values),
+        value_bounds=tables.value_bounds.ctypes.data,
+        value_rows=group.head_dim // 16,
+        value_row_bytes=group.tokens_per_page // 2 * cpu_tables.LINE,
+        factors=tables.factors.ctypes.data,
+        stream=cpu_tables.all_aligned(group) and value_bytes % cpu_tables.LINE == 0,
+        **cpu_tables.head_rows(group),
+    )
+
+
+def _value_bytes(group: PageGroup) -> int:
+    return group.head_dim * group.layers[0].itemsize

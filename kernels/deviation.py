@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deviations as kernels consume them: a weighted sum over anchors, or a mean plus a linear map.
+
+Both live in the unrotated frame: anchors sit at other absolute positions than the span they correct
+(paper section 3.1, "positional alignment"). Layer 0 of a model has no deviation (its K and V depend
+on token and position alone), so a group that starts with it sets ``skip_layers=1`` and its arenas
+hold one layer less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AnchorSum:
+    """``dK = sum_a wk_a * dk[rows_a]``, the same for V (paper Eq. 6; with channel weights Eq. 7).
+
+    Args:
+        dk, dv: arenas ``[arena_rows, layers, kv_heads, head_dim]``, one row per anchor token, any
+            float dtype, channels contiguous.
+        rows: int64 ``[anchors, tokens]``, arena row of anchor a for token t; negative = this anchor
+            says nothing about this token. Nothing is copied or stacked, whatever anchors are picked.
+        wk, wv: fp32 weights ``[anchors, tokens]`` (placeholders) or ``[anchors, layers, kv_heads,
+            head_dim]`` (the paper's weights of a following prefix segment); both of one kind.
+        skip_layers: leading layers of the group that have no deviation and no place in the arenas.
+    """
+
+    dk: torch.Tensor
+    dv: torch.Tensor
+    rows: torch.Tensor
+    wk: torch.Tensor
+    wv: torch.Tensor
+    skip_layers: int = 0
+
+    @property
+    def per_channel(self) -> bool:
+        """True if the weights are per (layer, head, channel) instead of per token."""
+        return self.wk.ndim == 4
+
+    @classmethod
+    def stacked(
+        cls,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        wk: torch.Tensor,
+        wv: torch.Tensor,
+        skip_layers: int = 0,
+    ) -> AnchorSum:
+        """From the paper's shape ``[anchors, layers, tokens, kv_heads, head_dim]``.
+
+        No copy if the memory is laid out as ``[anchors, tokens, layers, kv_heads, head_dim]``.
+        """
+        anchors, layers, tokens, heads, dim = dk.shape
+        rows = torch.arange(anchors * tokens, device=dk.device).reshape(anchors, tokens)
+
+        def arena(stack: torch.Tensor) -> torch.Tensor:
+            return stack.transpose(1, 2).reshape(anchors * tokens, layers, heads, dim)
+
+        return cls(arena(dk), arena(dv), rows, wk, wv, skip_layers)
+
+
+@dataclass(frozen=True)
+class MeanMap:
+    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map`` (design: ``residual`` estimator).
+
+    K is the unrotated base key, V the base value.
+
+    Args:
+        mean_k, mean_v: ``[layers, M + 1, kv_heads, head_dim]``; row i < M is the mean deviation of
+            token i of the slot, row M the mean over all later tokens.
+        index: int32 ``[tokens]``, each token's index inside its slot (clamped to M by the reader).
+        map: ``[layers, kv_heads, 2 * head_dim, 2 * head_dim]``, row = input channel of (K, V), column
+            = output channel of (dK, dV); None = the mean alone.
+        x_mean: ``[layers, kv_heads, 2 * head_dim]``, centre of the map's input; None = zero.
+        skip_layers: leading layers of the group that have no deviation and no place in the tensors.
+    """
+
+    mean_k: torch.Tensor
+    mean_v: torch.Tensor
+    index: torch.Tensor
+    map: torch.Tensor | None = None
+    x_mean: torch.Tensor | None = None
+    skip_layers: int = 0
+
+
+Deviation = AnchorSum | MeanMap
+
+
+@dataclass(frozen=True)
+class DistanceSums:
+    """Sums over this rank's heads between a candidate span and A anchors; ranks add them up.
+
+    Args:
+        square_v: ``[anchors]``, sum of (V - V_a)^2; its root is the gate's distance (paper Eq. 5).
+        abs_k, abs_v: ``[anchors, tokens]``, sum of |K - K_a| over layers, heads and channels;
+            divided by their count over all ranks it is the paper's per-token distance (Eq. 6).
+        square_channel_k, square_channel_v: ``[anchors, layers, kv_heads, head_dim]``, sum over
+            tokens of the squares (Eq. 7); None unless asked for.
+    """
+
+    square_v: torch.Tensor
+    abs_k: torch.Tensor
+    abs_v: torch.Tensor
+    square_channel_k: torch.Tensor | None = None
+    square_channel_v: torch.Tensor | None = None

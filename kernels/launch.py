@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a page group to kernel arguments: address tables, fp8 kinds, tile sizes."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcomm_vllm.kernels.contract import check_group, require
+from kvcomm_vllm.kernels.pages import Packing, PageGroup
+
+ELEMENTS = {
+    torch.float16: (tl.float16, 0),
+    torch.bfloat16: (tl.bfloat16, 0),
+    torch.float32: (tl.float32, 0),
+    torch.float8_e4m3fn: (tl.uint8, 4),
+    torch.float8_e5m2: (tl.uint8, 5),
+}
+
+# Bytes of one [tokens, head_dim] block of the cache per program: 32 for each of 128 threads, so that
+# each half of a key still gives every thread a 16-byte access.
+BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class GroupArguments:
+    """What every kernel needs to address one page group on its device."""
+
+    pointers: torch.Tensor
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+    strides: tuple[int, int, int]
+    constants: dict[str, Any]
+
+
+_cache: weakref.WeakKeyDictionary[PageGroup, GroupArguments] = weakref.WeakKeyDictionary()
+
+
+def next_power(n: int) -> int:
+    """Smallest power of two that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def shape_constants(
+    *, head_dim: int, rotary_dim: int, interleaved: bool, heads: int, page: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Compile-time constants of a page group's shape."""
+    element, fp8 = ELEMENTS[dtype]
+    half, rest = rotary_dim // 2, head_dim - rotary_dim
+    return {
+        "H": heads,
+        "PAGE": page,
+        "D": head_dim,
+        "D_P": next_power(head_dim),
+        "HALF": half,
+        "HALF_P": next_power(half),
+        "REST": rest,
+        "REST_P": next_power(rest),
+        "INTERLEAVED": interleaved,
+        "ELEMENT": element,
+        "FP8": fp8,
+    }
+
+
+def tokens_per_block(head_dim: int, itemsize: int) -> int:
+    """Tokens of one program's block, a power of two; fp32 takes as many as 16-bit types."""
+    return max(1, BLOCK_BYTES // (min(itemsize, 2) * next_power(head_dim)))
+
+
+def group_arguments(group: PageGroup) -> GroupArguments:
+    """Tables and constants of a group, built once per group (its caches live as long as the engine)."""
+    found = _cache.get(group)
+    if found is not None:
+        return found
+    check_group(group)
+    require(
+        group.packing is Packing.STRIDED,
+        f"Triton kernels need the strided packing, not {group.packing.value}: "
+        "the packed CPU caches are served by the CPU path",
+    )
+    first = group.layers[0]
+    device, count = first.device, len(group.layers)
+    addresses = [layer.data_ptr() for layer in group.layers]
+    require(all(address % 16 == 0 for address in addresses), "layer caches must be 16-byte aligned")
+
+    def scales(values: tuple[float, ...] | None) -> torch.Tensor:
+        return torch.tensor(values or (1.0,) * count, dtype=torch.float32, device=device)
+
+    page, head, token, _ = first.stride()
+    made = GroupArguments(
+        pointers=torch.tensor(addresses, dtype=torch.int64, device=device),
+        k_scales=scales(group.k_scales),
+        v_scales=scales(group.v_scales),
+        strides=(page, head, token),
+        constants=shape_constants(
+            head_dim=group.head_dim,
+            rotary_dim=group.rotary_dim,
+            interleaved=group.interleaved,
+            heads=group.kv_heads,
+            page=group.tokens_per_page,
+            dtype=first.dtype,
+        ),
+    )
+    _cache[group] = made
+    return made
+
+
+def layers_per_program(heads: int, layers: int, wanted_rows: int = 16) -> int:
+    """Layers one program walks through: rotation factors are read once for that many layers' heads.
+
+    At 16 (layer, head) rows per program the factors are under 7% of a load's traffic; a rotation
+    alone moves half as much and wants 32.
+    """
+    return max(1, min(layers, -(-wanted_rows // heads)))
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling division."""
+    return triton.cdiv(a, b)  # type: ignore[no-any-return]

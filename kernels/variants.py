@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel variants that are compiled for inspection, and the bytes each cannot avoid moving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcomm_vllm.kernels import channel_distance, collect, correct, distance, linear_map, load
+from kvcomm_vllm.kernels.compiled import Launch
+from kvcomm_vllm.kernels.launch import (
+    layers_per_program,
+    next_power,
+    shape_constants,
+    tokens_per_block,
+)
+
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Cache shape of a variant; ``heads`` are this rank's KV heads, ``page`` tokens per page."""
+
+    dtype: torch.dtype = BF16
+    head_dim: int = 128
+    rotary_dim: int = 128
+    interleaved: bool = False
+    heads: int = 8
+    page: int = 16
+    layers: int = 32
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.").replace("float8_", "").removesuffix("fn")
+        pairs = "gptj" if self.interleaved else "neox"
+        return f"{kind} D{self.head_dim} R{self.rotary_dim} {pairs} H{self.heads}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel at one shape.
+
+    Args:
+        minimum: bytes per (token, layer, head) that any implementation reads and writes once.
+        rows: (token, layer, head) rows one program handles.
+        trips: iterations of loops whose bounds are known only at run time, outermost first.
+        shared: bytes per row read on top of that through L2, by all programs of a head (the map).
+        repeated: bytes per row that a program reads again, from L1, or that all heads and layers
+            share (rotation factors), where this is not hidden in a few per cent.
+    """
+
+    name: str
+    shape: Shape
+    launch: Launch
+    minimum: float
+    rows: int
+    trips: tuple[int, ...] = ()
+    shared: float = 0.0
+    repeated: float = 0.0
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether no block is padded, so that blocks tell exactly how many bytes move."""
+        s = self.shape
+        return all(n == 0 or n == next_power(n) for n in (s.rotary_dim, s.head_dim - s.rotary_dim))
+
+
+def _variant(
+    name: str,
+    shape: Shape,
+    kernel: Any,
+    *,
+    arena: torch.dtype = BF16,
+    constants: dict[str, Any],
+    minimum: float,
+    rows: int,
+    trips: tuple[int, ...] = (),
+    shared: float = 0.0,
+    repeated: float = 0.0,
+    num_warps: int = 4,
+    mapped: bool = False,
+) -> Variant:
+    base = shape_constants(
+        head_dim=shape.head_dim,
+        rotary_dim=shape.rotary_dim,
+        interleaved=shape.interleaved,
+        heads=shape.heads,
+        page=shape.page,
+        dtype=shape.dtype,
+    )
+    base = linear_map.map_constants(base) if mapped else base
+    of_arena = ("p_base_k", "p_base_v", "p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
+    of_arena += ("p_mean_k", "p_mean_v", "p_map")
+    of_arena += ("p_out_k", "p_out_v") if name.startswith("collect") else ()
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in ("p_layers", "p_src", "p_dst", "p_slots", "p_rows"):
+            types[argument] = "*i64"
+        elif argument == "p_index":
+            types[argument] = "*i32"
+        elif argument in of_arena:
+            types[argument] = "*" + TRITON_TYPES[arena]
+        elif argument.startswith("p_"):
+            types[argument] = "*fp32"
+        elif argument.startswith("stride_") or argument in ("T", "L", "A", "M", "SKIP"):
+            types[argument] = "i32"
+    # Strides are products with head_dim; tables come from torch's allocator.
+    aligned = frozenset(a for a in kernel.arg_names if a.startswith(("p_", "stride_")))
+    launch = Launch(kernel, types, {**base, **constants}, aligned, num_warps)
+    return Variant(f"{name}, {shape}", shape, launch, minimum, rows, trips, shared, repeated)
+
+
+def load_variant(shape: Shape, *, keys_only: bool = False) -> Variant:
+    """``load`` or ``rotate``."""
+    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    layers = layers_per_program(shape.heads, shape.layers, 32 if keys_only else 16)
+    width = shape.rotary_dim if keys_only else 2 * shape.head_dim
+    return _variant(
+        "rotate" if keys_only else "load",
+        shape,
+        load.load_kernel,
+        constants={"BT": tokens, "BL": layers, "KEYS_ONLY": keys_only},
+        minimum=2 * width * shape.dtype.itemsize,
+        rows=tokens * layers * shape.heads,
+    )
+
+
+def sum_variant(
+    shape: Shape, weights: int, anchors: int = 5, *, arena: torch.dtype = BF16
+) -> Variant:
+    """``load_corrected`` with anchors, or with a mean (``NO_WEIGHTS``, one row)."""
+    wide = weights == correct.CHANNEL_WEIGHTS
+    anchors = 1 if weights == correct.NO_WEIGHTS else anchors
+    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize) * (2 if wide else 1)
+    layers = layers_per_program(shape.heads, shape.layers)
+    kind = ("mean", f"{anchors} anchors", f"{anchors} anchors, channel weights")[weights]
+    return _variant(
+        f"load + {kind}",
+        shape,
+        correct.load_sum_kernel,
+        arena=arena,
+        constants={"WEIGHTS": weights, "BT": tokens, "BL": layers},
+        minimum=2 * shape.head_dim * (2 * shape.dtype.itemsize + anchors * arena.itemsize),
+        rows=tokens * layers * shape.heads,
+        trips=(anchors,),
+        num_warps=8 if wide else 4,
+    )
+
+
+def map_variant(shape: Shape, *, arena: torch.dtype = BF16) -> Variant:
+    """``load_corrected`` with mean and map."""
+    tokens, dim = linear_map.block_tokens(shape.head_dim), shape.head_dim
+    return _variant(
+        "load + mean + map",
+        shape,
+        linear_map.load_map_kernel,
+        arena=arena,
+        constants={"CENTRED": True, "BT": tokens, "BK": linear_map.BLOCK_INPUTS},
+        minimum=2 * dim * (2 * shape.dtype.itemsize + arena.itemsize),
+        rows=tokens,
+        shared=4 * dim * dim * arena.itemsize / tokens,
+        # The page once more, and undo, undo again, redo: cos and sin in fp32 for each pair.
+        repeated=2 * dim * shape.dtype.itemsize + 3 * 4 * shape.rotary_dim,
+        num_warps=8,
+        mapped=True,
+    )
+
+
+def collect_variant(shape: Shape, *, arena: torch.dtype = BF16) -> Variant:
+    """``collect`` with a base."""
+    tokens, layers = (
+        tokens_per_block(shape.head_dim, shape.dtype.itemsize),
+        layers_per_program(shape.heads, shape.layers),
+    )
+    return _variant(
+        "collect",
+        shape,
+        collect.collect_kernel,
+        arena=arena,
+        constants={"BASE": True, "BT": tokens, "BL": layers},
+        minimum=2 * shape.head_dim * (shape.dtype.itemsize + 2 * arena.itemsize),
+        rows=tokens * layers * shape.heads,
+    )
+
+
+def distance_variant(shape: Shape, anchors: int = 20, *, per_channel: bool = False) -> Variant:
+    """``distance``: the launch over tokens, or the one over channels."""
+    minimum = 2 * shape.head_dim * (shape.dtype.itemsize + anchors * BF16.itemsize)
+    if not per_channel:
+        tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+        return _variant(
+            f"distance, {anchors} anchors",
+            shape,
+            distance.distance_kernel,
+            constants={"BT": tokens, "BH": min(shape.heads, distance.BLOCK_HEADS)},
+            minimum=minimum,
+            rows=tokens * min(shape.heads, distance.BLOCK_HEADS),
+            trips=(anchors,),
+        )
+    chunk = channel_distance.CHUNK_TOKENS
+    block = min(channel_distance.MAX_BLOCK_ANCHORS, next_power(anchors))
+    return _variant(
+        f"channel distance, {anchors} anchors",
+        shape,
+        channel_distance.channel_distance_kernel,
+        constants={"BA": block, "CHUNK": chunk},
+        minimum=minimum,
+        rows=chunk,
+        trips=(chunk,),
+    )
+
+
+def all_variants() -> Iterator[Variant]:
+    """Every kernel and option, over the dtypes, head sizes, pairings and partial rotations."""
+    shapes = (
+        Shape(),
+        Shape(FP16),
+        Shape(FP32),
+        Shape(E4M3),
+        Shape(E5M2),
+        Shape(BF16, 64, 64, heads=3),
+        Shape(BF16, 80, 80, heads=4),
+        Shape(BF16, 96, 96, heads=4),
+        Shape(BF16, 256, 256, heads=4),
+        Shape(BF16, 128, 64, interleaved=True, heads=2),
+        Shape(BF16, 128, 0),
+        Shape(BF16, heads=1),
+    )
+    for shape in shapes:
+        yield load_variant(shape)
+    for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
+        yield load_variant(shape, keys_only=True)
+        yield sum_variant(shape, correct.TOKEN_WEIGHTS)
+        yield sum_variant(shape, correct.NO_WEIGHTS)
+        yield collect_variant(shape)
+    for shape in (shapes[0], shapes[8]):
+        yield sum_variant(shape, correct.CHANNEL_WEIGHTS, 4, arena=FP32)
+    for shape in (shapes[0], shapes[3], shapes[5], shapes[6], shapes[8], shapes[9]):
+        yield map_variant(shape)
+    for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
+        yield distance_variant(shape)
+        yield distance_variant(shape, 32, per_channel=True)

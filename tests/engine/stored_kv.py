@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine of this process holds in its pages, and what it said at start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from engines import connector
+from vllm import LLM
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.scheduler.state import namespace_of
+from kvcomm_vllm.worker.load import slots_of
+
+
+def first_layer(llm: LLM, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of layer 0 of the stored sequence that starts with ``prompt``.
+
+    Returns:
+        fp32 ``[tokens, kv_heads, head_dim]`` each, tokens rounded down to whole pages.
+    """
+    scheduler = connector(llm)._scheduler
+    namespace = namespace_of(SimpleNamespace(cache_salt=None))  # type: ignore[arg-type]
+    match = scheduler.store.index.leading(namespace, np.asarray(prompt, dtype=np.int32))
+    assert match is not None
+    sequence = match.sequence
+    pages = [scheduler.pages.lookup(block_hash).block_id for block_hash in sequence.block_hashes]
+    worker: Any = get_kv_transfer_group()._worker  # type: ignore[attr-defined]
+    slots = slots_of(pages, 0, len(sequence.tokens), scheduler.block_size)
+    return packing.read(worker.groups[0].pages, 0, torch.from_numpy(slots))
+
+
+@contextmanager
+def start_log() -> Iterator[list[str]]:
+    """What the plugin says inside the block, as ``"LEVEL message"``.
+
+    vLLM's loggers do not pass records on to pytest's, and a starting engine removes handlers;
+    filters stay.
+    """
+    lines: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        lines.append(f"{record.levelname} {record.getMessage()}")
+        return True
+
+    loggers = [logging.getLogger(name) for name in ("vllm.kvcomm", "vllm.kvcomm.worker")]
+    for logger in loggers:
+        logger.addFilter(note)
+    try:
+        yield lines
+    finally:
+        for logger in loggers:
+            logger.removeFilter(note)

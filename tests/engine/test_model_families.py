@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family of models with plain KV: reuse is on, moves keys to where they belong, and leaves
+exact requests exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import Answer, ask, core, make_engine, text
+from stored_kv import first_layer, start_log
+from tiny_families import FAMILIES, Family, save_family
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+SHARED = text(1, 300)
+PROMPT = text(2, 75) + SHARED + text(9, 6)
+SOURCE = text(3, 64) + SHARED + text(9, 6)
+# Moving rounds a key twice and computing it once; rounding costs 2^-9 and 2^-12 of a key at most.
+ROUNDING = {"bfloat16": 5e-3, "float16": 1e-3, "float32": 1e-5}
+
+
+@dataclass
+class Run:
+    """One engine: PROMPT dense, then with SOURCE's text reused, then dense again."""
+
+    family: Family
+    log: list[str]
+    dense: Answer
+    native: tuple[torch.Tensor, torch.Tensor]
+    reusing: Answer
+    moved: tuple[torch.Tensor, torch.Tensor]
+    dense_again: Answer
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    return functools.cache(lambda name: serve(FAMILIES[name], tmp_path_factory.mktemp("family")))
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda name: re.sub("[ ,]+", "-", name))
+def run(request: pytest.FixtureRequest, run_of: Callable[[str], Run]) -> Run:
+    return run_of(request.param)
+
+
+def serve(family: Family, folder: Path) -> Run:
+    save_family(family, folder)
+    with start_log() as log:
+        llm = make_engine(str(folder), plugin={}, **family.engine)
+    off = {"mode": "off"}
+    try:
+        dense, native = ask(llm, PROMPT, hints=off)[0], first_layer(llm, PROMPT)
+        assert core(llm).scheduler.reset_prefix_cache(reset_connector=True)
+        ask(llm, SOURCE)
+        reusing, moved = ask(llm, PROMPT)[0], first_layer(llm, PROMPT)
+        again = ask(llm, PROMPT, hints=off)[0]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        gc.collect()  # the pages, before the next engine takes its own
+    return Run(family, log, dense, native, reusing, moved, again)
+
+
+def test_reuse_is_on_and_the_self_check_has_passed(run: Run) -> None:
+    said = [line for line in run.log if "reuse is" in line]
+    assert len(said) == 1
+    assert said[0].startswith("INFO kvcomm: reuse is ON, mode seam, self-check passed: 3 layers")
+
+
+def test_the_shared_text_is_reused_and_an_answer_comes(run: Run) -> None:
+    assert run.reusing.report["reused"] > 150
+    assert len(run.reusing.tokens) == 8
+
+
+def test_moved_keys_of_the_first_layer_are_the_native_ones(run: Run) -> None:
+    """Layer 0 sees no context, so what is moved there is what a dense prefill computes there."""
+    start, end = next(span[:2] for span in run.reusing.report["spans"] if span[2] == "reused")
+    end = min(end, len(run.native[0]), len(run.moved[0]))
+    (keys, values), (native_keys, native_values) = (
+        (pair[0][start:end], pair[1][start:end]) for pair in (run.moved, run.native)
+    )
+    assert end - start > 150
+    error = float((keys - native_keys).norm() / native_keys.norm())
+    assert error < ROUNDING[run.family.engine.get("dtype", "bfloat16")]
+    assert torch.equal(values, native_values)
+
+
+def test_afterwards_an_exact_request_gets_the_dense_answer(run: Run) -> None:
+    assert run.dense_again.report["reused"] == 0
+    assert run.dense_again.tokens == run.dense.tokens
+
+
+@pytest.fixture(scope="module")
+def plain_gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Gemma 3 as plain vLLM serves it: window layers in pages of their own (hybrid allocator)."""
+    folder: Path = tmp_path_factory.mktemp("gemma")
+    save_family(FAMILIES["gemma3 two ropes"], folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        llm = make_engine(str(folder))
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_windowed_models_answer_as_with_the_hybrid_allocator(
+    run_of: Callable[[str], Run], plain_gemma: Any
+) -> None:
+    assert run_of("gemma3 two ropes").dense.tokens == ask(plain_gemma, PROMPT)[0].tokens

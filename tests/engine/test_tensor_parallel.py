@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks, each with half of the KV heads, reuse together or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import ask, make_engine, text
+from vllm import LLM
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+        reason="vLLM binds each of the two ranks to a CPU core of its own",
+    ),
+]
+
+SHARED = text(401, 200)
+TAIL = text(402, 5)
+OFF = {"mode": "off"}
+
+
+def two_ranks(model: str, **options: Any) -> Iterator[LLM]:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        llm = make_engine(model, tensor_parallel_size=2, **options)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return [text(seed, 60 + seed % 10) + SHARED + TAIL for seed in range(410, 414)]
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_llama: str, prompts: list[list[int]]) -> list[list[int]]:
+    """What plain vLLM answers with two ranks; its engine ends before ours starts."""
+    engine = two_ranks(tiny_llama, enable_prefix_caching=False)
+    answers = [answer.tokens for answer in ask(next(engine), *prompts)]
+    assert next(engine, None) is None
+    return answers
+
+
+@pytest.fixture(scope="module")
+def both(tiny_llama: str, dense: list[list[int]]) -> Iterator[LLM]:
+    yield from two_ranks(tiny_llama, plugin={}, worker_extension_cls="worker_fault.FaultyLoad")
+
+
+def test_every_rank_has_checked_its_own_heads(both: LLM) -> None:
+    facts = both.collective_rpc("load_facts")
+    assert [reason for reason, _ in facts] == [None, None]
+    assert all("1 KV heads of 32" in summary for _, summary in facts)
+
+
+def test_ranks_reuse_together(both: LLM, prompts: list[list[int]]) -> None:
+    ask(both, text(420, 70) + SHARED + TAIL)
+    for prompt in prompts:
+        answer = ask(both, prompt)[0]
+        assert answer.report["reused"] > 150
+        assert answer.report["declined"] == {}
+
+
+def test_exact_requests_get_what_plain_vllm_answers(
+    both: LLM, prompts: list[list[int]], dense: list[list[int]]
+) -> None:
+    ask(both, text(421, 70) + SHARED + TAIL)
+    ask(both, *prompts)
+    assert [a.tokens for a in ask(both, *prompts, hints=OFF)] == dense
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_load_that_fails_on_one_rank_is_computed_by_all(
+    both: LLM, prompts: list[list[int]], dense: list[list[int]], rank: int
+) -> None:
+    assert both.reset_prefix_cache(reset_connector=True)
+    ask(both, text(422, 70) + SHARED + TAIL)
+    both.collective_rpc("break_load", args=(rank,))
+    try:
+        answer = ask(both, prompts[0])[0]
+    finally:
+        both.collective_rpc("mend_load")
+    assert answer.report["declined"] == {"load_failed": 1}
+    assert answer.report["reused"] == 0
+    assert answer.tokens == dense[0]
+    assert ask(both, prompts[1])[0].report["reused"] > 150
+    assert ask(both, prompts[1], hints=OFF)[0].tokens == dense[1]

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that cannot reuse KV starts, says once why, and answers exactly as plain vLLM does."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from engines import Answer, ask, make_engine, text
+from stored_kv import start_log
+from vllm import LLM
+
+from kvcomm_vllm import compat
+from kvcomm_vllm.kernels.pages import PageGroup, Rotation
+from kvcomm_vllm.worker import half, kv_view
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+SHARED = text(301, 200)
+PROMPTS = [text(seed, 70) + SHARED + text(9, 6) for seed in (302, 303)]
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def unknown_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(kv_view, "cpu_isa", lambda layer: "isa of tomorrow")
+
+
+def no_model_runner(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(compat, "find_model_runner", lambda: None)
+
+
+def kernel_that_forgets_to_rotate(patch: pytest.MonkeyPatch) -> None:
+    right = half.load_kernel
+
+    def wrong(device: torch.device) -> Any:
+        def load(group: PageGroup, old: Any, new: Any, turn: Rotation) -> None:
+            still = Rotation(torch.ones_like(turn.cos), torch.zeros_like(turn.sin))
+            right(device)(group, old, new, still)
+
+        return load
+
+    patch.setattr(half, "load_kernel", wrong)
+
+
+def pages_packed_differently(patch: pytest.MonkeyPatch) -> None:
+    """As if vLLM had come to write V before K."""
+
+    def write(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        layer.impl.do_kv_cache_update(layer, value, key, layer.kv_cache, slots)
+
+    patch.setattr(compat, "write_kv", write)
+
+
+def start_that_raises(patch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> None:
+        raise KeyError("kv_cache")
+
+    patch.setattr(half, "build_groups", build)
+
+
+def nothing(patch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Case:
+    """How an engine comes to be unsupported, and the word its log must hold."""
+
+    reason: str
+    options: dict[str, Any] = field(default_factory=dict)
+    patch: Patch = nothing
+
+
+CASES = {
+    "prefix caching off": Case("prefix_caching_off", {"enable_prefix_caching": False}),
+    "lora": Case("lora_enabled", {"enable_lora": True, "max_lora_rank": 8}),
+    "unknown instruction set": Case("unknown_backend", patch=unknown_pages),
+    "no model runner": Case("unknown_backend", patch=no_model_runner),
+    "wrong kernel": Case("self_check_failed", patch=kernel_that_forgets_to_rotate),
+    "other packing": Case("self_check_failed", patch=pages_packed_differently),
+    "surprise at start": Case("self_check_failed", patch=start_that_raises),
+}
+
+
+@dataclass
+class Served:
+    log: list[str]
+    answers: list[Answer]
+
+
+def serve(model: str, case: Case) -> Served:
+    with pytest.MonkeyPatch.context() as patch, start_log() as log:
+        case.patch(patch)
+        llm = make_engine(model, plugin={}, **case.options)
+        try:
+            answers = [ask(llm, prompt)[0] for prompt in PROMPTS]
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            gc.collect()  # the pages, before the next engine takes its own
+    return Served(log, answers)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+def served(request: pytest.FixtureRequest, tiny_llama: str) -> tuple[Case, Served]:
+    case = CASES[request.param]
+    return case, serve(tiny_llama, case)
+
+
+@pytest.fixture(scope="module")
+def dense(plain: LLM) -> Iterator[list[Answer]]:
+    yield [ask(plain, prompt)[0] for prompt in PROMPTS]
+
+
+def test_the_log_says_once_that_and_why_reuse_is_off(served: tuple[Case, Served]) -> None:
+    case, run = served
+    said = [line for line in run.log if "reuse is" in line]
+    assert len(said) == 1
+    assert said[0].startswith("WARNING kvcomm: reuse is OFF")
+    assert case.reason in said[0]
+
+
+def test_there_is_no_traceback_and_no_error(served: tuple[Case, Served]) -> None:
+    assert not [line for line in served[1].log if line.startswith("ERROR") or "Traceback" in line]
+
+
+def test_answers_are_plain_vllms(served: tuple[Case, Served], dense: list[Answer]) -> None:
+    assert [a.tokens for a in served[1].answers] == [a.tokens for a in dense]
+
+
+def test_the_report_says_that_nothing_was_reused(served: tuple[Case, Served]) -> None:
+    for answer in served[1].answers:
+        assert answer.report["reused"] == 0
+        assert answer.report["local"] + answer.report["computed"] == len(PROMPTS[0])
+
+
+def test_quantised_pages_on_cpu_are_served_exactly(tiny_llama: str) -> None:
+    """fp8 answers differ from bf16 ones, so the truth is the same engine without the plugin."""
+    if not torch.cpu._is_avx512_supported():
+        pytest.skip("vLLM needs AVX-512 for an fp8 KV cache on CPU")
+    run = serve(tiny_llama, Case("kv_quantised", {"kv_cache_dtype": "fp8"}))
+    said = [line for line in run.log if "reuse is" in line]
+    assert len(said) == 1
+    assert "kv_quantised" in said[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        truth = make_engine(tiny_llama, kv_cache_dtype="fp8", enable_prefix_caching=False)
+    try:
+        assert [a.tokens for a in run.answers] == [ask(truth, p)[0].tokens for p in PROMPTS]
+    finally:
+        truth.llm_engine.engine_core.shutdown()

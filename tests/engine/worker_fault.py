@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed into vLLM's workers (``worker_extension_cls``): breaks and mends the load of one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+
+class FaultyLoad:
+    rank: int
+
+    def break_load(self, rank: int) -> None:
+        if self.rank == rank:
+            half = self._half()
+            half.whole_kernel, half.kernel = half.kernel, _fail
+
+    def mend_load(self) -> None:
+        half = self._half()
+        half.kernel = getattr(half, "whole_kernel", half.kernel)
+
+    def load_facts(self) -> tuple[str | None, str]:
+        """Why reuse is off on this rank, if it is, and what its pages look like."""
+        facts = self._half().facts
+        return facts.reason, facts.summary
+
+    def _half(self) -> Any:
+        return get_kv_transfer_group()._worker  # type: ignore[attr-defined]
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("page lost")

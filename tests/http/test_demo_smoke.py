@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole demo on real servers with a real model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
+pytest.importorskip("openai", reason="the demo extra is not installed")
+pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+
+ANSWER_TOKENS = 40
+TIMEOUT_SECONDS = 1500
+
+
+def test_the_demo_shows_reuse_from_the_second_agent_on(smollm2: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvcomm_vllm.cli.main", "demo", "--model", smollm2]
+    command += ["--quick", "--answer-tokens", str(ANSWER_TOKENS), "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Time to first token" in done.stdout
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "demo.json").read_text())
+
+    first, *later = report["agents"]
+    assert first["reused"] == 0, "the first agent of a new question has nothing to reuse"
+    for before, row in zip(report["agents"], later, strict=False):
+        assert row["reused"] > max(before["reused"], row["prompt_tokens"] / 3)
+    for row in report["agents"]:
+        assert row["local"] + row["reused"] + row["computed"] == row["prompt_tokens"]
+
+    for call in report["calls"]:
+        cached = call["cached_tokens"]
+        assert cached["plain"] == 0, "the salted request must find an empty cache"
+        assert 0 < cached["prefix_cache"] < call["prompt_tokens"] / 2, "only the system prompt"
+
+    for agent in report["trace"][1:]:
+        spans = agent["report"]["spans"]
+        assert {kind for _, _, kind in spans} == {"local", "reused", "computed"}
+        assert spans[0][0] == 0
+        assert spans[-1][1] == agent["prompt_tokens"]
+
+    left = subprocess.run(["pgrep", "-f", f"{smollm2} .*{tmp_path}"], capture_output=True)
+    assert left.returncode == 1, "a server is still running"

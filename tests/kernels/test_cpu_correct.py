@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The corrected load on the CPU adds the deviation that the reference adds, and rounds once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from kvcomm_vllm.kernels import cpu_correct, cpu_load, portable, reference
+from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
+from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+
+PAGES, HEADS, LAYERS, TOKENS = 9, 3, 4, 75
+DEVIATIONS = ["mean", "mean+map", "map-from-zero", "anchors", "anchors-bf16", "anchors-per-channel"]
+SHAPES = [
+    (torch.bfloat16, 32, 64, 64, False),
+    (torch.bfloat16, 16, 80, 32, True),
+    (torch.float16, 48, 96, 96, False),
+    (torch.float32, 24, 64, 0, False),
+]
+# RMS of the error relative to the RMS of the result: one rounding of the cache's dtype, and for
+# the map in bf16 the rounding of its input and output besides (a fifth of the result here).
+ONE_ROUNDING = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6}
+
+
+def make_group(dtype: torch.dtype, page: int, dim: int, rotary: int, inter: bool) -> PageGroup:
+    generator = torch.Generator().manual_seed(dim)
+    shape = (PAGES, HEADS, page, 2 * dim)
+    layers = tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(LAYERS))
+    return PageGroup(layers, Packing.VEC, dim, rotary, inter)
+
+
+def make_slots(page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    order = torch.randperm(PAGES * page, generator=torch.Generator().manual_seed(3))
+    scattered = order[: 2 * 20].reshape(2, 20)
+    taken = set(order[: 2 * 20].tolist())
+    free = torch.tensor([slot for slot in range(PAGES * page) if slot not in taken])
+    half = len(free) // 2
+    count = min(TOKENS - 20, half)
+    src = torch.cat((free[:count], scattered[0]))
+    dst = torch.cat((free[half : half + count], scattered[1]))
+    src[5], dst[9] = -1, -2
+    return src, dst
+
+
+def make_rotation(tokens: int, rotary: int, seed: int) -> Rotation:
+    angle = torch.rand(tokens, rotary // 2, generator=torch.Generator().manual_seed(seed)) * 6
+    return Rotation(angle.cos(), angle.sin())
+
+
+def make_deviation(kind: str, dim: int, tokens: int, skip: int) -> Deviation:
+    generator = torch.Generator().manual_seed(11)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    layers, length = LAYERS - skip, 12
+    if kind.startswith("anchors"):
+        dk, dv = random(40, layers, HEADS, dim), random(40, layers, HEADS, dim)
+        if kind == "anchors-bf16":
+            dk, dv = dk.bfloat16(), dv.bfloat16()
+        rows = torch.randint(-8, 40, (5, tokens), generator=generator)
+        shape = (5, layers, HEADS, dim) if kind == "anchors-per-channel" else (5, tokens)
+        return AnchorSum(dk, dv, rows, random(*shape) / 5, random(*shape) / 5, skip)
+    means = [0.2 * random(layers, length + 1, HEADS, dim) for _ in range(2)]
+    index = torch.arange(tokens, dtype=torch.int32) + 3
+    if kind == "mean":
+        return MeanMap(*means, index, skip_layers=skip)
+    linear = 0.2 / dim**0.5 * random(layers, HEADS, 2 * dim, 2 * dim)
+    centre = None if kind == "map-from-zero" else random(layers, HEADS, 2 * dim)
+    return MeanMap(*means, index, linear, centre, skip)
+
+
+def error(actual: PageGroup, expected: PageGroup, layer: int) -> float:
+    got, want = actual.layers[layer].float(), expected.layers[layer].float()
+    return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("skip", [0, 1], ids=["all-layers", "layer-0-exact"])
+@pytest.mark.parametrize("kind", DEVIATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "page", "dim", "rotary", "inter"),
+    SHAPES,
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_corrected_load_matches_reference(
+    dtype: torch.dtype, page: int, dim: int, rotary: int, inter: bool, kind: str, skip: int
+) -> None:
+    group = make_group(dtype, page, dim, rotary, inter)
+    assert cpu_correct.supports(group) == cpu_load.available()
+    expected = dataclasses.replace(group, layers=tuple(layer.clone() for layer in group.layers))
+    src, dst = make_slots(page)
+    undo, redo = (make_rotation(len(src), rotary, seed) for seed in (1, 2))
+    deviation = make_deviation(kind, dim, len(src), skip)
+    cpu_correct.load_corrected(group, src, dst, undo, redo, deviation)
+    reference.load_corrected(expected, src, dst, undo, redo, deviation)
+    for layer in range(LAYERS):
+        assert error(group, expected, layer) < ONE_ROUNDING[dtype]
+
+
+def test_chunks_of_the_map_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for chunk_bytes in (1, 5000, 8 << 20):
+        monkeypatch.setattr(cpu_correct, "_CHUNK_BYTES", chunk_bytes)
+        group = make_group(torch.float32, 32, 64, 64, False)
+        src, dst = make_slots(32)
+        undo, redo = (make_rotation(len(src), 64, seed) for seed in (1, 2))
+        deviation = make_deviation("mean+map", 64, len(src), 1)
+        cpu_correct.load_corrected(group, src, dst, undo, redo, deviation)
+        results.append(group)
+    for other in results[1:]:
+        for now, then in zip(results[0].layers, other.layers, strict=True):
+            torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-5)
+
+
+def test_a_deviation_of_zero_is_rotation_alone() -> None:
+    src, dst = make_slots(32)
+    undo, redo = (make_rotation(len(src), 64, seed) for seed in (1, 2))
+    zero = torch.zeros(LAYERS, 1, HEADS, 64)
+    index = torch.zeros(len(src), dtype=torch.int32)
+    group, plain = (make_group(torch.float32, 32, 64, 64, False) for _ in range(2))
+    cpu_correct.load_corrected(group, src, dst, undo, redo, MeanMap(zero, zero, index))
+    cpu_load.load(plain, src, dst, undo.then(redo))
+    for layer in range(LAYERS):
+        assert error(group, plain, layer) < ONE_ROUNDING[torch.float32]
+
+
+def test_slots_that_are_not_named_stay_as_they_were() -> None:
+    group = make_group(torch.bfloat16, 32, 64, 64, False)
+    src, dst = make_slots(32)
+    kept = torch.ones(PAGES * 32, dtype=torch.bool)
+    kept[dst[(src >= 0) & (dst >= 0)]] = False
+    slots = kept.nonzero().flatten()
+    before = portable.read(group, slots)
+    undo, redo = (make_rotation(len(src), 64, seed) for seed in (1, 2))
+    for kind in DEVIATIONS:
+        deviation = make_deviation(kind, 64, len(src), 1)
+        cpu_correct.load_corrected(group, src, dst, undo, redo, deviation)
+    for now, then in zip(portable.read(group, slots), before, strict=True):
+        assert torch.equal(now, then)

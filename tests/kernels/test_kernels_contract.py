@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A launcher that is called wrongly says what is wrong, before it reads or writes anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from kernel_cases import Case, deviation, poisoned_group, rotation
+
+from kvcomm_vllm.kernels import collect, correct, distance, load, reference
+from kvcomm_vllm.kernels.contract import ContractError
+from kvcomm_vllm.kernels.deviation import AnchorSum, MeanMap
+from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+
+CASE = Case("bf16", tokens=4)
+SRC, DST = torch.tensor([0, 1, 2, 3]), torch.tensor([8, 9, 10, 11])
+
+Break = Callable[[PageGroup], tuple[PageGroup, torch.Tensor, torch.Tensor, Rotation]]
+
+
+def with_slots(src: list[int], dst: list[int]) -> Break:
+    return lambda group: (group, torch.tensor(src), torch.tensor(dst), rotation(CASE))
+
+
+def with_group(**changes: object) -> Break:
+    return lambda group: (dataclasses.replace(group, **changes), SRC, DST, rotation(CASE))  # type: ignore[arg-type]
+
+
+WRONG: dict[str, tuple[Break, str]] = {
+    "duplicate-destination": (with_slots([0, 1], [8, 8]), "occurs twice"),
+    "overlap": (with_slots([0, 1], [1, 2]), "also another token's destination"),
+    "outside": (with_slots([0, 1], [8, 10_000]), "outside a cache"),
+    "lengths": (with_slots([0, 1], [8]), "2 source slots for 1"),
+    "int32-slots": (
+        lambda group: (group, SRC.int(), DST, rotation(CASE)),
+        "src_slots is int64",
+    ),
+    "rotation-shape": (
+        lambda group: (group, SRC, DST, rotation(Case("bf16", tokens=5))),
+        "rotation cos is fp32",
+    ),
+    "rotation-dtype": (
+        lambda group: (group, SRC, DST, Rotation(*(torch.zeros(4, 32).half() for _ in "cs"))),
+        "rotation cos is fp32",
+    ),
+    "head-dim": (with_group(head_dim=32), "2 \\* head_dim=64"),
+    "rotary-dim": (with_group(rotary_dim=66), "rotary_dim 66"),
+    "scales": (with_group(k_scales=(1.0,)), "one factor per layer"),
+    "mixed-layers": (
+        lambda group: (
+            dataclasses.replace(group, layers=(group.layers[0], group.layers[1].float())),
+            SRC,
+            DST,
+            rotation(CASE),
+        ),
+        "share shape, dtype",
+    ),
+    "uint8-cache": (
+        lambda group: (
+            dataclasses.replace(group, layers=tuple(x.clone().byte() for x in group.layers)),
+            SRC,
+            DST,
+            rotation(CASE),
+        ),
+        "float8 dtype first",
+    ),
+}
+
+
+@pytest.mark.parametrize("module", [load, reference], ids=["triton", "reference"])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls_are_refused_and_leave_the_cache_alone(name: str, module: ModuleType) -> None:
+    group = poisoned_group(CASE)
+    before = [layer.clone() for layer in group.layers]
+    change, message = WRONG[name]
+    arguments = change(group)
+    if name not in ("duplicate-destination", "overlap", "outside", "lengths"):
+        assert len(arguments[1]) == 4
+    turn = arguments[3]
+    if len(arguments[1]) == 2:
+        turn = Rotation(turn.cos[:2], turn.sin[:2])
+    with pytest.raises(ContractError, match=message):
+        module.load(*arguments[:3], turn)
+    for layer, old in zip(group.layers, before, strict=True):
+        assert torch.equal(layer.float(), old.float())
+
+
+def test_packed_cpu_caches_are_refused_by_triton() -> None:
+    layers = tuple(torch.zeros(4, 2, 32, 128) for _ in range(2))
+    group = PageGroup(layers, Packing.VEC, 64, 64)
+    with pytest.raises(ContractError, match="served by the CPU path"):
+        load.rotate(group, SRC, rotation(CASE))
+
+
+def test_deviations_that_do_not_fit_are_refused() -> None:
+    group, turn = poisoned_group(CASE), rotation(CASE)
+
+    def run(change: AnchorSum | MeanMap) -> None:
+        correct.load_corrected(group, SRC, DST, turn, turn, change)
+
+    anchors, means = deviation("token", CASE), deviation("map", CASE)
+    assert isinstance(anchors, AnchorSum)
+    assert isinstance(means, MeanMap)
+    assert means.map is not None
+    with pytest.raises(ContractError, match="outside an arena"):
+        run(dataclasses.replace(anchors, rows=torch.full_like(anchors.rows, 150)))
+    with pytest.raises(ContractError, match="deviation arena is"):
+        run(dataclasses.replace(anchors, skip_layers=0))
+    with pytest.raises(ContractError, match="wk is fp32"):
+        run(dataclasses.replace(anchors, wk=anchors.wk[:, :3]))
+    with pytest.raises(ContractError, match="index is int32"):
+        run(dataclasses.replace(means, index=means.index.long()))
+    with pytest.raises(ContractError, match="map is a contiguous float tensor"):
+        run(dataclasses.replace(means, map=means.map.transpose(2, 3)))
+
+
+def test_arenas_that_do_not_fit_are_refused() -> None:
+    group, turn = poisoned_group(CASE), rotation(CASE)
+    good, bad = torch.zeros(4, 2, 3, 64), torch.zeros(4, 2, 3, 32)
+    with pytest.raises(ContractError, match="out is"):
+        collect.collect(group, SRC, turn, None, None, bad, bad)
+    with pytest.raises(ContractError, match="5 output rows for 4 slots"):
+        longer = torch.zeros(5, 2, 3, 64)
+        collect.collect(group, SRC, turn, None, None, longer, longer)
+    with pytest.raises(ContractError, match="both of base_k and base_v"):
+        collect.collect(group, SRC, turn, good, None, good.clone(), good.clone())
+    with pytest.raises(ContractError, match=r"rows is int64"):
+        distance.distance(group, SRC, turn, good, good, torch.zeros(2, 3, dtype=torch.int64))

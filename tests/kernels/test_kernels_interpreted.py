@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels compute what the reference computes, on every layout, dtype and head shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import (
+    BOUNDS,
+    DEVICE,
+    DTYPES,
+    Case,
+    assert_same_cache,
+    copy_of,
+    deviation,
+    generator,
+    matrix,
+    on_cpu,
+    poisoned_group,
+    rms_error,
+    rotation,
+    slot_pairs,
+)
+
+from kvcomm_vllm.kernels import collect, correct, distance, load, reference
+from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+
+KINDS = ("token", "channel", "mean", "map")
+CORRECTED = [
+    (kind, case) for i, kind in enumerate(KINDS) for case in matrix(step=len(KINDS))[i % 2 :]
+]
+
+
+def written_by(src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
+    return dst[src >= 0]
+
+
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_load_agrees_with_reference(case: Case) -> None:
+    group, (src, dst), turn = poisoned_group(case), slot_pairs(case), rotation(case)
+    before, want = copy_of(group), copy_of(group)
+    load.load(group, src, dst, turn)
+    reference.load(want, src.cpu(), dst.cpu(), on_cpu(turn))
+    assert_same_cache(group, want, before, written_by(src, dst), BOUNDS[case.dtype])
+
+
+@pytest.mark.parametrize("case", matrix(step=2), ids=str)
+def test_rotate_agrees_with_reference_and_leaves_values_alone(case: Case) -> None:
+    group, (slots, _), turn = poisoned_group(case), slot_pairs(case), rotation(case)
+    before, want = copy_of(group), copy_of(group)
+    load.rotate(group, slots, turn)
+    reference.rotate(want, slots.cpu(), on_cpu(turn))
+    assert_same_cache(group, want, before, slots, BOUNDS[case.dtype])
+    for new, old in zip(group.layers, before.layers, strict=True):
+        values = new[..., case.head_dim :].contiguous().cpu().view(torch.uint8)
+        assert torch.equal(values, old[..., case.head_dim :].contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(("kind", "case"), CORRECTED, ids=lambda x: str(x))
+def test_load_corrected_agrees_with_reference(kind: str, case: Case) -> None:
+    group, (src, dst) = poisoned_group(case), slot_pairs(case)
+    undo, redo, change = rotation(case), rotation(case, seed=5), deviation(kind, case)
+    before, want = copy_of(group), copy_of(group)
+    correct.load_corrected(group, src, dst, undo, redo, change)
+    reference.load_corrected(
+        want, src.cpu(), dst.cpu(), on_cpu(undo), on_cpu(redo), on_cpu(change)
+    )
+    assert_same_cache(group, want, before, written_by(src, dst), BOUNDS[case.dtype])
+
+
+@pytest.mark.parametrize("with_base", [True, False], ids=["minus-base", "no-base"])
+@pytest.mark.parametrize("case", matrix(step=3), ids=str)
+def test_collect_agrees_with_reference(case: Case, with_base: bool) -> None:
+    group, (slots, _), undo = poisoned_group(case), slot_pairs(case), rotation(case)
+    skip = case.layers - 1
+    shape = (case.tokens, 1, case.heads, case.head_dim)
+    base = [torch.randn(shape, generator=generator(i)).bfloat16().to(DEVICE) for i in (7, 8)]
+    base_k, base_v = base if with_base else (None, None)
+    outs = [torch.full(shape, 123.0, device=DEVICE) for _ in range(4)]
+    collect.collect(group, slots, undo, base_k, base_v, outs[0], outs[1], skip_layers=skip)
+    wanted = [out.cpu() for out in outs[2:]]
+    reference.collect(
+        copy_of(group),
+        slots.cpu(),
+        on_cpu(undo),
+        base_k.cpu() if base_k is not None else None,
+        base_v.cpu() if base_v is not None else None,
+        *wanted,
+        skip_layers=skip,
+    )
+    for got, want in zip(outs[:2], wanted, strict=True):
+        assert rms_error(got, want) <= 1e-6
+        assert bool((got[slots < 0] == 123.0).all()), "the row of a skipped token was written"
+
+
+@pytest.mark.parametrize("case", [c for c in matrix(step=4) if c.tokens < 60], ids=str)
+def test_distance_agrees_with_reference(case: Case) -> None:
+    group, (slots, _), undo = poisoned_group(case), slot_pairs(case), rotation(case)
+    rng, arena = generator(9), 90
+    shape = (arena, case.layers, case.heads, case.head_dim)
+    anchor_k, anchor_v = (torch.randn(shape, generator=rng).half().to(DEVICE) for _ in "kv")
+    rows = torch.randint(-1, arena, (3, case.tokens), generator=rng).to(DEVICE)
+    got = distance.distance(group, slots, undo, anchor_k, anchor_v, rows, per_channel=True)
+    want = reference.distance(
+        copy_of(group),
+        slots.cpu(),
+        on_cpu(undo),
+        anchor_k.cpu(),
+        anchor_v.cpu(),
+        rows.cpu(),
+        per_channel=True,
+    )
+    assert rms_error(got.square_v, want.square_v) <= 1e-5
+    assert rms_error(got.abs_k, want.abs_k) <= 1e-5
+    assert rms_error(got.abs_v, want.abs_v) <= 1e-5
+    assert got.square_channel_k is not None
+    assert got.square_channel_v is not None
+    assert rms_error(got.square_channel_k, want.square_channel_k) <= 1e-5
+    assert rms_error(got.square_channel_v, want.square_channel_v) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_load_in_place_is_rotation(dtype: str) -> None:
+    case = Case(dtype)
+    group, (slots, _), turn = poisoned_group(case), slot_pairs(case), rotation(case)
+    rotated = poisoned_group(case)
+    load.load(group, slots, slots, turn)
+    load.rotate(rotated, slots, turn)
+    assert_same_cache(group, rotated, copy_of(group), slots, 0.0)
+
+
+def test_addresses_reach_beyond_32_bits() -> None:
+    """Two pages 2^31 bytes apart; memory in between is reserved but never touched."""
+    page, far = 16, 2**31
+    storage = torch.empty(far + page * 64, dtype=torch.uint8, device=DEVICE)
+    layer = storage.view(torch.float8_e5m2).as_strided((2, 1, page, 64), (far, 64, 64, 1))
+    layer[0].view(torch.uint8).copy_(torch.arange(page * 64).reshape(1, page, 64) % 120)
+    layer[1].view(torch.uint8).zero_()
+    group = PageGroup((layer,), Packing.STRIDED, 32, 0)
+    empty = torch.zeros(page, 0, device=DEVICE)
+    slots = torch.arange(page, device=DEVICE)
+    load.load(group, slots, slots + page, Rotation(empty, empty))
+    assert torch.equal(layer[1].view(torch.uint8), layer[0].view(torch.uint8))
+
+
+def test_no_tokens_and_only_skipped_tokens_change_nothing() -> None:
+    case = Case("bf16", tokens=5)
+    group, before = poisoned_group(case), copy_of(poisoned_group(case))
+    none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    empty = torch.zeros(0, 32, device=DEVICE)
+    load.load(group, none, none, Rotation(empty, empty))
+    skipped = torch.full((5,), -1, device=DEVICE)
+    load.load(group, skipped, skipped, rotation(case))
+    correct.load_corrected(
+        group, skipped, skipped, rotation(case), rotation(case), deviation("map", case)
+    )
+    assert_same_cache(group, before, before, none, 0.0)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold after every step, whatever the requests were."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from math import inf
+
+import numpy as np
+from engine_without_worker import EngineWithoutWorker
+from simulated_memory import PageClaim
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash
+
+
+def check_all(engine: EngineWithoutWorker) -> None:
+    check_exact_hashes(engine)
+    check_references(engine)
+    check_index(engine)
+    check_states(engine)
+
+
+def cached_pages(engine: EngineWithoutWorker) -> list[tuple[bytes, KVCacheBlock]]:
+    """Every (hash, page) of vLLM's prefix cache."""
+    found = []
+    for key, blocks in engine.pool.cached_block_hash_to_block._cache.items():
+        for block in [blocks] if isinstance(blocks, KVCacheBlock) else blocks.values():
+            found.append((bytes(get_block_hash(key)), block))
+    return found
+
+
+def exactly_hashed(engine: EngineWithoutWorker) -> set[bytes]:
+    """Hashes in the cache that a request without our connector could look up."""
+    return {block_hash for block_hash, _ in cached_pages(engine)} & engine.exact_pages.keys()
+
+
+def check_exact_hashes(engine: EngineWithoutWorker) -> None:
+    """What anybody can look up holds what a dense prefill would have written."""
+    filling, full = pages_in_use(engine), engine.memory.full_pages()
+    claims = []
+    for block_hash, block in cached_pages(engine):
+        page = block.block_id
+        if page not in full:
+            # vLLM hashes pages when it allocates them; somebody must be about to fill them
+            assert page in filling, f"page {page} is cached, was never written and has no owner"
+        elif block_hash in engine.exact_pages:
+            text, index = engine.exact_pages[block_hash]
+            claims.append(PageClaim(page, text, index, inf, "under an exact hash"))
+    engine.memory.check_pages(claims)
+
+
+def pages_in_use(engine: EngineWithoutWorker) -> Counter[int]:
+    """How often each page stands in a request's block table."""
+    count: Counter[int] = Counter()
+    for name in engine.scheduler.requests:
+        count.update(engine.scheduler.kv_cache_manager.get_block_ids(name)[0])
+    for _, blocks in engine.scheduler.deferred_frees:
+        count.update(block.block_id for block in blocks)
+    return count
+
+
+def check_references(engine: EngineWithoutWorker) -> None:
+    """Every reference to a page is one of a block table or of a plan in flight."""
+    expected = pages_in_use(engine)
+    held = engine.half.pages._held
+    for blocks in held.values():
+        expected.update(block.block_id for block in blocks)
+    for block in engine.pool.blocks:
+        if not block.is_null:
+            assert block.ref_cnt == expected[block.block_id], f"page {block.block_id}"
+    on_their_way: set[str] = set()
+    for job in engine.jobs:
+        message = job.output.kv_connector_metadata
+        on_their_way.update(ops.request_id for ops in message.requests)
+    assert held.keys() <= on_their_way, "pages held for a plan that is in no step"
+
+
+def check_index(engine: EngineWithoutWorker) -> None:
+    """What the index offers is there: the very tokens at their positions, exact where it says."""
+    filling, full = pages_in_use(engine), engine.memory.full_pages()
+    claims = []
+    for sequence in engine.half.store.index._slot_of:
+        if not sequence.ready:
+            continue
+        text = engine.served[sequence.owner].text
+        assert np.array_equal(sequence.tokens, text.tokens[: len(sequence.tokens)])
+        first = inf if sequence.first_approximate is None else sequence.first_approximate
+        for index, block_hash in enumerate(sequence.block_hashes):
+            block = engine.half.pages.lookup(block_hash)
+            if block is not None and (block.block_id in full or not filling[block.block_id]):
+                name = f"of sequence {sequence.owner}"
+                claims.append(PageClaim(block.block_id, text, index, first, name))
+    engine.memory.check_pages(claims)
+
+
+def check_states(engine: EngineWithoutWorker) -> None:
+    """The scheduler half remembers the requests that vLLM has, and no others."""
+    assert engine.half.states.keys() == engine.scheduler.requests.keys()
+    assert engine.half.store._filling.keys() <= engine.half.states.keys()
+    limit = engine.half.config.max_sequences
+    assert len(engine.half.store.index) <= limit
+
+
+def check_idle(engine: EngineWithoutWorker) -> None:
+    """With no request left, every page is free."""
+    check_all(engine)
+    assert not engine.scheduler.requests
+    assert engine.half.pages.held == 0
+    assert engine.pool.get_num_free_blocks() == len(engine.pool.blocks) - 1
+
+
+def check_report(engine: EngineWithoutWorker, name: str) -> None:
+    """The report of a finished request adds up, and is what happened."""
+    served = engine.served[name]
+    report = served.report
+    assert report["prompt_tokens"] == served.prompt_tokens
+    assert report["local"] + report["reused"] + report["computed"] == served.prompt_tokens
+    spans = report["spans"]
+    assert spans[0][0] == 0
+    assert spans[-1][1] == served.prompt_tokens
+    assert all(before[1] == after[0] for before, after in pairwise(spans))
+    for treatment in ("local", "reused", "computed"):
+        total = sum(end - start for start, end, kind in spans if kind == treatment)
+        assert total == report[treatment]
+    assert report["seam"] + report["gap"] <= report["computed"]
+    if report["reused"]:
+        (first, *_) = served.loaded
+        loads = [[op.prompt_start, op.prompt_start + op.length, "reused"] for op in first.loads]
+        assert [span for span in spans if span[2] == "reused"] == loads
+        assert len(report["slots"]) == len(loads)

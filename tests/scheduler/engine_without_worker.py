@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's real scheduler with our connector, and a worker that only keeps account of its pages."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from simulated_memory import Row, SimulatedMemory, Text
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvcomm_vllm.connector import KVCommConnector
+from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
+from kvcomm_vllm.scheduler.half import SchedulerHalf
+
+SETTINGS: dict[str, Any] = {
+    "window_tokens": 4,
+    "min_span_tokens": 8,
+    "seam_tokens": 2,
+    "min_reuse_tokens": 8,
+    "min_reuse_share": 0.0,
+    "max_sequences": 256,
+}
+
+
+@dataclass
+class Job:
+    """One scheduled step, as it goes to the workers."""
+
+    output: SchedulerOutput
+    new_pages: list[int]
+    rows: list[Row]
+    samples: list[list[int]]
+    result: ModelRunnerOutput | None = None
+
+
+@dataclass
+class Served:
+    """What became of a request."""
+
+    text: Text
+    prompt_tokens: int
+    loaded: list[RequestOps] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+
+    @property
+    def declined(self) -> list[str]:
+        return list(self.report["declined"])
+
+    def spans(self, treatment: str) -> list[tuple[int, int]]:
+        return [(start, end) for start, end, kind in self.report["spans"] if kind == treatment]
+
+
+class EngineWithoutWorker:
+    """Steps the scheduler and simulates the workers.
+
+    Args:
+        model: any small model config; nothing of it is loaded.
+        settings: changes to ``SETTINGS``; None for plain vLLM without a connector.
+        pipeline: steps in flight; 2 is vLLM's asynchronous scheduling.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        settings: dict[str, Any] | None,
+        block_size: int = 4,
+        num_blocks: int = 64,
+        budget: int = 256,
+        max_num_seqs: int = 8,
+        policy: str = "fcfs",
+        pipeline: int = 1,
+    ) -> None:
+        transfer = settings is not None and KVTransferConfig(
+            kv_connector="kvcomm",
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+            kv_connector_extra_config=SETTINGS | settings,
+        )
+        config = VllmConfig(
+            model_config=model,
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=budget,
+                max_model_len=model.max_model_len,
+                enable_chunked_prefill=True,
+                is_encoder_decoder=False,
+                policy=policy,
+            ),
+            cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=True),
+            device_config=DeviceConfig("cpu"),
+            kv_transfer_config=transfer or None,
+        )
+        config.scheduler_config.async_scheduling = pipeline > 1
+        config.cache_config.num_gpu_blocks = num_blocks
+        init_none_hash(sha256)
+        spec = FullAttentionSpec(
+            block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
+        )
+        kind = AsyncScheduler if pipeline > 1 else Scheduler
+        self.scheduler = kind(
+            config,
+            KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            StructuredOutputManager(config),
+            block_size=block_size,
+        )
+        self.block_size = block_size
+        self.pipeline = pipeline
+        self.hasher = get_request_block_hasher(block_size, sha256)
+        self.memory = SimulatedMemory(num_blocks, block_size)
+        self.served: dict[str, Served] = {}
+        self.exact_pages: dict[bytes, tuple[Text, int]] = {}  # hash in vLLM's sense -> its content
+        self.fail: Callable[[RequestOps], bool] = lambda ops: False
+        self.after_step: Callable[[EngineWithoutWorker], None] = lambda engine: None
+        self.jobs: deque[Job] = deque()
+        self.trace: list[dict[str, tuple[int, list[int]]]] = []
+        self._new_pages: list[int] = []
+        self._watch_allocations()
+        if self.scheduler.connector is not None:
+            facts = WorkerFacts(None, "", "test")
+            self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
+
+    @property
+    def connector(self) -> KVCommConnector:
+        assert isinstance(self.scheduler.connector, KVCommConnector)
+        return self.scheduler.connector
+
+    @property
+    def half(self) -> SchedulerHalf:
+        return self.connector._scheduler
+
+    @property
+    def pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+    def _watch_allocations(self) -> None:
+        allocate = self.pool.get_new_blocks
+
+        def watched(count: int, **kwargs: Any) -> Any:
+            blocks = allocate(count, **kwargs)
+            self._new_pages.extend(block.block_id for block in blocks)
+            return blocks
+
+        self.pool.get_new_blocks = watched
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        prompt: list[int],
+        answer: list[int] | None = None,
+        hints: object = None,
+        salt: str | None = None,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> Request:
+        """A request that will sample ``answer`` (default: 2 tokens) and then end."""
+        answer = [1, 1] if answer is None else answer
+        text = Text.of([*prompt, *answer, 0, 0])  # steps in flight may sample beyond the end
+        params = SamplingParams(
+            max_tokens=len(answer),
+            temperature=0.0,
+            ignore_eos=True,
+            extra_args={"kv_transfer_params": {"kvcomm": hints}} if hints is not None else None,
+            **sampling,
+        )
+        params.skip_reading_prefix_cache = params.prompt_logprobs is not None
+        request = Request(
+            request_id=name,
+            prompt_token_ids=list(prompt),
+            sampling_params=params,
+            pooling_params=None,
+            cache_salt=salt,
+            priority=priority,
+            arrival_time=float(len(self.served)),
+            block_hasher=self.hasher,
+        )
+        self.served[name] = Served(text, len(prompt))
+        self._note_exact_hashes(text, salt)
+        self.scheduler.add_request(request)
+        return request
+
+    def _note_exact_hashes(self, text: Text, salt: str | None) -> None:
+        plain = Request(
+            request_id="plain",
+            prompt_token_ids=text.tokens.tolist(),
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+            cache_salt=salt,
+            block_hasher=self.hasher,
+        )
+        for index, block_hash in enumerate(plain.block_hashes):
+            self.exact_pages[bytes(block_hash)] = (text, index)
+
+    def abort(self, name: str) -> None:
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def serve(
+        self, name: str, prompt: list[int], answer: list[int] | None = None, **options: Any
+    ) -> Served:
+        """Add one request and run it to its end."""
+        self.add(name, prompt, answer, **options)
+        self.run(name)
+        return self.served[name]
+
+    def run(self, *names: str, steps: int = 500) -> None:
+        """Step until these requests (all, by default) have ended."""
+        for _ in range(steps):
+            wanted = names or tuple(self.served)
+            if all(name not in self.scheduler.requests for name in wanted):
+                self.drain()
+                return
+            self.step()
+        raise AssertionError(f"not finished after {steps} steps: {list(self.scheduler.requests)}")
+
+    # ---- one step --------------------------------------------------------------------------------
+
+    def step(self) -> SchedulerOutput:
+        """Schedule and execute one step; take back the one that leaves the pipeline."""
+        output = self.schedule()
+        while len(self.jobs) >= self.pipeline:
+            self.take_back()
+        self.after_step(self)
+        return output
+
+    def drain(self) -> None:
+        while self.jobs:
+            self.take_back()
+
+    def schedule(self) -> SchedulerOutput:
+        output = self.scheduler.schedule()
+        new_pages, self._new_pages = self._new_pages, []
+        rows, samples, seen = [], [], {}
+        for name, count in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[name]
+            table = list(self.scheduler.kv_cache_manager.get_block_ids(name)[0])
+            end = request.num_computed_tokens
+            rows.append(Row(name, self.served[name].text, table, end - count, end))
+            last = not request.is_prefill_chunk
+            samples.append([int(self.served[name].text.tokens[end])] if last else [])
+            seen[name] = (count, table)
+        self.trace.append(seen)
+        job = Job(output, new_pages, rows, samples)
+        self._execute(job)
+        self.jobs.append(job)
+        return output
+
+    def _execute(self, job: Job) -> None:
+        memory = self.memory
+        memory.garbage = False
+        memory.forget(job.new_pages)
+        connector_output = None
+        message = job.output.kv_connector_metadata
+        if isinstance(message, StepMessage) and message.requests:
+            assert job.output.has_sync_kv_loads, "loads must run before the forward"
+            connector_output = self._load(copy.deepcopy(message.requests), job)
+        memory.forward(job.rows, "forward")
+        names = [row.request_id for row in job.rows]
+        job.result = ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=job.samples,
+            kv_connector_output=connector_output,
+        )
+
+    def _load(self, requests: list[RequestOps], job: Job) -> KVConnectorOutput:
+        tables = {row.request_id: row.table for row in job.rows}
+        for ops in requests:
+            assert tables[ops.request_id][: len(ops.block_ids)] == ops.block_ids
+        ids = {ops.request_id for ops in requests}
+        if any(map(self.fail, requests)):  # one stream, one exception: all of them fail
+            self.memory.spoil(requests)
+            first = [ops.first_token // self.block_size for ops in requests]
+            return KVConnectorOutput(
+                kv_connector_worker_meta=StepReport(failed=ids),
+                invalid_block_ids={
+                    page
+                    for ops, at in zip(requests, first, strict=True)
+                    for page in ops.block_ids[at:]
+                },
+            )
+        texts = {ops.request_id: self.served[ops.request_id].text for ops in requests}
+        self.memory.load(requests, texts)
+        holes = []
+        for ops in requests:
+            text = texts[ops.request_id]
+            self.served[ops.request_id].loaded.append(ops)
+            for hole in ops.holes:
+                end = hole.start + len(hole.tokens)
+                assert hole.tokens == text.tokens[hole.start : end].tolist()
+                holes.append(Row(ops.request_id, text, ops.block_ids, hole.start, end))
+        self.memory.forward(holes, "side forward")
+        return KVConnectorOutput(kv_connector_worker_meta=StepReport(done=ids))
+
+    def take_back(self) -> None:
+        """The oldest step in flight returns to the scheduler."""
+        job = self.jobs.popleft()
+        assert job.result is not None
+        outputs = self.scheduler.update_from_output(job.output, job.result)
+        for client in outputs.values():
+            for output in client.outputs:
+                if output.finish_reason is not None:
+                    served = self.served[output.request_id]
+                    served.finished = True
+                    served.report = (output.kv_transfer_params or {}).get("kvcomm", {})

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV pages without a model: every slot remembers which token's KV it holds, in which context.
+
+A slot holds a token, its position (the rotation its key carries) and a digest of all tokens up to
+it (the context its KV was computed in). ``exact`` says that a dense prefill of that context would
+have produced the same. Reading a slot that was never written, or that holds something else than the
+reader expects, is an ``AssertionError``: on a real machine it would be a wrong answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcomm_vllm.messages import RequestOps
+
+Slots = NDArray[np.int64]
+
+CONTEXT_BASE = 1_000_003
+CONTEXT_PRIME = (1 << 61) - 1
+
+
+def contexts(tokens: list[int]) -> NDArray[np.int64]:
+    """Digest of ``tokens[: i + 1]`` for each i, int64 ``[len(tokens)]``."""
+    digests, last = [], 0
+    for token in tokens:
+        last = (last * CONTEXT_BASE + token + 1) % CONTEXT_PRIME
+        digests.append(last)
+    return np.array(digests, np.int64)
+
+
+@dataclass
+class Text:
+    """All tokens a request will ever have, and the contexts they stand in."""
+
+    tokens: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tokens: list[int]) -> Text:
+        return cls(np.array(tokens, np.int64), contexts(tokens))
+
+
+@dataclass
+class Row:
+    """Tokens ``start .. end`` of one request, to be computed in one forward."""
+
+    request_id: str
+    text: Text
+    table: list[int]
+    start: int
+    end: int
+
+
+@dataclass
+class PageClaim:
+    """``page`` is said to hold page ``index`` of ``text``, exact before position ``exact_to``."""
+
+    page: int
+    text: Text
+    index: int
+    exact_to: float
+    name: str
+
+
+class SimulatedMemory:
+    """Slots of ``num_blocks`` pages of ``block_size`` tokens; slot = page * block_size + offset."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        size = num_blocks * block_size
+        self.block_size = block_size
+        self.written = np.zeros(size, np.bool_)
+        self.token = np.zeros(size, np.int64)
+        self.position = np.zeros(size, np.int64)
+        self.context = np.zeros(size, np.int64)
+        self.exact = np.zeros(size, np.bool_)
+        self.garbage = False  # a load failed in this step: what is computed on top is void, too
+
+    def slots(self, table: list[int], start: int, end: int) -> Slots:
+        """Slots of positions ``start .. end`` under a block table."""
+        positions = np.arange(start, end)
+        pages = np.asarray(table, np.int64)[positions // self.block_size]
+        slots: Slots = pages * self.block_size + positions % self.block_size
+        return slots
+
+    def forget(self, pages: list[int]) -> None:
+        """Pages were handed to somebody: what they held must not be read any more."""
+        for page in pages:
+            self.written[page * self.block_size : (page + 1) * self.block_size] = False
+
+    # ---- what workers do, in their order ---------------------------------------------------------
+
+    def load(self, requests: list[RequestOps], texts: dict[str, Text]) -> None:
+        """All loads of a step: every source is read before any destination is written."""
+        copies = []
+        sources: set[int] = set()
+        targets: set[int] = set()
+        for ops in requests:
+            text = texts[ops.request_id]
+            for op in ops.loads:
+                begin, end = op.prompt_start, op.prompt_start + op.length
+                at = op.source_offset
+                source = self.slots(op.source_blocks, at, at + op.length)
+                target = self.slots(ops.block_ids, begin, end)
+                name = f"{ops.request_id} loads {begin}..{end}"
+                self._expect(
+                    source,
+                    text.tokens[begin:end],
+                    np.arange(op.source_start, op.source_start + op.length),
+                    name,
+                )
+                same = self.context[source] == text.contexts[begin:end]
+                copies.append((target, text, begin, end, self.exact[source] & same))
+                assert sources.isdisjoint(target.tolist()), f"{name} over another load's source"
+                assert targets.isdisjoint(source.tolist()), f"{name} from another load's target"
+                sources.update(source.tolist())
+                targets.update(target.tolist())
+        for target, text, begin, end, exact in copies:
+            self._write(target, text, begin, end)
+            self.exact[target] = exact
+
+    def forward(self, rows: list[Row], name: str) -> None:
+        """One forward: all rows' KV is written before any of them attends, layer by layer."""
+        for row in rows:
+            target = self.slots(row.table, row.start, row.end)
+            self._write(target, row.text, row.start, row.end)
+            self.exact[target] = True
+        for row in rows:
+            self._expect(
+                self.slots(row.table, 0, row.end),
+                row.text.tokens[: row.end],
+                np.arange(row.end),
+                f"{name} of {row.request_id} {row.start}..{row.end}",
+            )
+        changed = True
+        while changed:  # rows may attend to each other's pages
+            changed = False
+            for row in rows:
+                read = self.slots(row.table, 0, row.end)
+                fits = self.exact[read] & (self.context[read] == row.text.contexts[: row.end])
+                exact = np.logical_and.accumulate(fits)[row.start :]
+                valid = np.logical_and.accumulate(self.written[read])[row.start :]
+                target = read[row.start :]
+                changed |= bool((self.exact[target] != exact).any())
+                changed |= bool((self.written[target] != valid).any())
+                self.exact[target], self.written[target] = exact, valid
+
+    def spoil(self, requests: list[RequestOps]) -> None:
+        """A load that failed half-way: what it was to write is in no known state."""
+        for ops in requests:
+            end = len(ops.block_ids) * self.block_size
+            self.written[self.slots(ops.block_ids, ops.first_token, end)] = False
+        self.garbage = True
+
+    # ---- looking at pages ------------------------------------------------------------------------
+
+    def check_pages(self, pages: list[PageClaim]) -> None:
+        """Every claimed page holds the KV of its piece of text, exact as far as claimed."""
+        if not pages:
+            return
+        size = self.block_size
+        shape = (len(pages), size)
+        cells = np.array([claim.page for claim in pages])[:, None] * size + np.arange(size)
+        positions = np.array([claim.index for claim in pages])[:, None] * size + np.arange(size)
+        begins = [claim.index * size for claim in pages]
+        texts = [claim.text for claim in pages]
+        tokens = [text.tokens[b : b + size] for text, b in zip(texts, begins, strict=True)]
+        context = [text.contexts[b : b + size] for text, b in zip(texts, begins, strict=True)]
+        must = positions < np.array([claim.exact_to for claim in pages])[:, None]
+        exact = self.exact[cells] & (self.context[cells] == np.array(context).reshape(shape))
+        checks = {
+            "has unwritten slots": self.written[cells],
+            "holds other tokens": self.token[cells] == np.array(tokens).reshape(shape),
+            "holds other positions": self.position[cells] == positions,
+            "is not exact": exact | ~must,
+        }
+        for problem, good in checks.items():
+            bad = np.flatnonzero(~good.all(axis=1))
+            assert not len(bad), f"page {pages[bad[0]].page} {pages[bad[0]].name} {problem}"
+
+    def full_pages(self) -> set[int]:
+        """Pages of which every slot was written."""
+        return set(np.flatnonzero(self.written.reshape(-1, self.block_size).all(axis=1)).tolist())
+
+    def _write(self, target: Slots, text: Text, begin: int, end: int) -> None:
+        self.written[target] = True
+        self.token[target] = text.tokens[begin:end]
+        self.position[target] = np.arange(begin, end)
+        self.context[target] = text.contexts[begin:end]
+
+    def _expect(
+        self, slots: Slots, tokens: NDArray[np.int64], positions: NDArray[np.int64], name: str
+    ) -> None:
+        good = self.written[slots]
+        if self.garbage and not good.all():
+            return
+        for what, fits in (
+            ("unwritten slots", good),
+            ("wrong tokens", self.token[slots] == tokens),
+            ("wrong positions", self.position[slots] == positions),
+        ):
+            bad = np.flatnonzero(~fits)
+            assert not len(bad), (
+                f"{name}: {what} at offsets {bad[:8].tolist()}, "
+                f"pages {sorted(set((slots[bad] // self.block_size).tolist()))[:8]}"
+            )

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers are grouped by how their pages and rotations look; what is not understood is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvcomm_vllm.kernels.pages import Packing
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.kv_view import build_groups, packing_of
+from kvcomm_vllm.worker.rope import NO_ROPE
+from kvcomm_vllm.worker.unsupported import Unsupported
+
+HEAD = 32
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """What is looked at of vLLM's module of this name."""
+
+    is_neox_style = True
+
+    def __init__(self, rotary_dim: int = HEAD) -> None:
+        super().__init__()
+        self.cos_sin_cache = torch.ones(64, rotary_dim)
+
+
+class Layer(torch.nn.Module):
+    """What is looked at of vLLM's attention layer; on the meta device it stands for a GPU's."""
+
+    def __init__(self, isa: str = "vec", device: str = "cpu", **changes: Any) -> None:
+        super().__init__()
+        self.isa = isa
+        self.head_size = self.head_size_v = HEAD
+        self.kv_cache_dtype = "auto"
+        self.kv_cache = torch.zeros(4, 2, 16, 2 * HEAD, dtype=torch.bfloat16, device=device)
+        self.impl: Any = SimpleNamespace(do_kv_cache_update=None, alibi_slopes=None)
+        self.attn_backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
+        self._k_scale, self._v_scale = torch.tensor(0.5), torch.tensor(0.25)
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+
+def attention(layer: Layer, rotary: torch.nn.Module | None) -> torch.nn.Module:
+    block = torch.nn.Module()
+    block.rotary_emb, block.attn = rotary, layer
+    return block
+
+
+def build(*pairs: tuple[Layer, torch.nn.Module | None], **more: Any) -> Any:
+    model = torch.nn.ModuleList(attention(*pair) for pair in pairs)
+    return build_groups({f"layer {i}": layer for i, (layer, _) in enumerate(pairs)}, model, **more)
+
+
+def refusal(layer: Layer) -> Unsupported:
+    with pytest.raises(Unsupported, match="the layer") as caught:
+        packing_of("the layer", layer)
+    return caught.value
+
+
+def cache(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize(
+    ("isa", "packing"),
+    [("vec", Packing.VEC), ("vec16", Packing.VEC), ("amx", Packing.AMX)],
+)
+def test_known_cpu_pages_are_read(isa: str, packing: Packing) -> None:
+    assert packing_of("the layer", Layer(isa)) is packing
+
+
+@pytest.mark.parametrize("isa", ["neon", "rvv", "vxe", "", "vec32"])
+def test_pages_of_an_unknown_instruction_set_are_refused(isa: str) -> None:
+    found = refusal(Layer(isa))
+    assert found.reason is Reason.UNKNOWN_BACKEND
+    assert f"'{isa}'" in found.detail
+
+
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "bfloat16", "fp8", "fp8_e5m2"])
+def test_known_gpu_pages_are_read_through_their_strides(backend: str, kv_dtype: str) -> None:
+    named = SimpleNamespace(get_name=lambda: backend)
+    layer = Layer(device="meta", attn_backend=named, kv_cache_dtype=kv_dtype)
+    assert packing_of("the layer", layer) is Packing.STRIDED
+
+
+REFUSED = {
+    "no write of its own": ({"impl": SimpleNamespace()}, Reason.UNKNOWN_BACKEND),
+    "K and V of different size": ({"head_size_v": 16}, Reason.UNKNOWN_LAYOUT),
+    "another shape": ({"kv_cache": cache(2, 4, 16, 2, HEAD)}, Reason.UNKNOWN_LAYOUT),
+    "packed values": (
+        {"kv_cache": cache(4, 2, 16, HEAD), "kv_cache_dtype": "nvfp4"},
+        Reason.KV_QUANTISED,
+    ),
+    "fp8 on CPU": (
+        {"kv_cache": cache(4, 2, 16, 2 * HEAD, dtype=torch.uint8), "kv_cache_dtype": "fp8"},
+        Reason.KV_QUANTISED,
+    ),
+    "gaps between pages on CPU": (
+        {"kv_cache": cache(4, 2, 32, 2 * HEAD)[:, :, ::2]},
+        Reason.UNKNOWN_LAYOUT,
+    ),
+    "an unknown GPU backend": (
+        {
+            "kv_cache": cache(4, 2, 16, 2 * HEAD, device="meta"),
+            "attn_backend": SimpleNamespace(get_name=lambda: "TREE_ATTN"),
+        },
+        Reason.UNKNOWN_BACKEND,
+    ),
+    "an unknown GPU format": (
+        {
+            "kv_cache": cache(4, 2, 16, 2 * HEAD, dtype=torch.uint8, device="meta"),
+            "kv_cache_dtype": "int8_per_token_head",
+        },
+        Reason.KV_QUANTISED,
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_understood_is_refused(changes: dict[str, Any], reason: Reason) -> None:
+    assert refusal(Layer(**changes)).reason is reason
+
+
+def test_layers_alike_share_a_launch() -> None:
+    rotary = RotaryEmbedding()
+    layers = [Layer() for _ in range(3)]
+    (group,) = build(*((layer, rotary) for layer in layers))
+    assert list(group.layers) == layers
+    assert [id(page) for page in group.pages.layers] == [id(layer.kv_cache) for layer in layers]
+    assert (group.pages.head_dim, group.pages.rotary_dim, group.rotary) == (HEAD, HEAD, rotary)
+
+
+def test_layers_with_another_rotary_embedding_get_another_launch() -> None:
+    near, far = RotaryEmbedding(), RotaryEmbedding(16)
+    layers = [Layer() for _ in range(4)]
+    groups = build(*zip(layers, (near, far, near, None), strict=True))
+    assert [list(g.layers) for g in groups] == [[layers[0], layers[2]], [layers[1]], [layers[3]]]
+    assert [g.pages.rotary_dim for g in groups] == [HEAD, 16, 0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"isa": "amx"},
+        {"kv_cache": cache(4, 1, 16, 2 * HEAD)},
+        {"kv_cache": cache(4, 2, 16, 2 * HEAD, dtype=torch.float32)},
+    ],
+    ids=["packing", "heads", "dtype"],
+)
+def test_layers_with_other_pages_get_another_launch(other: dict[str, Any]) -> None:
+    rotary = RotaryEmbedding()
+    groups = build((Layer(), rotary), (Layer(**other), rotary))
+    assert [len(group.layers) for group in groups] == [1, 1]
+
+
+def test_a_layer_that_is_known_not_to_rotate_keeps_its_keys() -> None:
+    rotary = RotaryEmbedding()
+    groups = build((Layer(), rotary), (Layer(), rotary), unrotated={"layer 1"})
+    assert [group.rope is NO_ROPE for group in groups] == [False, True]
+    assert groups[1].rotary is None
+
+
+def test_a_layer_that_shares_another_ones_cache_is_moved_once() -> None:
+    rotary = RotaryEmbedding()
+    owner, sharer = Layer(), Layer(kv_sharing_target_layer_name="layer 0")
+    (group,) = build((owner, rotary), (sharer, rotary))
+    assert list(group.layers) == [owner]
+
+
+def test_one_layer_not_understood_is_enough() -> None:
+    rotary = RotaryEmbedding()
+    with pytest.raises(Unsupported, match="layer 1"):
+        build((Layer(), rotary), (Layer("neon"), rotary))
+
+
+def test_a_model_without_kv_cache_is_refused() -> None:
+    with pytest.raises(Unsupported) as caught:
+        build_groups({"mixer": SimpleNamespace()}, torch.nn.Module())
+    assert caught.value.reason is Reason.UNKNOWN_LAYOUT
+
+
+def test_fp8_pages_come_with_the_layers_scales() -> None:
+    stored = cache(4, 2, 16, 2 * HEAD, dtype=torch.uint8, device="meta")
+    (group,) = build((Layer(kv_cache=stored, kv_cache_dtype="fp8_e5m2"), RotaryEmbedding()))
+    assert group.pages.layers[0].dtype is torch.float8_e5m2
+    assert (group.pages.k_scales, group.pages.v_scales) == ((0.5,), (0.25,))

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same place of the same template is the same slot; another place is another."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_strategies import sequence, source
+
+from kvcomm_vllm.scheduler.slots import EDGE_TOKENS, KEY_TOKENS, slot_keys, span_kind
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
+
+Tokens = list[int]
+
+
+def keys(
+    templates: list[Tokens],
+    messages: list[int],
+    namespace: bytes = b"",
+    seam: int = 0,
+    local: int = 0,
+    output: bool = False,
+) -> list[str]:
+    """Slots of a prompt: template text, a message of so many tokens, template text, and so on."""
+    tokens: Tokens = []
+    spans = []
+    of = sequence(prompt=0 if output else 400)
+    for template, length in zip(templates, messages, strict=True):
+        tokens += template
+        start = len(tokens)
+        tokens += [7] * length
+        found = source(start, length, of=of)
+        spans.append(ReuseSpan(start + seam, start + length, seam, found))
+    return slot_keys(Plan(local, tuple(spans)), np.array(tokens, np.int32), namespace)
+
+
+templates = st.lists(st.lists(st.integers(0, 99), max_size=20), min_size=1, max_size=4)
+lengths = st.lists(st.integers(10, 50), min_size=4, max_size=4)
+
+
+@given(templates, lengths, lengths, st.integers(0, 9), st.integers(0, 9))
+def test_a_key_does_not_depend_on_what_arrives_in_the_slots(
+    texts: list[Tokens], first: list[int], second: list[int], seam: int, local: int
+) -> None:
+    """Nor on the seam, nor on how much of the template vLLM had in its cache."""
+    count = len(texts)
+    one = keys(texts, first[:count], seam=seam)
+    assert one == keys(texts, second[:count], local=local)
+    assert len(set(one)) == count
+
+
+@given(
+    st.lists(st.integers(0, 99), min_size=2 * EDGE_TOKENS + 1, max_size=KEY_TOKENS),
+    st.data(),
+)
+def test_another_template_is_another_slot(text: Tokens, data: st.DataObject) -> None:
+    place = data.draw(st.integers(EDGE_TOKENS, len(text) - EDGE_TOKENS - 1))
+    other = [*text[:place], text[place] + 1, *text[place + 1 :]]
+    assert keys([text], [20]) != keys([other], [20])
+
+
+@given(st.lists(st.integers(0, 99), min_size=2 * EDGE_TOKENS, max_size=40), st.data())
+def test_edge_tokens_do_not_count(text: Tokens, data: st.DataObject) -> None:
+    """They may merge with the message beside them."""
+    edges = [*range(EDGE_TOKENS), *range(len(text) - EDGE_TOKENS, len(text))]
+    place = data.draw(st.sampled_from(edges))
+    other = [*text[:place], text[place] + 1, *text[place + 1 :]]
+    assert keys([text], [20]) == keys([other], [20])
+
+
+def test_a_later_slot_knows_what_came_before_it() -> None:
+    intro, other, between = list(range(10)), list(range(50, 60)), list(range(20, 30))
+    assert keys([intro, between], [20, 20])[1] != keys([other, between], [20, 20])[1]
+
+
+def test_tenants_do_not_share_slots() -> None:
+    assert keys([[1, 2, 3]], [20], b"red") != keys([[1, 2, 3]], [20], b"blue")
+
+
+def test_an_answer_and_a_prompt_are_different_kinds_of_source() -> None:
+    of = sequence(prompt=100)
+    kinds = [span_kind(ReuseSpan(0, 20, 0, source(0, 20, at, of=of))) for at in (99, 100)]
+    assert kinds == ["prompt", "output"]
+    assert keys([[1, 2, 3]], [20]) != keys([[1, 2, 3]], [20], output=True)
