@@ -75,20 +75,21 @@ def make_case(args: argparse.Namespace) -> Case:
 def deviations(case: Case, anchors: int) -> dict[str, Deviation]:
     group, tokens = case.group, len(case.src)
     layers, heads, dim = len(group.layers) - 1, group.kv_heads, group.head_dim  # layer 0 has none
-    means = [0.1 * torch.randn(layers, HEAD_TOKENS + 1, heads, dim) for _ in range(2)]
+    mean_k, mean_v = (0.1 * torch.randn(layers, HEAD_TOKENS + 1, heads, dim) for _ in range(2))
     index = torch.arange(tokens, dtype=torch.int32)
     linear = 0.02 * torch.randn(layers, heads, 2 * dim, 2 * dim)
     centre = torch.randn(layers, heads, 2 * dim)
 
     def blend(count: int) -> AnchorSum:
-        arenas = [torch.randn(tokens * count, layers, heads, dim).bfloat16() for _ in range(2)]
+        shape = (tokens * count, layers, heads, dim)
+        dk, dv = (torch.randn(shape).bfloat16() for _ in range(2))
         rows = torch.arange(tokens * count).view(count, tokens)
         weights = torch.full((count, tokens), 1 / count)
-        return AnchorSum(*arenas, rows, weights, weights, 1)
+        return AnchorSum(dk, dv, rows, weights, weights, 1)
 
     return {
-        "mean": MeanMap(*means, index, skip_layers=1),
-        "mean + map": MeanMap(*means, index, linear, centre, 1),
+        "mean": MeanMap(mean_k, mean_v, index, skip_layers=1),
+        "mean + map": MeanMap(mean_k, mean_v, index, linear, centre, 1),
         "1 anchor": blend(1),
         f"{anchors} anchors": blend(anchors),
     }

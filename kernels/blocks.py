@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device functions shared by the kernels: addresses, key halves, fp8, rotation.
 
-Naming: ``p_`` pointer, ``b_`` block in registers, ``o_`` offsets, ``m_`` mask, ``i_`` index. A key of
-D channels is handled as three blocks ``[tokens, .]``: ``a`` and ``b`` hold the two members of each
-rotated pair, ``c`` the channels behind ``rotary_dim``. Widths are padded to powers of two and masked.
+Naming: ``p_`` pointer, ``b_`` block in registers, ``o_`` offsets, ``m_`` mask, ``i_`` index. A key
+of D channels is handled as three blocks ``[tokens, .]``: ``a`` and ``b`` hold the two members of
+each rotated pair, ``c`` the channels behind ``rotary_dim``. Widths are padded to powers of two and
+masked.
 """
 
-# Triton's device functions are traced, not called: annotations would be wrong for the values they see.
+# Triton's device functions are traced, not called: annotations would be wrong for the values they
+# see.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import triton
@@ -54,8 +56,8 @@ def decode(b_stored, FP8: tl.constexpr):
 def encode(b_value, ELEMENT: tl.constexpr, FP8: tl.constexpr):
     """fp32 to stored elements, to nearest even, saturating in fp8 (as vLLM's cache write does).
 
-    fp8 rounds at the last kept bit by adding half of its place. Below the smallest normal number the
-    step is fixed: it is the unit in the last place of 2^14 (e4m3) or 2^7 (e5m2), so adding that
+    fp8 rounds at the last kept bit by adding half of its place. Below the smallest normal number
+    the step is fixed: it is the unit in the last place of 2^14 (e4m3) or 2^7 (e5m2), so adding that
     number rounds and leaves the code in the low bits.
     """
     if FP8 == 0:
@@ -82,7 +84,9 @@ def encode(b_value, ELEMENT: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def load_row(p_row, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr):
-    """``[rows, WIDTH_P]`` elements from channel FIRST on; channels >= WIDTH and masked rows read 0."""
+    """``[rows, WIDTH_P]`` elements from channel FIRST on; channels >= WIDTH and masked rows read
+    0.
+    """
     o_c = tl.arange(0, WIDTH_P)
     m = m_row[:, None] & (o_c < WIDTH)[None, :]
     return tl.load(p_row[:, None] + (FIRST + o_c)[None, :], mask=m, other=0)

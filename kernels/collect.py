@@ -125,16 +125,16 @@ def collect(
         group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
         slots: int64 ``[tokens]``; negative = leave the token's output row as it is.
         undo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-position)``.
-        base_k, base_v: unrotated base KV ``[tokens, layers - skip_layers, kv_heads, head_dim]``, any
-            strides with contiguous channels; None = zero, which stores the unrotated KV itself.
+        base_k, base_v: unrotated base KV ``[tokens, layers - skip_layers, kv_heads, head_dim]``,
+            any strides with contiguous channels; None = zero, which stores the unrotated KV itself.
         out_k, out_v: rows of an arena, same shape; must not share memory with base or cache.
         skip_layers: leading layers that are left out (layer 0 has no deviation).
 
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
 
-    One launch. Moves at least ``2 * head_dim * (cache + base + out itemsize)`` bytes per token, layer
-    and head.
+    One launch. Moves at least ``2 * head_dim * (cache + base + out itemsize)`` bytes per token,
+    layer and head.
     """
     a = group_arguments(group)
     check_slots(group, slots, slots)

@@ -2,15 +2,15 @@
 """The contract of every kernel, checked before anything is read or written.
 
 Shapes, dtypes and strides are always checked (no device work). The values of slots are checked when
-they lie in host memory; on a device that would cost a synchronisation, so the caller checks the lists
-it built them from with :func:`check_slots`.
+they lie in host memory; on a device that would cost a synchronisation, so the caller checks the
+lists it built them from with :func:`check_slots`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kvcomm_vllm.kernels.deviation import AnchorSum, MeanMap
+from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 CACHE_DTYPES = (
@@ -38,7 +38,8 @@ def check_group(group: PageGroup) -> None:
     first, dim = group.layers[0], group.head_dim
     require(
         first.ndim == 4 and first.shape[3] == 2 * dim,
-        f"a layer's cache is [pages, heads, tokens, 2 * head_dim={2 * dim}], got {list(first.shape)}",
+        f"a layer's cache is [pages, heads, tokens, 2 * head_dim={2 * dim}], "
+        f"got {list(first.shape)}",
     )
     require(
         first.dtype in CACHE_DTYPES,
@@ -122,7 +123,9 @@ def check_rotation(group: PageGroup, turn: Rotation, tokens: int) -> None:
 def check_arena(
     group: PageGroup, name: str, k: torch.Tensor, v: torch.Tensor, skip_layers: int
 ) -> None:
-    """K and V of an arena: ``[rows, layers - skip_layers, heads, head_dim]``, alike in all but values."""
+    """K and V of an arena: ``[rows, layers - skip_layers, heads, head_dim]``, alike in all but
+    values.
+    """
     require(
         0 <= skip_layers <= len(group.layers),
         f"skip_layers {skip_layers} is not in 0..{len(group.layers)}",
@@ -130,8 +133,8 @@ def check_arena(
     shape = (len(group.layers) - skip_layers, group.kv_heads, group.head_dim)
     require(
         tuple(k.shape[1:]) == shape and k.shape == v.shape,
-        f"{name} is [rows, layers, heads, head_dim] = [rows, {', '.join(map(str, shape))}] for K and V, "
-        f"got {list(k.shape)} and {list(v.shape)}",
+        f"{name} is [rows, layers, heads, head_dim] = [rows, {', '.join(map(str, shape))}] "
+        f"for K and V, got {list(k.shape)} and {list(v.shape)}",
     )
     require(
         k.dtype == v.dtype and k.dtype in CACHE_DTYPES[:3],
@@ -156,6 +159,14 @@ def check_rows(name: str, rows: torch.Tensor, tokens: int, arena_rows: int) -> N
     if rows.device.type == "cpu" and rows.numel():
         top = int(rows.max())
         require(top < arena_rows, f"{name}: row {top} is outside an arena of {arena_rows} rows")
+
+
+def check_deviation(group: PageGroup, deviation: Deviation, tokens: int) -> None:
+    """All tensors of a deviation fit the group and the tokens."""
+    if isinstance(deviation, AnchorSum):
+        check_anchor_sum(group, deviation, tokens)
+    else:
+        check_mean_map(group, deviation, tokens)
 
 
 def check_anchor_sum(group: PageGroup, deviation: AnchorSum, tokens: int) -> None:

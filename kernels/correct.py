@@ -13,8 +13,7 @@ import triton.language as tl
 
 from kvcomm_vllm.kernels import blocks
 from kvcomm_vllm.kernels.contract import (
-    check_anchor_sum,
-    check_mean_map,
+    check_deviation,
     check_rotation,
     check_slots,
 )
@@ -105,7 +104,7 @@ def load_sum_kernel(
             # Layers before SKIP have no deviation: their anchor loop is empty.
             n_a = tl.where(i_l >= SKIP, A, 0)
             i_d = tl.cast(i_l - SKIP, tl.int64)
-            for i_a in range(0, n_a):
+            for i_a in range(n_a):
                 b_row = tl.load(p_rows + tl.cast(i_a, tl.int64) * T + o_t, mask=m, other=-1)
                 m_a = b_row >= 0
                 o_d = b_row * stride_d_row + i_d * stride_d_layer + i_h * stride_d_head
@@ -187,7 +186,8 @@ def load_corrected(
     redo: Rotation,
     deviation: Deviation,
 ) -> None:
-    """``K[dst] = redo * (undo * K[src] + dK)``, ``V[dst] = V[src] + dV``, fp32 inside, rounded once.
+    """``K[dst] = redo * (undo * K[src] + dK)``, ``V[dst] = V[src] + dV``, fp32 inside, rounded
+    once.
 
     Args:
         group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
@@ -205,10 +205,7 @@ def load_corrected(
     check_slots(group, src_slots, dst_slots)
     check_rotation(group, undo, len(src_slots))
     check_rotation(group, redo, len(src_slots))
-    if isinstance(deviation, AnchorSum):
-        check_anchor_sum(group, deviation, len(src_slots))
-    else:
-        check_mean_map(group, deviation, len(src_slots))
+    check_deviation(group, deviation, len(src_slots))
     tokens, layers = len(src_slots), len(group.layers)
     if tokens == 0:
         return

@@ -14,7 +14,12 @@ import numpy as np
 import torch
 
 from kvcomm_vllm.kernels import cpu_load, reference
-from kvcomm_vllm.kernels.contract import check_group, check_rotation, check_slots
+from kvcomm_vllm.kernels.contract import (
+    check_deviation,
+    check_group,
+    check_rotation,
+    check_slots,
+)
 from kvcomm_vllm.kernels.cpu_load import KINDS
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
@@ -71,6 +76,7 @@ def load_corrected(
     check_slots(group, src_slots, dst_slots)
     check_rotation(group, undo, len(src_slots))
     check_rotation(group, redo, len(src_slots))
+    check_deviation(group, deviation, len(src_slots))
     skip = deviation.skip_layers
     if not bool(((src_slots >= 0) & (dst_slots >= 0)).any()):
         return
@@ -120,6 +126,8 @@ class _Correction:
         tokens = split(src_slots, dst_slots, group.tokens_per_page)
         cut, blocks = cpu_tables.vec_tiles(group, tokens)
         self.index = tokens.index
+        page = group.layers[0][0]
+        self.token_bytes = 2 * len(group.layers) * page.nbytes // group.tokens_per_page
         self.bounds, self.first = cut.bounds, np.append(cut.first, len(tokens.index))
         self.job = dict.fromkeys((JOB.names or ())[2:], 0) | cpu_tables.head_rows(group)
         del self.job["rows"]  # every row is a channel here
@@ -166,7 +174,9 @@ class _Correction:
             "layer_step": step,
             "block_bounds": self.bounds.ctypes.data + begin * self.bounds.itemsize,
         }
-        run(kernel, JOB, groups * -(-layers // step), **self.job)
+        tokens = int(self.first[self.bounds[end]] - self.first[self.bounds[begin]])
+        work_bytes = tokens * self.token_bytes
+        run(kernel, JOB, groups * -(-layers // step), work_bytes=work_bytes, **self.job)
 
     def _anchors(self, deviation: AnchorSum) -> dict[str, int]:
         dk, size = deviation.dk, deviation.dk.itemsize
@@ -187,7 +197,7 @@ class _Correction:
 
     def _means(self, deviation: MeanMap) -> dict[str, int]:
         rows = deviation.mean_k.shape[1]
-        index = np.minimum(deviation.index.numpy()[self.index].astype(np.int64), rows - 1)
+        index = deviation.index.numpy()[self.index].astype(np.int64).clip(0, rows - 1)
         return {
             "mean_k": self.keep(deviation.mean_k.float().numpy()),
             "mean_v": self.keep(deviation.mean_v.float().numpy()),

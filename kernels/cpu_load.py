@@ -93,6 +93,7 @@ def load(
         _kernel(group),
         JOB,
         groups * -(-layers // step),
+        work_bytes=4 * layers * len(tokens.index) * group.kv_heads * value_bytes,
         bases=bases.ctypes.data,
         layers=layers,
         layer_step=step,

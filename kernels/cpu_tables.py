@@ -163,7 +163,7 @@ def _amx_factors(cos: Floats, sin: Floats, interleaved: bool) -> Floats:
         parts = [part.reshape(shape).swapaxes(2, 3) for part in (cos, sin)]
     blocks = [part.reshape(*part.shape[:2], 2, TILE).swapaxes(1, 2) for part in parts]
     factors = np.ascontiguousarray(np.stack(blocks, axis=3))
-    return factors.reshape(-1, *factors.shape[2:])
+    return factors.reshape(2 * len(cos), *factors.shape[2:])
 
 
 def _amx_values(group: PageGroup, tokens: Tokens, page_bytes: int) -> tuple[Ints, Ints]:

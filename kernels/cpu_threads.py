@@ -22,6 +22,8 @@ from numba.extending import intrinsic
 
 Job = np.dtype[Any]
 
+_BYTES_PER_THREAD = 256 << 10  # moved in about 20 us, what it takes to wake a team
+
 
 def job_type(*fields: str) -> Job:
     """Record of int64 fields (sizes, addresses) a kernel is called with, after two of its own.
@@ -55,14 +57,16 @@ def share(groups: int, layers: int) -> int:
     return -(-layers // parts)
 
 
-def run(kernel: Any, job: Job, items: int, **fields: int) -> None:
+def run(kernel: Any, job: Job, items: int, *, work_bytes: int, **fields: int) -> None:
     """Call a compiled kernel once per thread of torch's pool; returns when all items are done.
 
     Args:
+        work_bytes: what all items read and write together; a little is not worth a team of threads.
         fields: the rest of the job; the caller keeps every array alive whose address it passes.
     """
     record = np.array([(0, items, *(fields[name] for name in (job.names or ())[2:]))], dtype=job)
-    threads, team = min(torch.get_num_threads(), items), _team()
+    enough = -(-work_bytes // _BYTES_PER_THREAD)
+    threads, team = min(torch.get_num_threads(), items, enough), _team()
     if threads <= 1 or team is None:
         kernel.ctypes(record.ctypes.data)
     else:

@@ -22,7 +22,8 @@ class AnchorSum:
         dk, dv: arenas ``[arena_rows, layers, kv_heads, head_dim]``, one row per anchor token, any
             float dtype, channels contiguous.
         rows: int64 ``[anchors, tokens]``, arena row of anchor a for token t; negative = this anchor
-            says nothing about this token. Nothing is copied or stacked, whatever anchors are picked.
+            says nothing about this token. Nothing is copied or stacked, whatever anchors are
+            picked.
         wk, wv: fp32 weights ``[anchors, tokens]`` (placeholders) or ``[anchors, layers, kv_heads,
             head_dim]`` (the paper's weights of a following prefix segment); both of one kind.
         skip_layers: leading layers of the group that have no deviation and no place in the arenas.
@@ -64,7 +65,8 @@ class AnchorSum:
 
 @dataclass(frozen=True)
 class MeanMap:
-    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map`` (design: ``residual`` estimator).
+    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map`` (design: ``residual``
+    estimator).
 
     K is the unrotated base key, V the base value.
 
@@ -72,8 +74,8 @@ class MeanMap:
         mean_k, mean_v: ``[layers, M + 1, kv_heads, head_dim]``; row i < M is the mean deviation of
             token i of the slot, row M the mean over all later tokens.
         index: int32 ``[tokens]``, each token's index inside its slot (clamped to M by the reader).
-        map: ``[layers, kv_heads, 2 * head_dim, 2 * head_dim]``, row = input channel of (K, V), column
-            = output channel of (dK, dV); None = the mean alone.
+        map: ``[layers, kv_heads, 2 * head_dim, 2 * head_dim]``, row = input channel of (K, V),
+            column = output channel of (dK, dV); None = the mean alone.
         x_mean: ``[layers, kv_heads, 2 * head_dim]``, centre of the map's input; None = zero.
         skip_layers: leading layers of the group that have no deviation and no place in the tensors.
     """

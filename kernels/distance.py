@@ -124,7 +124,8 @@ def distance(
         slots: int64 ``[tokens]``; a negative slot contributes zero.
         undo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-position)``.
         anchor_k, anchor_v: arenas of anchors' base KV ``[arena_rows, layers, kv_heads, head_dim]``.
-        rows: int64 ``[anchors, tokens]``, the arena row each token is compared with; negative = none.
+        rows: int64 ``[anchors, tokens]``, the arena row each token is compared with; negative =
+            none.
         per_channel: also sum squares over tokens per (layer, head, channel); one more launch.
 
     Raises:

@@ -22,8 +22,8 @@ ELEMENTS = {
     torch.float8_e5m2: (tl.uint8, 5),
 }
 
-# Bytes of one [tokens, head_dim] block of the cache per program: 32 for each of 128 threads, so that
-# each half of a key still gives every thread a 16-byte access.
+# Bytes of one [tokens, head_dim] block of the cache per program: 32 for each of 128 threads, so
+# that each half of a key still gives every thread a 16-byte access.
 BLOCK_BYTES = 4096
 
 
@@ -73,7 +73,9 @@ def tokens_per_block(head_dim: int, itemsize: int) -> int:
 
 
 def group_arguments(group: PageGroup) -> GroupArguments:
-    """Tables and constants of a group, built once per group (its caches live as long as the engine)."""
+    """Tables and constants of a group, built once per group (its caches live as long as the
+    engine).
+    """
     found = _cache.get(group)
     if found is not None:
         return found

@@ -19,7 +19,9 @@ BLOCK_INPUTS = 32
 
 
 def block_tokens(head_dim: int) -> int:
-    """Tokens per program: what keeps both fp32 products of a head in registers (16 is the least)."""
+    """Tokens per program: what keeps both fp32 products of a head in registers (16 is the
+    least).
+    """
     return max(16, min(64, 4096 // next_power(head_dim)))
 
 
@@ -107,9 +109,9 @@ def load_map_kernel(
 ):
     """Program (i_t, i_h, i_l): BT tokens of one head; programs of one map run side by side.
 
-    A matrix product over chunks of BK input channels, then the sum, which reads the page again (from
-    L1) instead of holding it in registers. Barriers keep the compiler from loading everything at
-    once, and keep warps that read from warps that write. Layers before SKIP have no deviation.
+    A matrix product over chunks of BK input channels, then the sum, which reads the page again
+    (from L1) instead of holding it in registers. Barriers keep the compiler from loading everything
+    at once, and keep warps that read from warps that write. Layers before SKIP have no deviation.
     """
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     i_h = tl.cast(tl.program_id(1), tl.int64)

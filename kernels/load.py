@@ -109,8 +109,8 @@ def load(
 
     Args:
         group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
-        src_slots, dst_slots: int64 ``[tokens]``; negative = skip the token. A destination occurs once;
-            a token may be its own source (in place), no other overlap.
+        src_slots, dst_slots: int64 ``[tokens]``; negative = skip the token. A destination occurs
+            once; a token may be its own source (in place), no other overlap.
         turn: fp32 ``[tokens, rotary_dim / 2]`` factors, ``R(new) R(-old)``.
 
     Raises:
@@ -122,8 +122,10 @@ def load(
 
 
 def rotate(group: PageGroup, slots: torch.Tensor, turn: Rotation) -> None:
-    """``K[slots] = turn * K[slots]`` in place in all layers of a group, one launch; V is not touched.
+    """``K[slots] = turn * K[slots]`` in place in all layers of a group, one launch; V is not
+    touched.
 
-    Args and errors as :func:`load`. Moves ``2 * rotary_dim * itemsize`` bytes per token, layer and head.
+    Args and errors as :func:`load`. Moves ``2 * rotary_dim * itemsize`` bytes per token, layer and
+    head.
     """
     _launch(group, slots, slots, turn, keys_only=True)

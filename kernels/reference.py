@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every kernel must compute, in plain fp32 torch, for every packing; same signatures.
 
-Contract of all kernels: slots are int64 ``[tokens]`` and a negative one skips its token; a destination
-occurs once; a source may be its own token's destination (in place) but no other token's.
+Contract of all kernels: slots are int64 ``[tokens]`` and a negative one skips its token; a
+destination occurs once; a source may be its own token's destination (in place) but no other
+token's.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from kvcomm_vllm.kernels import packing
-from kvcomm_vllm.kernels.contract import check_group, check_rotation, check_slots
+from kvcomm_vllm.kernels.contract import (
+    check_deviation,
+    check_group,
+    check_rotation,
+    check_slots,
+)
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, DistanceSums
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
@@ -68,7 +76,9 @@ def rotate(group: PageGroup, slots: torch.Tensor, turn: Rotation) -> None:
 def deviate(
     deviation: Deviation, layer: int, keep: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dK, dV) of one layer of the deviation for unrotated k and v ``[tokens, heads, head_dim]``."""
+    """(dK, dV) of one layer of the deviation for unrotated k and v ``[tokens, heads,
+    head_dim]``.
+    """
     if isinstance(deviation, AnchorSum):
         rows = deviation.rows[:, keep]
         covered = (rows >= 0)[..., None, None]
@@ -104,6 +114,7 @@ def load_corrected(
     check_slots(group, src_slots, dst_slots)
     check_rotation(group, undo, len(src_slots))
     check_rotation(group, redo, len(src_slots))
+    check_deviation(group, deviation, len(src_slots))
     keep = (src_slots >= 0) & (dst_slots >= 0)
     undo, redo = _pick(undo, keep), _pick(redo, keep)
     for layer in range(len(group.layers)):
@@ -126,7 +137,8 @@ def collect(
     *,
     skip_layers: int = 0,
 ) -> None:
-    """``out_k = undo * K[slots] - base_k``, ``out_v = V[slots] - base_v``, rounded once to out's dtype.
+    """``out_k = undo * K[slots] - base_k``, ``out_v = V[slots] - base_v``, rounded once to out's
+    dtype.
 
     Args:
         base_k, base_v: base KV, unrotated, ``[tokens, layers - skip_layers, heads, head_dim]``, any
@@ -171,9 +183,9 @@ def distance(
     layers, heads, dim = len(group.layers), group.kv_heads, group.head_dim
     keep = slots >= 0
     undo = _pick(undo, keep)
-    new = torch.zeros
-    square_v, abs_k, abs_v = new(anchors), new(anchors, tokens), new(anchors, tokens)
-    channel_k, channel_v = (new(anchors, layers, heads, dim) for _ in range(2))
+    new = partial(torch.zeros, device=slots.device)
+    square_v, abs_k, abs_v = new(anchors), new((anchors, tokens)), new((anchors, tokens))
+    channel_k, channel_v = (new((anchors, layers, heads, dim)) for _ in range(2))
     covered = (rows[:, keep] >= 0)[..., None, None]
     for layer in range(layers):
         k, v = packing.read(group, layer, slots[keep])

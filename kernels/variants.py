@@ -94,7 +94,7 @@ def _variant(
         dtype=shape.dtype,
     )
     base = linear_map.map_constants(base) if mapped else base
-    of_arena = ("p_base_k", "p_base_v", "p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
+    of_arena: tuple[str, ...] = ("p_base_k", "p_base_v", "p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
     of_arena += ("p_mean_k", "p_mean_v", "p_map")
     of_arena += ("p_out_k", "p_out_v") if name.startswith("collect") else ()
     types = {}

@@ -27,12 +27,12 @@ def first_layer(llm: LLM, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor
         fp32 ``[tokens, kv_heads, head_dim]`` each, tokens rounded down to whole pages.
     """
     scheduler = connector(llm)._scheduler
-    namespace = namespace_of(SimpleNamespace(cache_salt=None))  # type: ignore[arg-type]
+    namespace = namespace_of(SimpleNamespace(cache_salt=None))
     match = scheduler.store.index.leading(namespace, np.asarray(prompt, dtype=np.int32))
     assert match is not None
     sequence = match.sequence
     pages = [scheduler.pages.lookup(block_hash).block_id for block_hash in sequence.block_hashes]
-    worker: Any = get_kv_transfer_group()._worker  # type: ignore[attr-defined]
+    worker: Any = get_kv_transfer_group()._worker
     slots = slots_of(pages, 0, len(sequence.tokens), scheduler.block_size)
     return packing.read(worker.groups[0].pages, 0, torch.from_numpy(slots))
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 from engines import Answer, ask, make_engine, text
 from stored_kv import start_log
 from vllm import LLM
+from vllm.model_executor.models.llama import LlamaAttention
 
 from kvcomm_vllm import compat
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
-from kvcomm_vllm.worker import half, kv_view
+from kvcomm_vllm.worker import half, kv_view, load
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -35,14 +36,14 @@ def no_model_runner(patch: pytest.MonkeyPatch) -> None:
 
 
 def kernel_that_forgets_to_rotate(patch: pytest.MonkeyPatch) -> None:
-    right = half.load_kernel
+    right = load.load_kernel
 
     def wrong(device: torch.device) -> Any:
-        def load(group: PageGroup, old: Any, new: Any, turn: Rotation) -> None:
+        def kernel(group: PageGroup, old: Any, new: Any, turn: Rotation) -> None:
             still = Rotation(torch.ones_like(turn.cos), torch.zeros_like(turn.sin))
             right(device)(group, old, new, still)
 
-        return load
+        return kernel
 
     patch.setattr(half, "load_kernel", wrong)
 
@@ -112,8 +113,8 @@ def served(request: pytest.FixtureRequest, tiny_llama: str) -> tuple[Case, Serve
 
 
 @pytest.fixture(scope="module")
-def dense(plain: LLM) -> Iterator[list[Answer]]:
-    yield [ask(plain, prompt)[0] for prompt in PROMPTS]
+def dense(plain: LLM) -> list[Answer]:
+    return [ask(plain, prompt)[0] for prompt in PROMPTS]
 
 
 def test_the_log_says_once_that_and_why_reuse_is_off(served: tuple[Case, Served]) -> None:
@@ -153,3 +154,38 @@ def test_quantised_pages_on_cpu_are_served_exactly(tiny_llama: str) -> None:
         assert [a.tokens for a in run.answers] == [ask(truth, p)[0].tokens for p in PROMPTS]
     finally:
         truth.llm_engine.engine_core.shutdown()
+
+
+Attend = Callable[..., torch.Tensor]
+
+
+def turning_twice_as_fast(attend: Attend) -> Attend:
+    """As a model that rotates otherwise than its embedding says."""
+    return lambda self, positions, states: attend(self, 2 * positions, states)
+
+
+def knowing_its_position(attend: Attend) -> Attend:
+    """As a model whose hidden states hold the position, as learned embeddings do."""
+    return lambda self, positions, states: attend(
+        self, positions, states * (1 + positions[:, None])
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (turning_twice_as_fast, "keys do not turn as the rotary embedding says"),
+        (knowing_its_position, "values depend on the position"),
+    ],
+)
+def test_a_model_that_uses_positions_in_its_own_way_is_found_out(
+    tiny_llama: str, change: Callable[[Attend], Attend], said: str
+) -> None:
+    def patch_model(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(LlamaAttention, "forward", change(LlamaAttention.forward))
+
+    run = serve(tiny_llama, Case("self_check_failed", patch=patch_model))
+    (line,) = [line for line in run.log if "reuse is" in line]
+    assert "self_check_failed (model.layers.0.self_attn.attn: " + said in line
+    assert [len(answer.tokens) for answer in run.answers] == [8, 8]
+    assert all(answer.report["reused"] == 0 for answer in run.answers)

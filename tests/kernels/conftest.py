@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the tests in ``test_*_interpreted.py`` in one child process under Triton's interpreter.
 
-Triton decides when it is imported whether kernels are compiled or interpreted, and other tests of the
-same run (vLLM's own) must not be interpreted. So those tests are collected here as usual, the selected
-ones run in a child pytest with TRITON_INTERPRET=1, and each reports the child's result as its own. With
-the variable already set, or on a machine whose Triton has a device (set KVCOMM_KERNELS_ON_DEVICE=1),
-they run in place.
+Triton decides when it is imported whether kernels are compiled or interpreted, and other tests of
+the same run (vLLM's own) must not be interpreted. So those tests are collected here as usual, the
+selected ones run in a child pytest with TRITON_INTERPRET=1, and each reports the child's result as
+its own. With the variable already set, or on a machine whose Triton has a device (set
+KVCOMM_KERNELS_ON_DEVICE=1), they run in place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def _run_child(session: pytest.Session, folder: Path) -> dict[str, tuple[str, st
     selected, written = folder / "selected.txt", folder / "results.jsonl"
     ids = [item.nodeid for item in session.items if _interpreted(item)]
     selected.write_text("\n".join(ids))
-    env = {**os.environ, "TRITON_INTERPRET": "1", RESULTS: str(written)}
+    # One thread: blocks of a few kilobytes are not worth waking a pool for.
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", RESULTS: str(written)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"@{selected}"]
     done = subprocess.run(
         command, cwd=session.config.rootpath, env=env, capture_output=True, text=True, check=False

@@ -64,13 +64,13 @@ def make_deviation(kind: str, dim: int, tokens: int, skip: int) -> Deviation:
         rows = torch.randint(-8, 40, (5, tokens), generator=generator)
         shape = (5, layers, HEADS, dim) if kind == "anchors-per-channel" else (5, tokens)
         return AnchorSum(dk, dv, rows, random(*shape) / 5, random(*shape) / 5, skip)
-    means = [0.2 * random(layers, length + 1, HEADS, dim) for _ in range(2)]
+    mean_k, mean_v = (0.2 * random(layers, length + 1, HEADS, dim) for _ in range(2))
     index = torch.arange(tokens, dtype=torch.int32) + 3
     if kind == "mean":
-        return MeanMap(*means, index, skip_layers=skip)
+        return MeanMap(mean_k, mean_v, index, skip_layers=skip)
     linear = 0.2 / dim**0.5 * random(layers, HEADS, 2 * dim, 2 * dim)
     centre = None if kind == "map-from-zero" else random(layers, HEADS, 2 * dim)
-    return MeanMap(*means, index, linear, centre, skip)
+    return MeanMap(mean_k, mean_v, index, linear, centre, skip)
 
 
 def error(actual: PageGroup, expected: PageGroup, layer: int) -> float:

@@ -224,9 +224,9 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            group = make_group(Packing.VEC, torch.bfloat16, 32, 64, 64, False)
-            src, dst = shifted_slots(32, 5, 2, 90)
-            cpu_load.load(group, src, dst, make_turn(90, 64))
+            group = make_group(Packing.VEC, torch.float32, 128, 128, 64, False)
+            src, dst = shifted_slots(128, 5, 2, 500)
+            cpu_load.load(group, src, dst, make_turn(500, 64))
             results.append(group)
     finally:
         torch.set_num_threads(threads)

@@ -6,10 +6,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Case, deviation, poisoned_group, rotation
+from kernel_caches import Case, deviation, poisoned_group, rotation
 
 from kvcomm_vllm.kernels import collect, correct, distance, load, reference
 from kvcomm_vllm.kernels.contract import ContractError
@@ -26,8 +27,8 @@ def with_slots(src: list[int], dst: list[int]) -> Break:
     return lambda group: (group, torch.tensor(src), torch.tensor(dst), rotation(CASE))
 
 
-def with_group(**changes: object) -> Break:
-    return lambda group: (dataclasses.replace(group, **changes), SRC, DST, rotation(CASE))  # type: ignore[arg-type]
+def with_group(**changes: Any) -> Break:
+    return lambda group: (dataclasses.replace(group, **changes), SRC, DST, rotation(CASE))
 
 
 WRONG: dict[str, tuple[Break, str]] = {
@@ -123,8 +124,8 @@ def test_arenas_that_do_not_fit_are_refused() -> None:
     good, bad = torch.zeros(4, 2, 3, 64), torch.zeros(4, 2, 3, 32)
     with pytest.raises(ContractError, match="out is"):
         collect.collect(group, SRC, turn, None, None, bad, bad)
+    longer = torch.zeros(5, 2, 3, 64)
     with pytest.raises(ContractError, match="5 output rows for 4 slots"):
-        longer = torch.zeros(5, 2, 3, 64)
         collect.collect(group, SRC, turn, None, None, longer, longer)
     with pytest.raises(ContractError, match="both of base_k and base_v"):
         collect.collect(group, SRC, turn, good, None, good.clone(), good.clone())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import (
+from kernel_caches import (
     BOUNDS,
     DEVICE,
     DTYPES,
@@ -62,9 +62,7 @@ def test_load_corrected_agrees_with_reference(kind: str, case: Case) -> None:
     undo, redo, change = rotation(case), rotation(case, seed=5), deviation(kind, case)
     before, want = copy_of(group), copy_of(group)
     correct.load_corrected(group, src, dst, undo, redo, change)
-    reference.load_corrected(
-        want, src.cpu(), dst.cpu(), on_cpu(undo), on_cpu(redo), on_cpu(change)
-    )
+    reference.load_corrected(want, src.cpu(), dst.cpu(), on_cpu(undo), on_cpu(redo), on_cpu(change))
     assert_same_cache(group, want, before, written_by(src, dst), BOUNDS[case.dtype])
 
 

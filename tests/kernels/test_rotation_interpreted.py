@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DEVICE, Case, copy_of, deviation, poisoned_group, rms_error, slot_rows
+from kernel_caches import DEVICE, Case, copy_of, deviation, poisoned_group, rms_error, slot_rows
 
 from kvcomm_vllm.kernels import blocks, correct, load
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
@@ -27,7 +27,9 @@ def case_of(pairs: tuple[int, int, bool]) -> Case:
 
 
 def by(positions: int, case: Case) -> Rotation:
-    """The rotation over a number of positions, as a model with theta 10,000 has it (fp64 angles)."""
+    """The rotation over a number of positions, as a model with theta 10,000 has it (fp64
+    angles).
+    """
     half = case.rotary_dim // 2
     frequency = 10_000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
     angle = (positions * frequency).expand(TOKENS, half)
@@ -93,9 +95,9 @@ def test_zero_deviation_is_rotation_alone(
     undo, redo = by(-old, case), by(new, case)
     change = deviation(kind, case)
     zeros = {
-        field.name: torch.zeros_like(getattr(change, field.name))
-        for field in dataclasses.fields(change)
-        if field.name in ("dk", "dv", "mean_k", "mean_v", "map")
+        name: torch.zeros_like(value)
+        for name in ("dk", "dv", "mean_k", "mean_v", "map")
+        if (value := getattr(change, name, None)) is not None
     }
     zero = dataclasses.replace(change, **zeros)
     correct.load_corrected(corrected, SLOTS, SLOTS + 1, undo, redo, zero)
@@ -114,7 +116,7 @@ def test_fp8_codes_are_read_exactly_and_written_to_nearest_even(
     import triton.language as tl
 
     @triton.jit
-    def convert(p_code, p_value, p_decoded, p_encoded, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    def convert(p_code, p_value, p_decoded, p_encoded, KIND: tl.constexpr):
         o = tl.arange(0, 2048)
         tl.store(p_decoded + o, blocks.decode(tl.load(p_code + o), KIND))
         tl.store(p_encoded + o, blocks.encode(tl.load(p_value + o), tl.uint8, KIND))

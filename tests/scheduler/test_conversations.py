@@ -34,6 +34,14 @@ def test_a_follow_up_turn_finds_its_private_pages_without_a_load(make_engine: Ma
     check_idle(engine)
 
 
+def test_a_follow_up_turn_runs_in_the_first_step_after_its_arrival(make_engine: Make) -> None:
+    """Its chain is adopted as it arrives, so that vLLM's first lookup finds it."""
+    engine = make_engine()
+    warm(engine)
+    engine.add("turn2", [*PROMPT, *ANSWER, *words("next", 9)])
+    assert engine.step().num_scheduled_tokens == {"turn2": 78 - 68}
+
+
 def test_a_retry_finds_all_full_pages_but_the_last_token(make_engine: Make) -> None:
     engine = make_engine()
     warm(engine)

@@ -46,7 +46,8 @@ class Layer(torch.nn.Module):
 
 def attention(layer: Layer, rotary: torch.nn.Module | None) -> torch.nn.Module:
     block = torch.nn.Module()
-    block.rotary_emb, block.attn = rotary, layer
+    block.add_module("rotary_emb", rotary)
+    block.add_module("attn", layer)
     return block
 
 

@@ -158,7 +158,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_other_kinds_are_refused_by_name(kind: type) -> None:
+def test_other_kinds_are_refused_by_name(kind: Any) -> None:
     with pytest.raises(Unsupported, match=kind.__name__) as caught:
         rope_of(kind.__new__(kind))  # some cannot be made without a GPU
     assert caught.value.reason is Reason.ROPE_UNSUPPORTED

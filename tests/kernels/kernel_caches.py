@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,9 +73,7 @@ def matrix(dtypes: tuple[str, ...] = tuple(DTYPES), step: int = 1) -> list[Case]
             strict=True,
         )
     )
-    cases = [
-        Case(dtype, *head, *next(others)) for dtype, head in itertools.product(dtypes, HEADS)
-    ]
+    cases = [Case(dtype, *head, *next(others)) for dtype, head in itertools.product(dtypes, HEADS)]
     return cases[::step]
 
 
@@ -165,11 +164,11 @@ def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
     return MeanMap(mean_k, mean_v, index, ridge, random(shape[0], case.heads, width), skip)
 
 
-def on_cpu(value: object) -> object:
+def on_cpu(value: Any) -> Any:
     """A rotation or deviation with its tensors on the CPU, for the reference."""
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     moved = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
-    return dataclasses.replace(value, **moved)  # type: ignore[type-var]
+    return dataclasses.replace(value, **moved)
 
 
 def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
