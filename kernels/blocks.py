@@ -7,8 +7,7 @@ each rotated pair, ``c`` the channels behind ``rotary_dim``. Widths are padded t
 masked.
 """
 
-# Triton's device functions are traced, not called: annotations would be wrong for the values they
-# see.
+# Triton's device functions are traced, not called: annotations would be wrong here.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 import triton
@@ -84,9 +83,7 @@ def encode(b_value, ELEMENT: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def load_row(p_row, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr):
-    """``[rows, WIDTH_P]`` elements from channel FIRST on; channels >= WIDTH and masked rows read
-    0.
-    """
+    """``[rows, WIDTH_P]`` elements from channel FIRST on; what is masked reads 0."""
     o_c = tl.arange(0, WIDTH_P)
     m = m_row[:, None] & (o_c < WIDTH)[None, :]
     return tl.load(p_row[:, None] + (FIRST + o_c)[None, :], mask=m, other=0)

@@ -53,8 +53,7 @@ def channel_distance_kernel(
     BA: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Program (i_a, i_t, i_l * H + i_h): BA anchors against CHUNK tokens of one head, one at a
-    time.
+    """Program (i_a, i_t, i_l * H + i_h): BA anchors against CHUNK tokens of one head in turn.
 
     A block is ``[anchors, channels]``, so a token's own row is read once for all anchors and
     nothing is reduced across threads. Writes partial sums ``[chunks, L, H, A, D]``.

@@ -21,9 +21,7 @@ from triton.compiler import ASTSource
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of a kernel: argument types, constants, which integers are multiples of
-    16.
-    """
+    """One specialisation of a kernel; ``aligned`` arguments are multiples of 16."""
 
     kernel: Any
     types: Mapping[str, str]

@@ -123,9 +123,7 @@ def check_rotation(group: PageGroup, turn: Rotation, tokens: int) -> None:
 def check_arena(
     group: PageGroup, name: str, k: torch.Tensor, v: torch.Tensor, skip_layers: int
 ) -> None:
-    """K and V of an arena: ``[rows, layers - skip_layers, heads, head_dim]``, alike in all but
-    values.
-    """
+    """K and V of an arena: ``[rows, layers - skip_layers, heads, head_dim]``."""
     require(
         0 <= skip_layers <= len(group.layers),
         f"skip_layers {skip_layers} is not in 0..{len(group.layers)}",

@@ -186,8 +186,7 @@ def load_corrected(
     redo: Rotation,
     deviation: Deviation,
 ) -> None:
-    """``K[dst] = redo * (undo * K[src] + dK)``, ``V[dst] = V[src] + dV``, fp32 inside, rounded
-    once.
+    """``K[dst] = redo * (undo * K[src] + dK)``, ``V[dst] = V[src] + dV``, rounded once.
 
     Args:
         group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcomm_vllm.kernels import cpu_load, reference
+from kvcomm_vllm.kernels import cpu_load, cpu_tables, reference
 from kvcomm_vllm.kernels.contract import (
     check_deviation,
     check_group,
@@ -21,10 +21,11 @@ from kvcomm_vllm.kernels.contract import (
     check_slots,
 )
 from kvcomm_vllm.kernels.cpu_load import KINDS
+from kvcomm_vllm.kernels.cpu_runs import Tokens, split
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
-_CHUNK_BYTES = 8 << 20  # input of the map per chunk
+_CHUNK_BYTES = 4 << 20  # input of the map per chunk; its output is as large
 
 
 def supports(group: PageGroup) -> bool:
@@ -78,14 +79,15 @@ def load_corrected(
     check_rotation(group, redo, len(src_slots))
     check_deviation(group, deviation, len(src_slots))
     skip = deviation.skip_layers
-    if not bool(((src_slots >= 0) & (dst_slots >= 0)).any()):
+    tokens = split(src_slots, dst_slots, group.tokens_per_page)
+    if len(tokens.index) == 0:
         return
     if skip:
         plain = dataclasses.replace(group, layers=group.layers[:skip])
-        cpu_load.load(plain, src_slots, dst_slots, undo.then(redo))
+        cpu_load.move(plain, tokens, undo.then(redo))
     if skip < len(group.layers):
         group = dataclasses.replace(group, layers=group.layers[skip:])
-        _Correction(group, src_slots, dst_slots, undo, redo).apply(deviation)
+        _Correction(group, tokens, undo, redo).apply(deviation)
 
 
 def _finish_kernel(group: PageGroup, deviation: Deviation) -> Any:
@@ -113,17 +115,13 @@ class _Correction:
     def __init__(
         self,
         group: PageGroup,
-        src_slots: torch.Tensor,
-        dst_slots: torch.Tensor,
+        tokens: Tokens,
         undo: Rotation,
         redo: Rotation,
     ) -> None:
-        from kvcomm_vllm.kernels import cpu_tables
         from kvcomm_vllm.kernels.cpu_correct_kernels import JOB
-        from kvcomm_vllm.kernels.cpu_runs import split
 
         self.group, self.kept = group, list[Any]()
-        tokens = split(src_slots, dst_slots, group.tokens_per_page)
         cut, blocks = cpu_tables.vec_tiles(group, tokens)
         self.index = tokens.index
         page = group.layers[0][0]

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcomm_vllm.kernels import portable
+from kvcomm_vllm.kernels import cpu_tables, portable
 from kvcomm_vllm.kernels.contract import check_group, check_rotation, check_slots
+from kvcomm_vllm.kernels.cpu_runs import Tokens, split
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -76,15 +77,16 @@ def load(
     check_group(group)
     check_slots(group, src_slots, dst_slots)
     check_rotation(group, turn, len(src_slots))
+    tokens = split(src_slots, dst_slots, group.tokens_per_page)
+    if len(tokens.index):
+        move(group, tokens, turn)
 
-    from kvcomm_vllm.kernels import cpu_tables
+
+def move(group: PageGroup, tokens: Tokens, turn: Rotation) -> None:
+    """``load`` without its checks, for a supported group and at least one token."""
     from kvcomm_vllm.kernels.cpu_kernels import JOB
-    from kvcomm_vllm.kernels.cpu_runs import split
     from kvcomm_vllm.kernels.cpu_threads import run, share
 
-    tokens = split(src_slots, dst_slots, group.tokens_per_page)
-    if len(tokens.index) == 0:
-        return
     tables = cpu_tables.build(group, tokens, turn)
     bases = np.array([layer.data_ptr() for layer in group.layers], dtype=np.int64)
     groups, layers, value_bytes = len(tables.block_bounds) - 1, len(bases), _value_bytes(group)

@@ -22,8 +22,7 @@ class AnchorSum:
         dk, dv: arenas ``[arena_rows, layers, kv_heads, head_dim]``, one row per anchor token, any
             float dtype, channels contiguous.
         rows: int64 ``[anchors, tokens]``, arena row of anchor a for token t; negative = this anchor
-            says nothing about this token. Nothing is copied or stacked, whatever anchors are
-            picked.
+            says nothing about this token. Anchors are picked without copying them.
         wk, wv: fp32 weights ``[anchors, tokens]`` (placeholders) or ``[anchors, layers, kv_heads,
             head_dim]`` (the paper's weights of a following prefix segment); both of one kind.
         skip_layers: leading layers of the group that have no deviation and no place in the arenas.
@@ -65,8 +64,7 @@ class AnchorSum:
 
 @dataclass(frozen=True)
 class MeanMap:
-    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map`` (design: ``residual``
-    estimator).
+    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map`` (``residual``).
 
     K is the unrotated base key, V the base value.
 

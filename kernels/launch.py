@@ -73,9 +73,7 @@ def tokens_per_block(head_dim: int, itemsize: int) -> int:
 
 
 def group_arguments(group: PageGroup) -> GroupArguments:
-    """Tables and constants of a group, built once per group (its caches live as long as the
-    engine).
-    """
+    """Tables and constants of a group, built once: its caches live as long as the engine."""
     found = _cache.get(group)
     if found is not None:
         return found

@@ -19,9 +19,7 @@ BLOCK_INPUTS = 32
 
 
 def block_tokens(head_dim: int) -> int:
-    """Tokens per program: what keeps both fp32 products of a head in registers (16 is the
-    least).
-    """
+    """Tokens per program: what keeps both fp32 products in registers (at least 16)."""
     return max(16, min(64, 4096 // next_power(head_dim)))
 
 

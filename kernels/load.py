@@ -122,10 +122,9 @@ def load(
 
 
 def rotate(group: PageGroup, slots: torch.Tensor, turn: Rotation) -> None:
-    """``K[slots] = turn * K[slots]`` in place in all layers of a group, one launch; V is not
-    touched.
+    """``K[slots] = turn * K[slots]`` in place in all layers, one launch; V is not touched.
 
-    Args and errors as :func:`load`. Moves ``2 * rotary_dim * itemsize`` bytes per token, layer and
-    head.
+    Args and errors as :func:`load`. Moves ``2 * rotary_dim * itemsize`` bytes per token,
+    layer and head.
     """
     _launch(group, slots, slots, turn, keys_only=True)

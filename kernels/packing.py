@@ -14,9 +14,7 @@ def stored_range(dtype: torch.dtype) -> float | None:
 
 
 def views(group: PageGroup, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of one layer as ``[pages, heads, ...]`` views onto the cache, in their packing's
-    shape.
-    """
+    """K and V of one layer as views ``[pages, heads, ...]`` in their packing's shape."""
     cache, dim = group.layers[layer], group.head_dim
     pages, heads, tokens = cache.shape[:3]
     if group.packing is Packing.STRIDED:
@@ -44,9 +42,7 @@ def _scales(group: PageGroup, layer: int) -> tuple[float, float]:
 
 
 def read(group: PageGroup, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V at the slots (all >= 0) as stored, dequantised: fp32 ``[tokens, heads,
-    head_dim]``.
-    """
+    """K and V at the slots (all >= 0), dequantised: fp32 ``[tokens, heads, head_dim]``."""
     key, value = (_raw(view) for view in views(group, layer))
     page, token = slots // group.tokens_per_page, slots % group.tokens_per_page
     if group.packing is Packing.STRIDED:

@@ -76,9 +76,7 @@ def rotate(group: PageGroup, slots: torch.Tensor, turn: Rotation) -> None:
 def deviate(
     deviation: Deviation, layer: int, keep: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dK, dV) of one layer of the deviation for unrotated k and v ``[tokens, heads,
-    head_dim]``.
-    """
+    """(dK, dV) of one layer for unrotated k and v ``[tokens, heads, head_dim]``."""
     if isinstance(deviation, AnchorSum):
         rows = deviation.rows[:, keep]
         covered = (rows >= 0)[..., None, None]
@@ -137,8 +135,7 @@ def collect(
     *,
     skip_layers: int = 0,
 ) -> None:
-    """``out_k = undo * K[slots] - base_k``, ``out_v = V[slots] - base_v``, rounded once to out's
-    dtype.
+    """``out_k = undo * K[slots] - base_k``, ``out_v = V[slots] - base_v``, rounded once.
 
     Args:
         base_k, base_v: base KV, unrotated, ``[tokens, layers - skip_layers, heads, head_dim]``, any

@@ -85,6 +85,8 @@ class KVCommConnector(KVConnectorBase_V1):
             self._turn_off(self._off.reason, self._off.detail)
         elif not facts:
             self._turn_off(Reason.UNKNOWN_BACKEND, "no worker answered")
+        elif any(fact.engine not in ("", self._kv_transfer_config.engine_id) for fact in facts):
+            self._turn_off(Reason.FOREIGN_WORKER, "vLLM keeps one connector per process")
         elif lame:
             self._turn_off(Reason.of(str(lame[0].reason)), lame[0].detail)
         else:
@@ -142,7 +144,9 @@ class KVCommConnector(KVConnectorBase_V1):
         self._worker.register()
 
     def get_handshake_metadata(self) -> WorkerFacts:
-        return self._worker.facts
+        facts = self._worker.facts
+        facts.engine = str(self._kv_transfer_config.engine_id)
+        return facts
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         message = self._get_connector_metadata()

@@ -88,8 +88,13 @@ class StepReport(KVConnectorWorkerMetadata):
 
 @dataclass
 class WorkerFacts(KVConnectorHandshakeMetadata):
-    """What a worker found out at start: ``reason`` is None when reuse works there, else why not."""
+    """What a worker found out at start: ``reason`` is None when reuse works there, else why not.
+
+    ``engine`` is the id of the engine it belongs to: vLLM keeps one connector per process, so the
+    second engine of a process would be answered by the first one's worker.
+    """
 
     reason: str | None
     detail: str
     summary: str
+    engine: str = ""

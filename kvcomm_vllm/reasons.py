@@ -128,6 +128,11 @@ class Reason(enum.StrEnum):
         Scope.ENGINE,
         "The rotary embedding of a layer is of a kind that cannot be undone and redone.",
     )
+    FOREIGN_WORKER = (
+        "foreign_worker",
+        Scope.ENGINE,
+        "Another engine in this process owns vLLM's one KV connector; only the first can reuse.",
+    )
     SELF_CHECK_FAILED = (
         "self_check_failed",
         Scope.ENGINE,

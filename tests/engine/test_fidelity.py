@@ -3,6 +3,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,14 +16,16 @@ pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def fidelity() -> ModuleType:
-    """The benchmark that users run, as a module."""
+def fidelity() -> Iterator[ModuleType]:
+    """The benchmark that users run, as a module; what it sets in the environment goes with it."""
     spec = importlib.util.spec_from_file_location("fidelity", ROOT / "benchmarks/fidelity.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["fidelity"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        spec.loader.exec_module(module)
+        yield module
 
 
 def test_seams_keep_a_real_model_within_the_promised_distance_of_dense(

@@ -161,14 +161,20 @@ Attend = Callable[..., torch.Tensor]
 
 def turning_twice_as_fast(attend: Attend) -> Attend:
     """As a model that rotates otherwise than its embedding says."""
-    return lambda self, positions, states: attend(self, 2 * positions, states)
+
+    def forward(self: Any, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return attend(self, 2 * positions, hidden_states)
+
+    return forward
 
 
 def knowing_its_position(attend: Attend) -> Attend:
     """As a model whose hidden states hold the position, as learned embeddings do."""
-    return lambda self, positions, states: attend(
-        self, positions, states * (1 + positions[:, None])
-    )
+
+    def forward(self: Any, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return attend(self, positions, hidden_states * (1 + positions[:, None]))
+
+    return forward
 
 
 @pytest.mark.parametrize(
