@@ -12,8 +12,8 @@ from rich.markup import escape
 from kvcomm_vllm import __version__
 
 DEMO_PACKAGES = ("openai", "matplotlib", "yaml", "prometheus_client")
-DEFAULT_QUESTIONS, QUICK_QUESTIONS = 3, 1
-DEFAULT_ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 192, 96
+DEFAULT_QUESTIONS, QUICK_QUESTIONS = 2, 1
+DEFAULT_ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 128, 96
 
 app = typer.Typer(
     name="kvcomm",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from engines import connector
 from vllm import LLM
@@ -42,7 +43,7 @@ def start_log() -> Iterator[list[str]]:
     """What the plugin says inside the block, as ``"LEVEL message"``.
 
     vLLM's loggers do not pass records on to pytest's, and a starting engine removes handlers;
-    filters stay.
+    filters stay. It also sets the level anew, from the environment.
     """
     lines: list[str] = []
 
@@ -51,10 +52,15 @@ def start_log() -> Iterator[list[str]]:
         return True
 
     loggers = [logging.getLogger(name) for name in ("vllm.kvcomm", "vllm.kvcomm.worker")]
-    for logger in loggers:
-        logger.addFilter(note)
-    try:
-        yield lines
-    finally:
+    levels = [logger.level for logger in loggers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
         for logger in loggers:
-            logger.removeFilter(note)
+            logger.setLevel(logging.INFO)
+            logger.addFilter(note)
+        try:
+            yield lines
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.removeFilter(note)
+                logger.setLevel(level)

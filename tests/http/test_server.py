@@ -37,7 +37,8 @@ def agents(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     # with the routes for developers vLLM logs a traceback for every HTTP error, unless told not to
     extra = ["--config", str(theirs), "--no-log-error-stack"]
     command = serve_command(smollm2, port, on_gpu=False, connector=False, config=None, extra=extra)
-    env = {**serve_env(smollm2, on_gpu=False), "VLLM_SERVER_DEV_MODE": "1"}
+    env = serve_env(smollm2, on_gpu=False)
+    env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with running("test", command, port, env, folder / "server.log") as server:
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
         yield Agents(server, client, served_name(smollm2))

@@ -84,6 +84,8 @@ def test_an_answer_is_reused_up_to_its_last_sampled_token(make_engine: Make) -> 
     engine = make_engine(block_size=4, mode="rotate")
     answer = words("answer", 20)
     engine.serve("speaker", words("one", 20), answer)  # rows 0..38, of which 36 in full pages
+    (speaker,) = engine.half.store.index._slot_of
+    assert len(speaker.tokens) == 36
     listener = engine.serve("listener", [*words("two", 8), *answer, *words("end", 5)])
     assert listener.spans("reused") == [(8, 8 + 16)]
 

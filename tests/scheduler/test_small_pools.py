@@ -92,6 +92,19 @@ def test_sources_that_fill_the_pool_do_not_lock_out_the_request_that_wants_them(
     check_idle(engine)
 
 
+def test_pages_shared_with_a_running_request_cost_no_room(make_engine: Make) -> None:
+    engine = make_engine(num_blocks=41)
+    engine.serve("source", [*words("one", 16), *QUESTION])  # 10 pages of the question
+    template = words("template", 40)
+    engine.add("running", [*template, 3], words("answer", 20))  # 10 pages to share
+    engine.step()
+    engine.add("second", [*template, *QUESTION, *words("tail", 12)])  # 23 pages, 13 of them new
+    engine.step()
+    assert len(engine.served["second"].loaded) == 1
+    engine.run()
+    check_idle(engine)
+
+
 def test_pages_are_held_from_the_plan_to_the_workers_word(make_engine: Make) -> None:
     engine = make_engine()
     engine.serve("source", [*words("one", 20), *QUESTION])

@@ -153,14 +153,30 @@ def test_a_plan_with_holes_waits_for_a_prefix_that_this_step_fills(make_engine: 
     assert engine.served["reader"].spans("reused") == [(23, 61)]
 
 
-def test_a_source_page_that_this_step_fills_anew_is_read_in_the_next(make_engine: Make) -> None:
-    """Evicted pages come back under their hash in another request's hole: too late for a load."""
-    engine = make_engine(share_inflight_seconds=0)
+def with_lost_opening(engine: EngineWithoutWorker) -> list[int]:
+    """A source whose first four pages were evicted; the text they held."""
     opening = words("opening", 16)
     engine.serve("source", [*opening, *QUESTION])
     (sequence,) = engine.half.store.index._slot_of
     pages = [engine.half.pages.lookup(block_hash) for block_hash in sequence.block_hashes[:4]]
     engine.pool.evict_blocks({page.block_id for page in pages if page is not None})
+    return opening
+
+
+def test_a_source_page_that_this_forward_fills_anew_is_read_in_the_next(make_engine: Make) -> None:
+    engine = make_engine(share_inflight_seconds=0)
+    opening = with_lost_opening(engine)
+    engine.add("refill", [*opening, *words("own", 9)], hints={"mode": "off"})
+    engine.add("reader", [*words("two", 9), *opening, 3])
+    assert scheduled(engine) == {"refill"}
+    engine.run()
+    assert engine.served["reader"].spans("reused") == [(11, 25)]
+
+
+def test_a_source_page_that_this_step_fills_anew_is_read_in_the_next(make_engine: Make) -> None:
+    """Evicted pages come back under their hash in another request's hole: too late for a load."""
+    engine = make_engine(share_inflight_seconds=0)
+    opening = with_lost_opening(engine)
     engine.add("refill", [*opening, *QUESTION, 3])
     engine.add("reader", [*words("two", 9), *opening, 3])
     output = engine.step()
