@@ -73,13 +73,13 @@ def test_an_abort_in_flight_keeps_the_sources_until_the_workers_answer(
 ) -> None:
     engine = make_engine(pipeline=pipeline)
     engine.serve("source", [*words("one", 20), *QUESTION])
-    engine.add("second", READER)
+    engine.add("second", [*READER, 3, 4])  # all its full pages were to be written by this step
     engine.schedule()
     engine.abort("second")
+    assert "second" not in owners(engine), "nobody has said yet that the load went well"
     assert engine.half.pages.held == 10
     engine.drain()
     assert engine.half.pages.held == 0
-    assert "second" not in owners(engine)
     engine.step()
     check_idle(engine)
 
