@@ -2,6 +2,7 @@
 """Run the pipeline with kvcomm and the same prompts on plain vLLM, in one of two orders."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ from kvcomm_vllm.cli.serve_command import served_name
 from kvcomm_vllm.cli.server import Server
 from kvcomm_vllm.cli.stage import Stage
 from kvcomm_vllm.cli.treatment import TreatmentMeter
+
+# vLLM's processes poll their shared memory for a second after the last request (SpinCondition), on
+# cores that the other server would need for its first token.
+SPIN_SECONDS = 1.2
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,15 @@ def _traced(
 def measure_side_by_side(
     stage: Stage, agents: list[Agent], questions: list[Question], extra: Question
 ) -> Outcome:
-    """Both servers at once; each prompt goes to plain vLLM right after kvcomm has answered it."""
+    """Both servers at once; each prompt goes to plain vLLM as soon as kvcomm is at rest again."""
     tokens = stage.options.answer_tokens
     replays: list[Replay] = []
+
+    def replay(call: LiveCall) -> None:
+        time.sleep(SPIN_SECONDS)
+        replays.append(replay_call(plain_client, call, tokens))
+        time.sleep(SPIN_SECONDS)
+
     with _kvcomm(stage, agents) as (server, client):
         with _plain(stage, agents) as (plain_server, plain_client):
             meter = TreatmentMeter(server.base_url)
@@ -81,7 +92,7 @@ def measure_side_by_side(
                     questions,
                     tokens,
                     step,
-                    after=lambda call: replays.append(replay_call(plain_client, call, tokens)),
+                    after=replay,
                 )
         traced = _traced(stage, client, agents, extra)
     return Outcome([server, plain_server], calls, replays, traced)
