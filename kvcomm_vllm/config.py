@@ -14,7 +14,7 @@ from typing import Any
 
 from kvcomm_vllm.config_key import Key, key
 
-MODES = ("off", "rotate", "seam")
+MODES = ("off", "rotate", "seam", "anchor")
 
 
 class ConfigError(ValueError):
@@ -28,7 +28,8 @@ class KVCommConfig:
     mode: str = key(
         "seam",
         "How other agents' KV is reused: off = not at all, rotate = moved to its new position as "
-        "it is, seam = moved, with each span's first tokens and the text between spans computed.",
+        "it is, seam = moved, with each span's first tokens and the text between spans computed, "
+        "anchor = seam, and corrected with learned deviations wherever a slot is warm.",
         choices=MODES,
     )
     default_on: bool = key(
@@ -37,9 +38,91 @@ class KVCommConfig:
     )
     seam_tokens: int = key(
         16,
-        "First tokens of each reused span that are computed anyway (mode seam).",
+        "First tokens of each reused span that are computed anyway (modes seam and anchor).",
         low=0,
         high=4096,
+    )
+    anchor_seam_tokens: int = key(
+        8,
+        "The same for spans that are corrected; never more than seam_tokens (mode anchor).",
+        low=0,
+        high=4096,
+    )
+    min_anchors: int = key(
+        2,
+        "Anchors a slot needs before its spans are corrected; the second one is the first test.",
+        low=2,
+    )
+    max_anchors: int = key(
+        50,
+        "Anchors after which a slot is not taught any more.",
+        low=2,
+    )
+    max_anchor_error: float = key(
+        0.95,
+        "Largest share of the deviation that correction may leave on the slot's own later anchors, "
+        "each predicted before it was learned; beyond it the slot is served as in mode seam.",
+        low=0.0,
+        high=1.0,
+    )
+    bootstrap_requests: int = key(
+        0,
+        "Requests per new slot that are served exactly, so that it learns from them at no cost.",
+        low=0,
+        when_zero="learn by audits alone",
+    )
+    audits: bool = key(
+        True,
+        "Recompute served prompts exactly while the engine is idle, to learn from them.",
+    )
+    audit_idle_seconds: float = key(
+        1.0,
+        "How long the engine must have been idle before it learns; any request ends that.",
+        low=0.0,
+        high=3600.0,
+    )
+    audit_tokens: int = key(
+        128,
+        "Tokens recomputed in one piece; the longest a request that arrives then has to wait for.",
+        low=1,
+    )
+    learn_from_approximate: bool = key(
+        True,
+        "Whether text whose source KV is itself approximate teaches its slot.",
+    )
+    anchor_memory_mb: int = key(
+        1024,
+        "Memory reserved at start for what slots have learned, beside vLLM's own (per rank).",
+        low=0,
+        when_zero="no anchors: mode anchor is mode seam",
+    )
+    max_slots: int = key(
+        10_000,
+        "Most slots remembered, with or without anchors; the least recently used go first.",
+        low=1,
+    )
+    head_tokens: int = key(
+        8,
+        "Leading tokens of a slot whose mean deviation is kept one by one (the estimator's M).",
+        low=0,
+        high=4096,
+    )
+    mean_prior: float = key(
+        1.0,
+        "Anchors' worth by which each of these means is drawn to the mean over all tokens.",
+        low=0.0,
+        high=1000.0,
+    )
+    ridge: float = key(
+        0.8,
+        "Penalty on the map from base KV to deviation, per token seen; inputs are standardised.",
+        low=0.01,
+        high=1000.0,
+    )
+    ridge_tokens: int = key(
+        500,
+        "Tokens counted for that penalty beside those seen: few anchors correct little.",
+        low=0,
     )
     min_span_tokens: int = key(
         32,
@@ -140,7 +223,7 @@ class KVCommConfig:
                 f"min_span_tokens={self.min_span_tokens}: with window_tokens="
                 f"{self.window_tokens} only shared text of {sure} tokens or more is always found"
             )
-        if self.mode == "seam" and self.seam_tokens >= self.min_span_tokens:
+        if self.mode in ("seam", "anchor") and self.seam_tokens >= self.min_span_tokens:
             found.append(
                 f"seam_tokens={self.seam_tokens}: spans of min_span_tokens="
                 f"{self.min_span_tokens} are all seam and save nothing"

@@ -91,6 +91,7 @@ class KVCommConnector(KVConnectorBase_V1):
             self._turn_off(Reason.of(str(lame[0].reason)), lame[0].detail)
         else:
             self._scheduler.off = None
+            self._scheduler.learning.table.set_capacity(min(fact.slots for fact in facts))
             logger.info(
                 "kvcomm: reuse is ON, mode %s, self-check %s: %s",
                 self.config.mode,
@@ -119,9 +120,13 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
-        if message.requests:
+        if message.requests or message.lesson:
             compat.require_load_before_forward(scheduler_output)
         return message
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps vLLM's loop going while it has no request but there is something to learn."""
+        return self._scheduler.has_idle_work
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta

@@ -33,16 +33,18 @@ class Hints:
     """Wishes of one request; None means that the request leaves it to the configuration.
 
     Args:
-        mode: ``off``, ``rotate`` or ``seam`` for this request.
+        mode: ``off``, ``rotate``, ``seam`` or ``anchor`` for this request.
         agent: name of the agent that speaks, for the report.
         seam_tokens: tokens computed at the start of each reused span.
         spans: the only token ranges ``[start, end)`` of the prompt that may be reused, in order.
+        learn: serve this request exactly and learn its deviations (mode ``anchor``).
     """
 
     mode: str | None = None
     agent: str | None = None
     seam_tokens: int | None = None
     spans: tuple[tuple[int, int], ...] | None = None
+    learn: bool = False
 
     def clip(self, matches: list[Match]) -> list[Match]:
         """The parts of ``matches`` inside ``spans``, in order; without spans all of them."""
@@ -89,6 +91,7 @@ def parse_hints(kv_transfer_params: object) -> Hints:
         agent=_agent(given.get("agent")),
         seam_tokens=_seam_tokens(given.get("seam_tokens")),
         spans=_spans(given.get("spans")),
+        learn=_learn(given.get("learn")),
     )
 
 
@@ -109,6 +112,12 @@ def _seam_tokens(value: object) -> int | None:
     if value is None or (isinstance(value, int) and key.problem(value) is None):
         return value
     raise _refused("seam_tokens", value, key.allowed)
+
+
+def _learn(value: object) -> bool:
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise _refused("learn", value, "true or false")
 
 
 def _spans(value: object) -> tuple[tuple[int, int], ...] | None:

@@ -37,7 +37,8 @@ METRICS = {
     "tokens": Metric(
         "vllm:kvcomm_tokens",
         "treatment",
-        "Prompt tokens of finished requests: local (vLLM's prefix cache), reused, computed.",
+        "Prompt tokens of finished requests: local (vLLM's prefix cache), reused, computed; "
+        "corrected is the part of reused that anchors corrected.",
     ),
     "requests": Metric(
         "vllm:kvcomm_requests", "outcome", "Finished requests: reused, declined, off, failed."
@@ -49,6 +50,11 @@ METRICS = {
         "vllm:kvcomm_seconds",
         "phase",
         "Time spent planning (scheduler), loading, in side forwards.",
+    ),
+    "lessons": Metric(
+        "vllm:kvcomm_lessons",
+        "outcome",
+        "Prompts looked at for anchors while idle: learned, dropped (pages gone), failed.",
     ),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
@@ -66,6 +72,9 @@ class KVCommStats(KVConnectorStats):
     def count_reason(self, reason: Reason) -> None:
         self._add("reasons", reason.value)
 
+    def count_lesson(self, outcome: str) -> None:
+        self._add("lessons", outcome)
+
     def add_seconds(self, phase: str, seconds: float) -> None:
         self._add("seconds", phase, seconds)
         self._add("runs", phase)
@@ -73,6 +82,8 @@ class KVCommStats(KVConnectorStats):
     def count_request(self, state: RequestState) -> None:
         for start, end, treatment in state.treatments():
             self._add("tokens", treatment.value, end - start)
+        if state.reused is not None and state.reused.corrected_tokens:
+            self._add("tokens", "corrected", state.reused.corrected_tokens)
         for reason in state.declined:
             self._add("reasons", reason)
         self._add("requests", state.outcome)

@@ -189,6 +189,11 @@ class Reason(enum.StrEnum):
         Scope.REQUEST,
         "The request uses a LoRA adapter and the shared text was computed without it.",
     )
+    LEARNING = (
+        "learning",
+        Scope.REQUEST,
+        "Served exactly so that its slots learn from it (hint learn, bootstrap_requests).",
+    )
     NO_ROOM = (
         "no_room",
         Scope.REQUEST,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvcomm_vllm import __version__
+from kvcomm_vllm.cli.fidelity.command import fidelity
 
 DEMO_PACKAGES = ("openai", "matplotlib", "yaml", "prometheus_client")
 DEFAULT_QUESTIONS, QUICK_QUESTIONS = 2, 1
@@ -17,7 +18,7 @@ DEFAULT_ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 128, 96
 
 app = typer.Typer(
     name="kvcomm",
-    help="Agents on a vLLM server reuse each other's KV cache: check the set-up, see it work.",
+    help="Agents on a vLLM server reuse each other's KV cache: check, see, measure how it works.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+app.command()(fidelity)
 
 
 def _fail(message: str) -> NoReturn:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from kvcomm_vllm.anchors.learning import Learning
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
 from kvcomm_vllm.metrics import KVCommStats
@@ -20,7 +21,6 @@ from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import first_approximate, make_plan
 from kvcomm_vllm.scheduler.requests import new_state
-from kvcomm_vllm.scheduler.slots import slot_keys
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.state import RequestState
@@ -61,6 +61,7 @@ class SchedulerHalf:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
         self.pages = SourcePages(pool, self.block_size)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
+        self.learning = Learning(self.config, self.pages, self.stats)
 
     def on_new_request(self, request: Request) -> None:
         state = new_state(request, self.config, self.max_hole_tokens, self.stats)
@@ -110,6 +111,10 @@ class SchedulerHalf:
         if isinstance(plan, Reason):
             state.decline(Reason.SOURCE_EVICTED if ready and not sources else plan)
             return 0
+        if self.learning.note(state, plan):
+            state.decline(Reason.LEARNING)
+            return 0
+        plan = self.learning.corrected(state, plan)
         taken = sum(other.plan.hole_tokens for other in self._planned if other.plan)
         taken += sum(len(hole.tokens) for ops in self._ops for hole in ops.holes)
         if taken and taken + plan.hole_tokens > self.max_hole_tokens:
@@ -158,9 +163,10 @@ class SchedulerHalf:
     def _note(self, state: RequestState, plan: Plan | None) -> None:
         """For the report: how the prompt is served at its first admission."""
         state.served, state.served_local = plan, state.local
+        self.learning.admitted(state)
         if plan is not None:
             state.declined.clear()
-            state.slots = slot_keys(plan, state.tokens(), state.namespace)
+            state.slots = state.planned_slots
 
     # ---- the step goes to the workers and comes back ---------------------------------------------
 
@@ -169,11 +175,18 @@ class SchedulerHalf:
             self._forget(state)
         self._planned.clear()
         self.store.follow(output)
-        message, self._ops = StepMessage(self._ops), []
+        idle = not self.states and not output.total_num_scheduled_tokens
+        message, self._ops = StepMessage(self._ops, self.learning.next_op(idle)), []
         return message
+
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether vLLM's loop is to go on without requests."""
+        return self.off is None and self.learning.pending
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
+        self.learning.on_report(report)
         if lost_pages:
             self.store.lose(lost_pages, self.states.values(), self.pages)
         for request_id in report.done | report.failed:
@@ -195,8 +208,10 @@ class SchedulerHalf:
         if state is None:
             return None
         self.store.finish(state, self.pages)
+        self.learning.finish(state)
         self.stats.count_request(state)
         return {"kvcomm": state.report()} if self.config.report else None
 
     def reset(self) -> None:
         self.store.clear(list(self.states.values()))
+        self.learning.clear()

@@ -32,4 +32,6 @@ def _load(span: ReuseSpan, block_size: int) -> LoadOp:
         source_start=source.sequence_start + skip,
         prompt_start=span.start,
         length=span.length,
+        entry=-1 if span.entry is None else span.entry,
+        slot_index=span.seam,
     )

@@ -102,6 +102,12 @@ class SourcePages:
             return False
         return True
 
+    def hold_scratch(self, request_id: str, count: int) -> list[int]:
+        """Ids of ``count`` free pages, held beside the others; their content is nobody's."""
+        blocks = self.pool.get_new_blocks(count) if count else []
+        self._held[request_id] += blocks
+        return [block.block_id for block in blocks]
+
     def release(self, request_id: str) -> None:
         blocks = self._held.pop(request_id, None)
         if blocks:

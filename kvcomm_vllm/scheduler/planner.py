@@ -15,6 +15,7 @@ class Limits:
     """What a plan must respect; see the configuration keys of the same names."""
 
     seam_tokens: int
+    anchor_seam_tokens: int
     min_span_tokens: int
     min_reuse_tokens: int
     min_reuse_share: float

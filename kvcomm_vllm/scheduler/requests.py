@@ -64,6 +64,7 @@ def limits_of(mode: str, hints: Hints, config: KVCommConfig, max_hole_tokens: in
     seam = config.seam_tokens if hints.seam_tokens is None else hints.seam_tokens
     return Limits(
         seam_tokens=0 if mode == "rotate" else seam,
+        anchor_seam_tokens=config.anchor_seam_tokens if hints.seam_tokens is None else seam,
         min_span_tokens=config.min_span_tokens,
         min_reuse_tokens=config.min_reuse_tokens,
         min_reuse_share=config.min_reuse_share,

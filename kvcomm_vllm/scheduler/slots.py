@@ -2,13 +2,12 @@
 """Slots without markup: the same place in an agent's template gets the same key, whatever text
 arrives there.
 
-A slot is known by the COMPUTE text that leads to it. That text is hashed without its edge tokens,
-since a neighbouring message may merge with them when the prompt is tokenised.
+A slot is known by its agent (how the prompt begins) and by the COMPUTE text that leads to it. That
+text counts without its edge tokens, since a neighbouring message may merge with them when the
+prompt is tokenised.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import xxhash
@@ -16,7 +15,10 @@ import xxhash
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 EDGE_TOKENS = 2
-KEY_TOKENS = 64  # of the text before a slot; a template is told apart by less
+LEAD_TOKENS = 48  # the prompt's first ones tell agents apart
+# Of the text before a slot only the last ones are surely template: a source's last partial page is
+# gone with its request, so the tail of one message may be computed in front of "the other said".
+GAP_TOKENS = 4
 
 
 def span_kind(span: ReuseSpan) -> str:
@@ -26,21 +28,24 @@ def span_kind(span: ReuseSpan) -> str:
 
 
 def slot_keys(plan: Plan, tokens: np.ndarray, namespace: bytes) -> list[str]:
-    """One key per REUSE span: a hash chain over the text between the spans, in hexadecimal.
+    """One key per REUSE span, in hexadecimal: whose prompt it is, what leads to the span, and where
+    its text comes from.
 
-    LOCAL text counts as leading text of the first slot: it is the agent's own template.
+    A key does not depend on other slots, so a message too short to be reused changes no other key.
+    Slots with the same lead in one prompt ("Passage:") are one slot.
     """
-    chain = xxhash.xxh3_64(namespace)
     keys: list[str] = []
     position = 0
     for span in plan.spans:
-        chain.update(_template_bytes(tokens[position : span.start - span.seam]))
-        chain.update(span_kind(span).encode())
-        keys.append(chain.hexdigest())
+        start = span.start - span.seam
+        if not keys:
+            agent = _bytes(tokens[: max(0, start - EDGE_TOKENS)][:LEAD_TOKENS])
+        lead = tokens[position:start][EDGE_TOKENS:-EDGE_TOKENS][-GAP_TOKENS:]
+        text = b"|".join((namespace, agent, _bytes(lead), span_kind(span).encode()))
+        keys.append(xxhash.xxh3_64_hexdigest(text))
         position = span.end
     return keys
 
 
-def _template_bytes(text: SequenceOf[int] | np.ndarray) -> bytes:
-    inner = np.asarray(text, dtype=np.int32)[EDGE_TOKENS:-EDGE_TOKENS]
-    return inner[-KEY_TOKENS:].tobytes() + b"|"
+def _bytes(tokens: np.ndarray) -> bytes:
+    return np.asarray(tokens, dtype=np.int32).tobytes()

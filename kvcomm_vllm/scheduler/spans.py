@@ -48,13 +48,14 @@ class Source:
 @dataclass(frozen=True, slots=True)
 class ReuseSpan:
     """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match,
-    too, but are computed.
+    too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm.
     """
 
     start: int
     end: int
     seam: int
     source: Source
+    entry: int | None = None
 
     @property
     def length(self) -> int:
@@ -84,6 +85,10 @@ class Plan:
     @property
     def reused_tokens(self) -> int:
         return sum(span.length for span in self.spans)
+
+    @property
+    def corrected_tokens(self) -> int:
+        return sum(span.length for span in self.spans if span.entry is not None)
 
     @property
     def hole_tokens(self) -> int:

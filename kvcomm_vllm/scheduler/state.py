@@ -21,6 +21,8 @@ from kvcomm_vllm.scheduler.taint import Taint
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+    from kvcomm_vllm.anchors.lesson import Lesson
+
 
 def namespace_of(request: Request) -> bytes:
     """Tenant key: text is shared only among requests with the same cache salt."""
@@ -41,6 +43,8 @@ class RequestState:
         confirmed, failed: the workers' word on that plan.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
+        planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
+        lesson: what can be learned from the last plan.
     """
 
     request: Request
@@ -68,7 +72,9 @@ class RequestState:
     wait_until: float | None = None
     matches: list[Match] = field(default_factory=list)
     matches_key: tuple[int, int, int, bool] | None = None
+    planned_slots: list[str] = field(default_factory=list)
     slots: list[str] = field(default_factory=list)
+    lesson: Lesson | None = None
     declined: Counter[str] = field(default_factory=Counter)
     _tokens: np.ndarray | None = None
 
@@ -154,6 +160,7 @@ class RequestState:
             "mode": self.mode,
             "prompt_tokens": self.request.num_prompt_tokens,
             **counts,
+            "corrected": plan.corrected_tokens if plan else 0,
             "seam": plan.seam_tokens if plan else 0,
             "gap": plan.hole_tokens - plan.seam_tokens if plan else 0,
             "spans": [[start, end, treatment.value] for start, end, treatment in spans],

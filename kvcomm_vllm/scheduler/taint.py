@@ -71,6 +71,19 @@ class Taint:
         self._rehash_from(self.first_block)
         self.first_block = None
 
+    def exact_hashes(self, count: int) -> list[bytes]:
+        """The first ``count`` hashes of the exact chain, whichever the request is on."""
+        request, hasher = self.request, self._exact
+        if self.first_block is None:
+            return list(request.block_hashes[:count])
+        assert hasher is not None
+        kept = list(request.block_hashes)
+        request.block_hashes.clear()
+        try:
+            return list(hasher(request)[:count])
+        finally:
+            request.block_hashes[:] = kept
+
     def _rehash_from(self, block: int) -> None:
         del self.request.block_hashes[block:]
         self.request.update_block_hashes()

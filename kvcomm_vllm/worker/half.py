@@ -16,11 +16,25 @@ from vllm.logger import init_logger
 
 from kvcomm_vllm import compat
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
+from kvcomm_vllm.messages import (
+    LessonOp,
+    LoadOp,
+    RequestOps,
+    StepMessage,
+    StepReport,
+    WorkerFacts,
+)
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.anchors import Anchors
 from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups
-from kvcomm_vllm.worker.load import LoadKernel, load_kernel, run_loads, token_moves
+from kvcomm_vllm.worker.load import (
+    LoadKernel,
+    load_kernel,
+    run_loads,
+    slot_indices,
+    token_moves,
+)
 from kvcomm_vllm.worker.model_check import unrotated_layers
 from kvcomm_vllm.worker.self_check import self_check
 from kvcomm_vllm.worker.side_forward import Row, SideForward
@@ -45,6 +59,7 @@ class WorkerHalf:
         self.groups: list[LayerGroup] = []
         self.kernel: LoadKernel | None = None
         self.side_forward: SideForward | None = None
+        self.anchors: Anchors | None = None
         self._report: StepReport | None = None
         self._lost_blocks: set[int] = set()
 
@@ -72,13 +87,18 @@ class WorkerHalf:
         if self.config.self_check:
             with torch.inference_mode():
                 self._check(layers, self.runner.model, self.kernel, self.side_forward)
+        with torch.inference_mode():
+            self.anchors = Anchors(self.groups, self.config, self.block_size)
         count = sum(len(group.layers) for group in self.groups)
         summary = (
             f"{count} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "
             f"{pages.head_dim}, {pages.layers[0].dtype}, "
             f"{pages.packing.value} pages of {self.block_size}"
         ).replace("torch.", "")
-        self.facts = WorkerFacts(None, "", summary)
+        if self.config.mode == "anchor":
+            need = self.anchors.bytes_per_slot / 2**20
+            summary += f"; anchors of {self.anchors.slots} slots of {need:.1f} MB each"
+        self.facts = WorkerFacts(None, "", summary, slots=self.anchors.slots)
 
     def _check(
         self, layers: dict[str, Any], model: Any, kernel: LoadKernel, side_forward: SideForward
@@ -92,11 +112,15 @@ class WorkerHalf:
         self_check(self.groups, self.block_size, kernel)
 
     def run(self, message: StepMessage) -> None:
-        """Loads and side forward of one step."""
-        requests = message.requests
-        if not requests:
+        """Loads and side forward of one step, or a lesson in an idle one."""
+        requests, lesson = message.requests, message.lesson
+        if not requests and lesson is None:
             return
         report = self._report = StepReport()
+        if lesson is not None:
+            self._learn(lesson, report)
+        if not requests:
+            return
         # Not skipped after a failed load: the side forward has collectives, and the other ranks
         # that loaded wait in them.
         done = [self._succeeds(phase, requests) for phase in (self._load, self._fill_holes)]
@@ -120,10 +144,19 @@ class WorkerHalf:
     def _load(self, requests: list[RequestOps]) -> None:
         began = time.perf_counter()
         device = self.groups[0].pages.layers[0].device
-        pairs = [(ops.block_ids, load) for ops in requests for load in ops.loads]
+        by_entry: dict[int, list[tuple[list[int], LoadOp]]] = {}
+        for ops in requests:
+            for load in ops.loads:
+                by_entry.setdefault(load.entry, []).append((ops.block_ids, load))
         assert self.kernel is not None
+        assert self.anchors is not None
         with torch.inference_mode():
-            run_loads(self.groups, token_moves(pairs, self.block_size, device), self.kernel)
+            for entry, pairs in by_entry.items():
+                moves = token_moves(pairs, self.block_size, device)
+                if entry < 0:
+                    run_loads(self.groups, moves, self.kernel)
+                else:
+                    self.anchors.load(entry, slot_indices(pairs, device), moves)
         self.stats.add_seconds("load", time.perf_counter() - began)
 
     def _fill_holes(self, requests: list[RequestOps]) -> None:
@@ -134,6 +167,22 @@ class WorkerHalf:
         assert self.side_forward is not None
         self.side_forward.run(rows)
         self.stats.add_seconds("side_forward", time.perf_counter() - began)
+
+    def _learn(self, lesson: LessonOp, report: StepReport) -> None:
+        """A piece of a lesson; other ranks wait in the side forward, so it comes first."""
+        began = time.perf_counter()
+        report.lesson = lesson.number
+        try:
+            assert self.side_forward is not None
+            assert self.anchors is not None
+            if lesson.hole is not None:
+                self.side_forward.run([Row(lesson.block_ids, lesson.hole)])
+            with torch.inference_mode():
+                report.errors = self.anchors.learn(lesson)
+        except Exception:
+            logger.exception("kvcomm: a lesson failed, its slots start anew")
+            report.lesson_failed = True
+        self.stats.add_seconds("learning", time.perf_counter() - began)
 
     def take_report(self) -> StepReport | None:
         report, self._report = self._report, None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load: all REUSE spans of a step, from their source pages to the requests' own, re-rotated.
 
-K_new = R(new) R(-old) K_page      V_new = V_page
+K_new = R(new) (R(-old) K_page + dK)      V_new = V_page + dV      dK = dV = 0 for cold slots
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import numpy as np
 import torch
 
 from kvcomm_vllm import compat
+from kvcomm_vllm.kernels.deviation import Deviation
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 from kvcomm_vllm.messages import LoadOp
 from kvcomm_vllm.worker.kv_view import LayerGroup
 
 LoadKernel = Callable[[PageGroup, torch.Tensor, torch.Tensor, Rotation], None]
+CorrectKernel = Callable[
+    [PageGroup, torch.Tensor, torch.Tensor, Rotation, Rotation, Deviation], None
+]
 
 
 def load_kernel(device: torch.device) -> LoadKernel:
@@ -33,6 +37,19 @@ def load_kernel(device: torch.device) -> LoadKernel:
     if cpu_load.available():
         compat.let_vllm_scan_llvmlite()
     return cpu_load.load
+
+
+def correct_kernel(groups: list[PageGroup], examples: list[Deviation]) -> CorrectKernel:
+    """The same for corrected loads; compiled here for these groups, not in the first request."""
+    if groups[0].layers[0].device.type != "cpu":
+        from kvcomm_vllm.kernels import correct
+
+        return correct.load_corrected
+    from kvcomm_vllm.kernels import cpu_correct
+
+    for group, example in zip(groups, examples, strict=True):
+        cpu_correct.warm_up(group, example)
+    return cpu_correct.load_corrected
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,12 @@ def token_moves(
         columns[3].append(op.prompt_start + span)
     tensors = [torch.from_numpy(np.concatenate(c)).to(device, non_blocking=True) for c in columns]
     return TokenMoves(*tensors)
+
+
+def slot_indices(ops: Iterable[tuple[list[int], LoadOp]], device: torch.device) -> torch.Tensor:
+    """Each token's index in its slot, in the order of :func:`token_moves`: int32 ``[tokens]``."""
+    runs = [np.arange(op.slot_index, op.slot_index + op.length, dtype=np.int32) for _, op in ops]
+    return torch.from_numpy(np.concatenate(runs)).to(device, non_blocking=True)
 
 
 def run_loads(groups: list[LayerGroup], moves: TokenMoves, kernel: LoadKernel) -> None:

@@ -12,6 +12,8 @@ from engine_without_worker import EngineWithoutWorker
 from simulated_memory import PageClaim
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash
 
+from kvcomm_vllm.anchors.lesson import HOLDER
+
 
 def check_all(engine: EngineWithoutWorker) -> None:
     check_exact_hashes(engine)
@@ -72,6 +74,8 @@ def check_references(engine: EngineWithoutWorker) -> None:
     for job in engine.jobs:
         message = job.output.kv_connector_metadata
         on_their_way.update(ops.request_id for ops in message.requests)
+        if message.lesson is not None:
+            on_their_way.add(HOLDER)
     assert held.keys() <= on_their_way, "pages held for a plan that is in no step"
 
 

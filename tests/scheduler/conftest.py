@@ -26,7 +26,15 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
 
     Every step of these engines is checked.
     """
-    arguments = {"block_size", "num_blocks", "budget", "max_num_seqs", "policy", "pipeline"}
+    arguments = {
+        "block_size",
+        "num_blocks",
+        "budget",
+        "max_num_seqs",
+        "policy",
+        "pipeline",
+        "slots",
+    }
 
     def make(**given: Any) -> EngineWithoutWorker:
         engine = {name: value for name, value in given.items() if name in arguments}

@@ -31,7 +31,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvcomm_vllm.connector import KVCommConnector
-from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
+from kvcomm_vllm.messages import LessonOp, RequestOps, StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.scheduler.half import SchedulerHalf
 
 SETTINGS: dict[str, Any] = {
@@ -41,6 +41,8 @@ SETTINGS: dict[str, Any] = {
     "min_reuse_tokens": 8,
     "min_reuse_share": 0.0,
     "max_sequences": 256,
+    "mode": "seam",
+    "audit_idle_seconds": 0,
 }
 
 
@@ -80,6 +82,7 @@ class EngineWithoutWorker:
         model: any small model config; nothing of it is loaded.
         settings: changes to ``SETTINGS``; None for plain vLLM without a connector.
         pipeline: steps in flight; 2 is vLLM's asynchronous scheduling.
+        slots: slots whose anchors fit into the workers' arenas.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class EngineWithoutWorker:
         max_num_seqs: int = 8,
         policy: str = "fcfs",
         pipeline: int = 1,
+        slots: int = 8,
     ) -> None:
         transfer = settings is not None and KVTransferConfig(
             kv_connector="kvcomm",
@@ -133,13 +137,15 @@ class EngineWithoutWorker:
         self.served: dict[str, Served] = {}
         self.exact_pages: dict[bytes, tuple[Text, int]] = {}  # hash in vLLM's sense -> its content
         self.fail: Callable[[RequestOps], bool] = lambda ops: False
+        self.fail_lesson: Callable[[LessonOp], bool] = lambda op: False
+        self.lessons: list[LessonOp] = []
         self.after_step: Callable[[EngineWithoutWorker], None] = lambda engine: None
         self.jobs: deque[Job] = deque()
         self.trace: list[dict[str, tuple[int, list[int]]]] = []
         self._new_pages: list[int] = []
         self._watch_allocations()
         if self.scheduler.connector is not None:
-            facts = WorkerFacts(None, "", "test")
+            facts = WorkerFacts(None, "", "test", slots=slots)
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
 
     @property
@@ -277,6 +283,9 @@ class EngineWithoutWorker:
         if isinstance(message, StepMessage) and message.requests:
             assert job.output.has_sync_kv_loads, "loads must run before the forward"
             connector_output = self._load(copy.deepcopy(message.requests), job)
+        if isinstance(message, StepMessage) and message.lesson is not None:
+            assert not job.output.total_num_scheduled_tokens, "lessons are for idle steps"
+            connector_output = self._teach(copy.deepcopy(message.lesson))
         memory.forward(job.rows, "forward")
         names = [row.request_id for row in job.rows]
         job.result = ModelRunnerOutput(
@@ -314,6 +323,37 @@ class EngineWithoutWorker:
                 holes.append(Row(ops.request_id, text, ops.block_ids, hole.start, end))
         self.memory.forward(holes, "side forward")
         return KVConnectorOutput(kv_connector_worker_meta=StepReport(done=ids))
+
+    def _teach(self, op: LessonOp) -> KVConnectorOutput:
+        """A lesson's piece: true KV is computed or stands there already, base KV is read."""
+        active = self.half.learning._active
+        assert active is not None
+        assert active.number == op.number
+        text = next(
+            served.text
+            for served in self.served.values()
+            if served.text.tokens[: len(active.tokens)].tolist() == active.tokens.tolist()
+        )
+        report = StepReport(lesson=op.number)
+        if self.fail_lesson(op):
+            report.lesson_failed = True
+            return KVConnectorOutput(kv_connector_worker_meta=report)
+        if op.hole is not None:
+            end = op.hole.start + len(op.hole.tokens)
+            self.memory.forward([Row("lesson", text, op.block_ids, op.hole.start, end)], "lesson")
+        for span in op.spans:
+            self.memory.expect_lesson(op.block_ids, span, text)
+            report.errors.append([0.1, 1.0, 0.1, 1.0])
+        self.lessons.append(op)
+        return KVConnectorOutput(kv_connector_worker_meta=report)
+
+    def idle(self, steps: int = 100) -> None:
+        """Step as vLLM's loop does while no request is left."""
+        for _ in range(steps):
+            if not self.scheduler.has_requests():
+                break
+            self.step()
+        self.drain()
 
     def take_back(self) -> None:
         """The oldest step in flight returns to the scheduler."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcomm_vllm.messages import RequestOps
+from kvcomm_vllm.messages import LoadOp, RequestOps
 
 Slots = NDArray[np.int64]
 
@@ -120,6 +120,18 @@ class SimulatedMemory:
         for target, text, begin, end, exact in copies:
             self._write(target, text, begin, end)
             self.exact[target] = exact
+
+    def expect_lesson(self, table: list[int], span: LoadOp, text: Text) -> None:
+        """True KV is what a dense prefill writes, base KV is the same text's, wherever it stood."""
+        begin, end = span.prompt_start, span.prompt_start + span.length
+        true = self.slots(table, begin, end)
+        self._expect(true, text.tokens[begin:end], np.arange(begin, end), "lesson, true KV")
+        fits = self.exact[true] & (self.context[true] == text.contexts[begin:end])
+        assert fits.all(), "a lesson was taught from KV that is not true"
+        at = span.source_offset
+        base = self.slots(span.source_blocks, at, at + span.length)
+        positions = np.arange(span.source_start, span.source_start + span.length)
+        self._expect(base, text.tokens[begin:end], positions, "lesson, base KV")
 
     def forward(self, rows: list[Row], name: str) -> None:
         """One forward: all rows' KV is written before any of them attends, layer by layer."""

@@ -55,7 +55,14 @@ def limits(
     min_reuse_share: float = 0.0,
     max_hole_tokens: int = 1000,
 ) -> Limits:
-    return Limits(seam_tokens, min_span_tokens, min_reuse_tokens, min_reuse_share, max_hole_tokens)
+    return Limits(
+        seam_tokens,
+        seam_tokens,
+        min_span_tokens,
+        min_reuse_tokens,
+        min_reuse_share,
+        max_hole_tokens,
+    )
 
 
 @st.composite

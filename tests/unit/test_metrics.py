@@ -31,7 +31,7 @@ def request(**changes: Any) -> Any:
         "declined": {},
         "outcome": "reused",
     }
-    return SimpleNamespace(**{**state, **changes})
+    return SimpleNamespace(**{"reused": None, **state, **changes})
 
 
 @given(st.lists(counts, max_size=5))
@@ -147,5 +147,6 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats = KVCommStats()
     stats.count_request(request(declined={"no_match": 1}))
     stats.add_seconds("planning", 0.1)
+    stats.count_lesson("learned")
     assert {key.split("/")[0] for key in stats.data} == set(METRICS)
     exported.observe(stats.data)  # would raise for one that has no counter

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``residual`` estimator: a mean deviation per token index plus a ridge map from base KV.
+
+With x = (K, V) of the base, unrotated, and d = true minus base, per layer and head:
+
+    d(token i of the slot) = m_d[i] + (x - m_x[i]) W        W = argmin |d - m_d - (x - m_x) W|^2 + L
+
+Streaming: it keeps sums, not anchors, so its memory does not grow with the number of anchors. Each
+head has a map of its own, so tensor-parallel ranks need no word from each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from kvcomm_vllm.kernels.deviation import MeanMap
+from kvcomm_vllm.kernels.pages import PageGroup
+
+
+@dataclass(frozen=True)
+class ResidualSettings:
+    """Args:
+    head_tokens: M, leading tokens of a slot that have a mean of their own.
+    mean_prior: anchors' worth by which an index's mean is drawn to the mean of all.
+    ridge, ridge_tokens: penalty on the map, ``ridge`` per token seen and for so many more that
+        were not, since few tokens say little; inputs are standardised.
+    """
+
+    head_tokens: int
+    mean_prior: float
+    ridge: float
+    ridge_tokens: int
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """Squares of what was left of K's and V's deviations with the prediction made before they were
+    seen, and without any. Ranks add theirs up.
+    """
+
+    k_left: float = 0.0
+    k_all: float = 0.0
+    v_left: float = 0.0
+    v_all: float = 0.0
+
+    def as_list(self) -> list[float]:
+        return [self.k_left, self.k_all, self.v_left, self.v_all]
+
+
+def slot_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> int:
+    """Bytes of one slot: two sums of squares and the map per head, and the tables of means."""
+    heads = (len(group.layers) - skip_layers) * group.kv_heads
+    width = 2 * group.head_dim
+    stored = group.layers[0].element_size()
+    tables = (settings.head_tokens + 1) * width * (2 * 4 + 4)
+    return heads * (width * width * (2 * 4 + max(2, stored)) + tables + width * (2 * 4 + 4))
+
+
+class ResidualArena:
+    """Sums and solved corrections of all slots, for one layer group; reserved at start.
+
+    Args:
+        group: pages whose KV is corrected.
+        capacity: number of slots.
+        skip_layers: leading layers without deviation (the model's layer 0, whose K and V depend on
+            token and position alone).
+    """
+
+    def __init__(
+        self, group: PageGroup, capacity: int, settings: ResidualSettings, skip_layers: int
+    ) -> None:
+        self.settings = settings
+        self.skip_layers = skip_layers
+        layers, heads, dim = len(group.layers) - skip_layers, group.kv_heads, group.head_dim
+        self.layers, self.dim = layers, dim
+        device = group.layers[0].device
+        dtype = group.layers[0].dtype
+        stored = dtype if dtype.itemsize > 1 else torch.bfloat16
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(capacity, *shape, dtype=dtype, device=device)
+
+        rows, width = settings.head_tokens + 1, 2 * dim
+        self._count = zeros(rows)
+        self._origin = zeros(layers, heads, width)
+        self._sum_x = zeros(layers, rows, heads, width)
+        self._sum_d = zeros(layers, rows, heads, width)
+        self._square = zeros(layers, heads, width, width)
+        self._cross = zeros(layers, heads, width, width)
+        self._mean_k = zeros(layers, rows, heads, dim)
+        self._mean_v = zeros(layers, rows, heads, dim)
+        self._map = zeros(layers, heads, width, width, dtype=stored)
+        self._parts = (
+            self._count, self._origin, self._sum_x, self._sum_d, self._square, self._cross,
+            self._mean_k, self._mean_v, self._map,
+        )  # fmt: skip
+
+    def reset(self, entry: int) -> None:
+        """The entry is given to another slot."""
+        for part in self._parts:
+            part[entry].zero_()
+
+    def deviation(self, entry: int, index: torch.Tensor) -> MeanMap:
+        """The correction of one slot for tokens ``index`` (int32 ``[tokens]``) of it."""
+        return MeanMap(
+            mean_k=self._mean_k[entry],
+            mean_v=self._mean_v[entry],
+            index=index,
+            map=self._map[entry],
+            x_mean=self._origin[entry],
+            skip_layers=self.skip_layers,
+        )
+
+    def learn(
+        self,
+        entry: int,
+        index: torch.Tensor,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        judged_from: int,
+    ) -> ErrorSums:
+        """Take one more anchor in, layer by layer, and solve again.
+
+        Args:
+            index: int64 ``[tokens]``, each token's index in the slot.
+            pairs: per layer the base (K, V) and its deviation, fp32 ``[tokens, heads, 2 * dim]``.
+            judged_from: index of the first token whose prediction is judged (those before are
+                computed anyway).
+        """
+        row = index.clamp(max=self.settings.head_tokens)
+        known = bool(self._count[entry].sum() > 0)
+        judged = index >= judged_from
+        left, whole = torch.zeros(2, device=index.device), torch.zeros(2, device=index.device)
+        for layer, (x, d) in enumerate(pairs):
+            if not known:
+                self._origin[entry, layer] = x.mean(0)
+            x = x - self._origin[entry, layer]
+            rest = d[judged]
+            whole += self._squares(rest)
+            if known:
+                rest = rest - self._predict(entry, layer, row[judged], x[judged])
+            left += self._squares(rest)
+            self._sum_x[entry, layer].index_add_(0, row, x)
+            self._sum_d[entry, layer].index_add_(0, row, d)
+            by_head = x.transpose(0, 1)
+            self._square[entry, layer].baddbmm_(by_head.mT, by_head)
+            self._cross[entry, layer].baddbmm_(by_head.mT, d.transpose(0, 1))
+        self._count[entry].index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
+        for layer in range(self.layers):
+            self._solve(entry, layer)
+        (k_left, v_left), (k_all, v_all) = left.tolist(), whole.tolist()
+        return ErrorSums(k_left, k_all, v_left, v_all)
+
+    def _squares(self, d: torch.Tensor) -> torch.Tensor:
+        squares: torch.Tensor = d.square().unflatten(-1, (2, self.dim))
+        return squares.sum((0, 1, 3))
+
+    def _predict(self, entry: int, layer: int, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        mean = torch.cat((self._mean_k[entry, layer], self._mean_v[entry, layer]), dim=-1)
+        linear = torch.bmm(x.transpose(0, 1), self._map[entry, layer].float()).transpose(0, 1)
+        return mean[row] + linear
+
+    def _solve(self, entry: int, layer: int) -> None:
+        """Means and map of one layer from its sums; Cholesky, since the matrix is positive."""
+        count = self._count[entry]
+        tokens, prior = count.sum(), self.settings.mean_prior
+        sum_x, sum_d = self._sum_x[entry, layer], self._sum_d[entry, layer]
+
+        def means(sums: torch.Tensor) -> torch.Tensor:
+            overall = sums.sum(0) / tokens
+            return (sums + prior * overall) / (count + prior)[:, None, None]
+
+        mean_x, mean_d = means(sum_x), means(sum_d)
+        square = self._square[entry, layer] - _about(sum_x, mean_x, sum_x, mean_x, count)
+        cross = self._cross[entry, layer] - _about(sum_x, mean_x, sum_d, mean_d, count)
+        spread = (square.diagonal(dim1=-2, dim2=-1) / tokens).clamp(min=0).sqrt()
+        scale = 1 / spread.clamp(min=1e-6)
+        square = square * scale[:, :, None] * scale[:, None, :]
+        square.diagonal(dim1=-2, dim2=-1).add_(
+            self.settings.ridge * (tokens + self.settings.ridge_tokens)
+        )
+        factor = torch.linalg.cholesky(square)
+        solved = torch.cholesky_solve(cross * scale[:, :, None], factor) * scale[:, :, None]
+        self._map[entry, layer] = solved.to(self._map.dtype)
+        used = self._map[entry, layer].float()
+        mean = mean_d - torch.bmm(mean_x.transpose(0, 1), used).transpose(0, 1)
+        self._mean_k[entry, layer] = mean[..., : self.dim]
+        self._mean_v[entry, layer] = mean[..., self.dim :]
+
+
+def _about(
+    sum_a: torch.Tensor,
+    mean_a: torch.Tensor,
+    sum_b: torch.Tensor,
+    mean_b: torch.Tensor,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """What moving both factors of ``sum a b^T`` to their means takes off: ``[heads, A, B]`` from
+    ``[rows, heads, channels]``. Holds for any means, also for shrunk ones.
+    """
+    a, b = sum_a.transpose(0, 1), sum_b.transpose(0, 1)
+    m_a, m_b = mean_a.transpose(0, 1), mean_b.transpose(0, 1)
+    return torch.bmm(a.mT, m_b) + torch.bmm(m_a.mT, b - count[None, :, None] * m_b)

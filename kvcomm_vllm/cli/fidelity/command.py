@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvcomm fidelity` on the command line; what is heavy is imported once the options are good."""
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+PACKAGES = ("torch", "vllm", "matplotlib")
+errors = Console(stderr=True)
+
+
+def _fail(message: str) -> NoReturn:
+    text = f"[bold red]Error:[/bold red] {escape(message)}"
+    errors.print(text, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def fidelity(
+    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of the model.")],
+    workload: Annotated[
+        str,
+        typer.Option(help="gsm8k3, gsm8k5, groupchat, rag, judge; several with commas, or all."),
+    ] = "gsm8k3",
+    modes: Annotated[
+        str, typer.Option(help="What is compared with dense: rotate, seam16, anchor16, ...")
+    ] = "rotate,seam16,anchor16",
+    prompts: Annotated[int, typer.Option(min=1, help="Scored prompts per workload.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Compared tokens per prompt.")] = 24,
+    anchors: Annotated[
+        str, typer.Option(help="Cases taught before scoring; several numbers with commas.")
+    ] = "20",
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Also 1, 2, 5 and 10 anchors, below the largest number.")
+    ] = False,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            help='Your own prompts instead: {"agents": [{"system": ..., "user": ...}, ...]} a '
+            "line; {1} in a user text stands for the first agent's answer, the last is scored."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the workloads' data (default: a packaged sample)."),
+    ] = None,
+    exact_sources: Annotated[
+        bool,
+        typer.Option("--exact-sources", help="Only the scored agent reuses, the others are dense."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="For shuffled orders.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path(
+        "out/fidelity"
+    ),
+) -> None:
+    """How far are answers with reused KV from dense ones? One engine, any modes, one table."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail(f"kvcomm fidelity needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
+    from kvcomm_vllm.cli.fidelity.options import read_options
+    from kvcomm_vllm.cli.questions import DataError
+
+    try:
+        options = read_options(
+            model,
+            workload,
+            modes,
+            prompts,
+            tokens,
+            anchors,
+            curve,
+            jsonl,
+            data,
+            seed,
+            out,
+            exact_sources,
+        )
+    except DataError as error:
+        _fail(str(error))
+    from kvcomm_vllm.cli.fidelity.environment import prepare_environment
+
+    prepare_environment(model)
+    from kvcomm_vllm.cli.fidelity.bench import BenchError
+    from kvcomm_vllm.cli.fidelity.run import run_fidelity
+
+    try:
+        run_fidelity(options, Console())
+    except (BenchError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        errors.print("Interrupted.")
+        raise typer.Exit(130) from None

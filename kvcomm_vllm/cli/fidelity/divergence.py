@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far two lists of distributions over the same tokens are apart."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Distance of a mode to dense on one prompt, along the dense greedy answer.
+
+    Args:
+        kl1: KL(dense || mode) at the first token, nats.
+        kl_mean: the same, mean over all tokens.
+        top1: share of tokens at which both put the same token first.
+        prefix: share of leading tokens for which that holds without a break. It is what a greedy
+            answer of the mode has in common with the dense one: up to the first difference both
+            have been given the same tokens.
+    """
+
+    kl1: float
+    kl_mean: float
+    top1: float
+    prefix: float
+
+
+def divergence(dense: list[torch.Tensor], other: list[torch.Tensor]) -> Divergence:
+    """
+    Args:
+        dense, other: log-probabilities per step, ``[vocabulary]`` each.
+
+    Raises:
+        ValueError: different numbers of steps, or none.
+    """
+    if not dense:
+        raise ValueError("no tokens to compare")
+    # rounding leaves equal distributions a little on either side of zero
+    kl = [max(0.0, _kl(p, q)) for p, q in zip(dense, other, strict=True)]
+    same = [bool(p.argmax() == q.argmax()) for p, q in zip(dense, other, strict=True)]
+    leading = same.index(False) if False in same else len(same)
+    return Divergence(kl[0], statistics.fmean(kl), statistics.fmean(same), leading / len(same))
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    # a token that dense rules out (-inf) adds nothing, where 0 * inf would be NaN
+    return float(torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum())

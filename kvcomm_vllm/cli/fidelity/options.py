@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command's options, checked before an engine starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvcomm_vllm.cli.fidelity.modes import anchor_points, points
+from kvcomm_vllm.cli.fidelity.study import Study, choose
+from kvcomm_vllm.cli.fidelity.user_file import user_cases
+from kvcomm_vllm.cli.fidelity.workloads import WORKLOADS, workload
+from kvcomm_vllm.cli.questions import DataError
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run in full: what is measured (``points`` are (mode, anchors)), on what, and where to."""
+
+    model: str
+    points: list[tuple[str, int]]
+    studies: list[Study]
+    tokens: int
+    seed: int
+    out: Path
+    exact_sources: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """For the report; JSON-able."""
+        return {
+            "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
+            "workloads": {study.workload: study.source for study in self.studies},
+            "points": [{"mode": mode, "anchors": anchors} for mode, anchors in self.points],
+            "prompts": len(self.studies[0].scored),
+            "tokens": self.tokens,
+            "exact_sources": self.exact_sources,
+            "seed": self.seed,
+        }
+
+
+def _names(text: str, option: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise DataError(f"{option}: names nothing")
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    names = _names(text, "--anchors")
+    if not all(name.isdecimal() for name in names):
+        raise DataError(f"--anchors: {text!r} must be whole numbers of cases, 0 or more")
+    return [int(name) for name in names]
+
+
+def read_options(
+    model: str,
+    workloads: str,
+    modes: str,
+    prompts: int,
+    tokens: int,
+    anchors: str,
+    curve: bool,
+    jsonl: Path | None,
+    data: Path | None,
+    seed: int,
+    out: Path,
+    exact_sources: bool = False,
+) -> Options:
+    """
+    Raises:
+        DataError: an option that cannot be used, or data that are missing or too few.
+    """
+    named = _names(modes, "--modes")
+    measured = points(named, anchor_points(_numbers(anchors), curve))
+    most = max(count for _, count in measured)
+    if jsonl is not None:
+        cases = user_cases(jsonl)
+        # a user's file is scored as far as it goes; what is left of it teaches
+        chosen = [choose(jsonl.stem, jsonl.name, cases, min(prompts, len(cases)), most)]
+    else:
+        names = list(WORKLOADS) if workloads == "all" else _names(workloads, "--workload")
+        chosen = []
+        for name in names:
+            found, source = workload(name).cases(data, seed)
+            chosen.append(choose(name, source, found, prompts, most))
+    return Options(model, measured, chosen, tokens, seed, out, exact_sources)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speakers with different instructions over one transcript that grows between their turns."""
+
+import itertools
+import random
+from collections import Counter
+
+from kvcomm_vllm.cli.fidelity.case import Case, Turn, literal
+from kvcomm_vllm.cli.fidelity.source import Row
+
+SPEAKERS = (
+    "You are {name}, one of the people in this meeting. You care about what is practical: who does "
+    "it, with what, and by when. Speak in one or two sentences.",
+    "In the meeting below you are {name}. You have seen plans fail before, and you ask what nobody "
+    "has asked yet. Be brief and polite.",
+    "Take the part of {name}. You try to bring the others together: name what they agree on and "
+    "propose the next step, in two sentences at most.",
+)
+CLERK = (
+    "You keep the minutes. People who were not there ask you what was said, and you answer from "
+    "the transcript alone, in two or three sentences."
+)
+MOST_CHARACTERS = 6000  # about 1,500 tokens: the models this is run on have short contexts
+
+
+def make(row: Row, rng: random.Random) -> list[Case]:
+    """Up to three of those who speak most, in a random order, then the clerk, who is scored."""
+    turns = _first(row["turns"])
+    talk: Counter[str] = Counter()
+    for turn in turns:
+        talk[str(turn["speaker"])] += len(turn["text"])
+    names = [name for name, _ in talk.most_common(len(SPEAKERS))]
+    rng.shuffle(names)
+    # one part before each speaker; the last one is for the clerk alone
+    cuts = [len(turns) * n // (len(names) + 1) for n in range(len(names) + 2)]
+    parts = [_lines(turns[start:end]) for start, end in itertools.pairwise(cuts)]
+    transcript, agents = "Transcript:\n\n", []
+    for number, (name, part) in enumerate(zip(names, parts, strict=False), 1):
+        transcript += part
+        ask = f"\nIt is your turn, {literal(name)}. What do you say?"
+        agents.append(Turn(SPEAKERS[number - 1].format(name=name), transcript + ask))
+        transcript += f"{literal(name)}: {{{number}}}\n"
+    transcript += parts[-1]
+    agents.append(Turn(CLERK, f"{transcript}\nA question from outside: {literal(row['query'])}"))
+    name = str(row["id"])
+    return [Case(name, tuple(agents), group=name)]
+
+
+def _first(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The turns from the start that fit, one at least."""
+    room = MOST_CHARACTERS
+    kept: list[dict[str, str]] = []
+    for turn in turns:
+        room -= len(turn["text"])
+        if room < 0 and kept:
+            break
+        kept.append(turn)
+    return kept
+
+
+def _lines(turns: list[dict[str, str]]) -> str:
+    return "".join(f"{literal(turn['speaker'])}: {literal(turn['text'])}\n" for turn in turns)
+
+
+def expand(line: Row) -> list[Row]:
+    """A row per question about a packaged transcript, whose turns are ``[speaker, text]``."""
+    turns = [{"speaker": speaker, "text": text} for speaker, text in line["turns"]]
+    return [
+        {"id": f"{line['id']}-{number}", "turns": turns, "query": query}
+        for number, query in enumerate(line["queries"])
+    ]

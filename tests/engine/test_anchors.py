@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real engine learns while it is idle, corrects with what it learned, changes nothing else."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from engines import Answer, ask, connector, core, make_engine, text
+from vllm import LLM
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+pytestmark = pytest.mark.engine
+
+AGENT, OTHER, TAIL = text(11, 70), text(12, 40), text(13, 6)
+OFF, ANCHOR = {"mode": "off"}, {"mode": "anchor"}
+
+
+@pytest.fixture(scope="module")
+def learning(tiny_llama: str) -> Iterator[LLM]:
+    """vLLM with the plugin, mode anchor, that learns as soon as it is idle."""
+    plugin = {"mode": "anchor", "audit_idle_seconds": 0, "audit_tokens": 64, "seam_tokens": 8}
+    llm = make_engine(tiny_llama, plugin=plugin)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+
+
+def settle(llm: LLM) -> None:
+    for _ in range(500):
+        if not core(llm).scheduler.has_requests():
+            return
+        core(llm).step()
+    raise AssertionError("learning does not come to an end")
+
+
+def hear(llm: LLM, number: int, hints: dict[str, str] = ANCHOR) -> Answer:
+    question = text(1000 + number, 120)
+    ask(llm, OTHER + question + TAIL, tokens=1)
+    (answer,) = ask(llm, AGENT + question + TAIL, tokens=8, hints=hints)
+    return answer
+
+
+def test_slots_are_learned_by_audits_and_then_corrected(learning: LLM) -> None:
+    assert hear(learning, 0).report["corrected"] == 0
+    for number in range(1, 5):
+        hear(learning, number)
+        settle(learning)
+    answer = hear(learning, 9)
+    assert answer.report["corrected"] == answer.report["reused"] > 60
+    table = connector(learning)._scheduler.learning.table
+    assert table.counts()[1] >= 4
+
+
+def test_a_correction_brings_kv_closer_to_dense(learning: LLM) -> None:
+    """What was left of the deviations of prompts that had not been seen, as the workers measured
+    it.
+    """
+    slots = connector(learning)._scheduler.learning.table._slots.values()
+    warm = [slot for slot in slots if slot.anchors >= 3]
+    assert warm
+    assert all(0 < slot.error < 0.95 for slot in warm)
+
+
+def test_lessons_change_no_exact_answer(learning: LLM, plain: LLM) -> None:
+    prompts = [AGENT + text(2000 + n, 90) + TAIL for n in range(3)]
+    truth = ask(plain, *prompts, tokens=8)
+    for prompt in prompts:
+        ask(learning, OTHER + prompt[70:], tokens=1)
+        hear(learning, 3000 + len(prompt))
+        settle(learning)
+    answers = ask(learning, *prompts, tokens=8, hints=OFF)
+    assert [a.tokens for a in answers] == [t.tokens for t in truth]
+
+
+def test_learning_reads_pages_and_writes_none_that_anyone_can_find(learning: LLM) -> None:
+    """All cached pages are the same, bit for bit, before and after a lesson."""
+    hear(learning, 50)
+    pages = get_kv_transfer_group()._worker.groups[0].pages.layers
+    pool = core(learning).scheduler.kv_cache_manager.block_pool
+    cached = [block.block_id for block in pool.blocks if block.block_hash is not None]
+    before = [layer[cached].clone() for layer in pages]
+    assert connector(learning)._scheduler.learning.pending
+    settle(learning)
+    still = {block.block_id for block in pool.blocks if block.block_hash is not None}
+    assert set(cached) == still, "a lesson has evicted a cached page although others were free"
+    assert all(torch.equal(old, layer[cached]) for old, layer in zip(before, pages, strict=True))
+
+
+def test_a_lesson_that_fails_leaves_the_engine_serving(
+    learning: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anchors = get_kv_transfer_group()._worker.anchors
+    assert anchors is not None
+
+    def broken(op: object) -> list[list[float]]:
+        raise RuntimeError("no more memory")
+
+    hear(learning, 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(anchors, "learn", broken)
+        settle(learning)
+    answer = hear(learning, 61)
+    assert answer.report["corrected"] == 0
+    assert answer.report["reused"] > 0
+    settle(learning)

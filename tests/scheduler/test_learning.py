@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots learn from served prompts while vLLM has nothing to do, and are corrected from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from checks import check_idle
+from engine_without_worker import EngineWithoutWorker
+from scripts import words
+
+Make = Callable[..., EngineWithoutWorker]
+
+AGENT = words("agent", 20)
+ANCHOR = {"mode": "anchor", "seam_tokens": 4, "anchor_seam_tokens": 2}
+
+
+def hear(engine: EngineWithoutWorker, number: int, agent: list[int] = AGENT, **options):
+    """Another agent is asked something new, then this one hears the same."""
+    question = words(f"question {number}", 40)
+    engine.serve(f"first {number}", [*words("one", 20), *question, 5], **options)
+    return engine.serve(f"second {number}", [*agent, *question, 7, 8], **options)
+
+
+def warm(engine: EngineWithoutWorker, rounds: int = 3) -> None:
+    for number in range(rounds):
+        hear(engine, number)
+        engine.idle()
+
+
+def test_a_slot_is_corrected_behind_a_shorter_seam_once_it_is_warm(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR)
+    cold = hear(engine, 100)
+    assert cold.report["seam"] == 4
+    assert cold.report["corrected"] == 0
+    warm(engine)
+    after = hear(engine, 101)
+    assert after.report["seam"] == 2
+    assert after.report["corrected"] == after.report["reused"] > 0
+    (op,) = after.loaded[-1].loads
+    assert op.entry >= 0
+    assert op.slot_index == 2
+    engine.idle()
+    check_idle(engine)
+
+
+def test_an_audit_computes_the_true_kv_in_pieces_and_gives_its_pages_back(
+    make_engine: Make,
+) -> None:
+    engine = make_engine(**ANCHOR, audit_tokens=16)
+    hear(engine, 0)
+    hear(engine, 1)
+    free = engine.pool.get_num_free_blocks()
+    engine.idle()
+    holes = [op.hole for op in engine.lessons if op.hole is not None]
+    assert len(holes) > 1
+    assert all(len(hole.tokens) <= 16 for hole in holes)
+    assert engine.pool.get_num_free_blocks() == free
+    check_idle(engine)
+
+
+def test_a_learn_hint_is_served_exactly_and_teaches_without_recomputing(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR)
+    hints = {"learn": True}
+    for number in range(2):
+        served = hear(engine, number, hints=hints)
+        assert served.declined == ["learning"]
+        assert not served.loaded
+        engine.idle()
+    recomputed = sum(len(op.hole.tokens) for op in engine.lessons if op.hole is not None)
+    assert recomputed < 2 * engine.block_size  # at most what stood in no full page
+    assert hear(engine, 2).report["corrected"] > 0
+
+
+def test_bootstrap_requests_are_served_exactly(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, bootstrap_requests=2, audits=False)
+    for number in range(2):
+        assert hear(engine, number).declined == ["learning"]
+        engine.idle()
+    assert hear(engine, 2).report["corrected"] > 0
+
+
+def test_a_text_seen_once_is_no_slot_to_learn_for(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR)
+    for number in range(5):
+        hear(engine, number, agent=words(f"agent {number}", 20))
+        engine.idle()
+    assert not engine.lessons
+
+
+def test_a_request_ends_a_lesson_at_once_and_it_begins_anew(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, audit_tokens=8)
+    hear(engine, 0)
+    hear(engine, 1)
+    while not engine.lessons:
+        engine.step()
+    assert engine.scheduler.has_requests(), "the lesson has more pieces"
+    engine.add("user", words("user", 30))
+    before = len(engine.lessons)
+    engine.run("user")
+    assert len(engine.lessons) == before
+    engine.idle()
+    assert any(op.spans for op in engine.lessons)
+    check_idle(engine)
+
+
+def test_nothing_is_learned_before_the_engine_has_been_idle_for_long(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR | {"audit_idle_seconds": 3600})
+    warm(engine)
+    assert not engine.lessons
+    assert engine.half.learning.pending
+
+
+def test_a_failed_lesson_costs_the_slot_what_it_knew(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR)
+    warm(engine)
+    engine.fail_lesson = lambda op: True
+    hear(engine, 50)
+    engine.idle()
+    assert hear(engine, 51).report["corrected"] == 0
+    engine.idle()
+    check_idle(engine)
+
+
+def test_two_tenants_with_the_same_text_learn_apart(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR)
+    for number in range(3):
+        hear(engine, number, salt="a")
+        engine.idle()
+    assert hear(engine, 3, salt="a").report["corrected"] > 0
+    question = words("question b", 40)
+    engine.serve("b one", [*words("one", 20), *question, 5], salt="b")
+    assert engine.serve("b two", [*AGENT, *question, 7], salt="b").report["corrected"] == 0
+
+
+def test_a_slot_that_loses_its_place_is_served_as_a_cold_one(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, slots=1, num_blocks=128)
+    warm(engine)
+    other = words("other agent", 20)
+    for number in range(10, 13):
+        hear(engine, number, agent=other)
+        engine.idle()
+    assert hear(engine, 20, agent=other).report["corrected"] > 0
+    assert hear(engine, 21).report["corrected"] == 0
+
+
+def test_an_arena_too_small_for_one_slot_means_seams_alone(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, slots=0)
+    warm(engine)
+    assert not engine.lessons
+    served = hear(engine, 9)
+    assert served.report["corrected"] == 0
+    assert served.report["reused"] > 0
+
+
+def test_a_pool_without_room_for_an_audit_learns_nothing_and_serves(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, num_blocks=34)
+    warm(engine, rounds=4)
+    check_idle(engine)
+
+
+def test_a_reset_of_the_cache_forgets_what_was_learned(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR)
+    warm(engine)
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert hear(engine, 30).report["corrected"] == 0
+
+
+def test_a_reset_succeeds_between_two_pieces_of_a_lesson(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, audit_tokens=8)
+    hear(engine, 0)
+    hear(engine, 1)
+    while not engine.lessons:
+        engine.step()
+    engine.drain()
+    assert engine.half.learning.pending
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert not engine.half.learning.pending
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_other_modes_never_learn(make_engine: Make, pipeline: int) -> None:
+    engine = make_engine(mode="seam", pipeline=pipeline)
+    for number in range(3):
+        hear(engine, number)
+        engine.idle()
+    assert not engine.lessons
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_learning_goes_on_under_asynchronous_scheduling(make_engine: Make, pipeline: int) -> None:
+    engine = make_engine(**ANCHOR, pipeline=pipeline, audit_tokens=16)
+    warm(engine, rounds=4)
+    assert hear(engine, 60).report["corrected"] > 0
+    engine.idle()
+    check_idle(engine)

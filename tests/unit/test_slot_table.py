@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot table: bounded, least recently used first, and never corrects what does not predict."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcomm_vllm.anchors.slot_table import SlotTable
+
+GOOD, BAD = [0.2, 1.0, 0.3, 1.0], [1.5, 1.0, 1.2, 1.0]
+
+
+def table(capacity: int = 4, max_slots: int = 100) -> SlotTable:
+    t = SlotTable(max_slots, min_anchors=2, max_error=0.95)
+    t.set_capacity(capacity)
+    return t
+
+
+def teach(t: SlotTable, key: str, errors: list[float], times: int = 2) -> None:
+    for _ in range(times):
+        slot = t.see(key)
+        t.give_entry(slot)
+        t.learned(slot, errors)
+
+
+def test_a_slot_is_warm_after_enough_anchors_that_predict():
+    t = table()
+    teach(t, "a", GOOD, times=1)
+    assert not t.warm(t.see("a"))
+    teach(t, "a", GOOD, times=1)
+    assert t.warm(t.see("a"))
+
+
+def test_a_slot_whose_anchors_mislead_stays_cold_until_they_do_not():
+    t = table()
+    teach(t, "a", BAD, times=3)
+    assert not t.warm(t.see("a"))
+    teach(t, "a", GOOD, times=12)
+    assert t.warm(t.see("a"))
+
+
+def test_the_least_recently_used_slot_gives_its_entry_up():
+    t = table(capacity=2)
+    teach(t, "a", GOOD)
+    teach(t, "b", GOOD)
+    t.see("a")
+    teach(t, "c", GOOD)
+    assert t.see("b").entry is None
+    assert t.see("b").anchors == 0
+    assert {t.see("a").entry, t.see("c").entry} == {0, 1}
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.sampled_from(["see", "teach", "forget"]))))
+def test_entries_are_never_shared_and_nothing_grows(steps):
+    t = table(capacity=5, max_slots=20)
+    for number, action in steps:
+        key = str(number)
+        if action == "see":
+            t.see(key)
+        elif action == "teach":
+            teach(t, key, GOOD, times=1)
+        else:
+            t.forget(key)
+        entries = [slot.entry for slot in t._slots.values() if slot.entry is not None]
+        assert len(entries) == len(set(entries))
+        assert len(entries) + len(t._free) == 5
+        assert len(t) <= 20
+
+
+def test_ten_thousand_slots_are_survived():
+    t = table(capacity=8, max_slots=1000)
+    for number in range(10_000):
+        teach(t, str(number), GOOD)
+    assert len(t) == 1000
+    assert t.counts()[0] == 8
+
+
+def test_clear_forgets_everything():
+    t = table()
+    teach(t, "a", GOOD)
+    t.clear()
+    assert len(t) == 0
+    assert not t.warm(t.see("a"))
