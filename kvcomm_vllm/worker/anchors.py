@@ -24,9 +24,14 @@ from kvcomm_vllm.worker.load import CorrectKernel, TokenMoves, correct_kernel, s
 class Anchors:
     """One arena per layer group, as many slots as the configured memory holds; none where even one
     slot does not fit, or where the mode asks for none.
+
+    Args:
+        allowed: False where a forward of one engine alone would hang (data parallelism).
     """
 
-    def __init__(self, groups: list[LayerGroup], config: KVCommConfig, block_size: int) -> None:
+    def __init__(
+        self, groups: list[LayerGroup], config: KVCommConfig, block_size: int, allowed: bool = True
+    ) -> None:
         self.groups = groups
         self.block_size = block_size
         self.judged_from = config.anchor_seam_tokens
@@ -39,7 +44,7 @@ class Anchors:
         self.bytes_per_slot = sum(
             slot_bytes(group, skip, settings) for group, skip in zip(pages, skips, strict=True)
         )
-        memory = config.anchor_memory_mb * 2**20 if config.mode == "anchor" else 0
+        memory = config.anchor_memory_mb * 2**20 if config.mode == "anchor" and allowed else 0
         self.slots = min(memory // self.bytes_per_slot, config.max_slots)
         self.arenas: list[ResidualArena] = []
         self.kernel: CorrectKernel | None = None

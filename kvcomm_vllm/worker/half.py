@@ -88,7 +88,8 @@ class WorkerHalf:
             with torch.inference_mode():
                 self._check(layers, self.runner.model, self.kernel, self.side_forward)
         with torch.inference_mode():
-            self.anchors = Anchors(self.groups, self.config, self.block_size)
+            alone = self.vllm_config.parallel_config.data_parallel_size == 1
+            self.anchors = Anchors(self.groups, self.config, self.block_size, allowed=alone)
         count = sum(len(group.layers) for group in self.groups)
         summary = (
             f"{count} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real ``vllm serve`` in mode anchor learns by itself while nobody asks it anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+openai = pytest.importorskip("openai", reason="the demo extra is not installed")
+
+from serving import Agents, report, story, wait_until  # noqa: E402
+
+from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
+from kvcomm_vllm.cli.server import free_port, running  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
+
+
+def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_path: Path) -> None:
+    config = tmp_path / "kvcomm.yaml"
+    config.write_text("mode: anchor\naudit_idle_seconds: 0.1\n")
+    port = free_port()
+    command = serve_command(smollm2, port, on_gpu=False, connector=True, config=config, extra=[])
+    env = serve_env(smollm2, on_gpu=False)
+    with running("test", command, port, env, tmp_path / "server.log") as server:
+        client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+        agents = Agents(server, client, served_name(smollm2))
+
+        def hear(number: int) -> dict[str, object]:
+            text = story(number)
+            agents.ask("writer", text)
+            return report(agents.ask("critic", text))
+
+        told = hear(0)
+        assert told["reused"]
+        assert not told["corrected"]
+        for number in range(1, 4):
+            told = hear(number)
+            assert wait_until(lambda n=number: agents.counters()["lessons/learned"] >= n)
+        told = hear(9)
+        assert told["corrected"] == told["reused"]
+        assert agents.counters()["lessons/failed"] == 0
+        assert agents.running() == 0
