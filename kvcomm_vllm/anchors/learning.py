@@ -154,10 +154,13 @@ class Learning:
         return lesson.next_op(self.config.audit_tokens, entries, fresh)
 
     def _cancel(self) -> None:
-        """A request has come: the lesson starts from its beginning when there is time again."""
-        lesson, self._active = self._active, None
-        if lesson is not None and not lesson.sent:
-            self._waiting.append(lesson)
+        """A request has come: the lesson starts from its beginning when there is time again.
+
+        A piece that is under way (asynchronous scheduling) is waited for: it may be the last one.
+        """
+        if self._active is not None and not self._in_flight:
+            self._waiting.append(self._active)
+            self._active = None
 
     def on_report(self, report: StepReport) -> None:
         if report.lesson < 0:
@@ -168,6 +171,8 @@ class Learning:
         if lesson is None or lesson.number != report.lesson:
             return
         if not lesson.sent and not report.lesson_failed:
+            if self._idle_since is None:
+                self._cancel()
             return
         self._active = None
         self.stats.count_lesson("failed" if report.lesson_failed else "learned")
