@@ -3,13 +3,13 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from kvcomm_vllm import __version__
+from kvcomm_vllm.cli.failure import errors, fail
 from kvcomm_vllm.cli.fidelity.command import fidelity
 
 DEMO_PACKAGES = ("openai", "matplotlib", "yaml", "prometheus_client")
@@ -25,14 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 console = Console()
-errors = Console(stderr=True)
 app.command()(fidelity)
-
-
-def _fail(message: str) -> NoReturn:
-    text = f"[bold red]Error:[/bold red] {escape(message)}"
-    errors.print(text, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
 
 
 def _version(wanted: bool) -> None:
@@ -86,7 +79,7 @@ def demo(
     """Five agents work on word problems, with kvcomm and with plain vLLM; prints one table."""
     missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(f"the demo needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
+        fail(f"the demo needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
     from kvcomm_vllm.cli.client import RequestError
     from kvcomm_vllm.cli.demo import run_demo
     from kvcomm_vllm.cli.machine import is_cpu_build
@@ -108,7 +101,7 @@ def demo(
     try:
         run_demo(options, console)
     except (ServerError, RequestError, DataError, ConfigError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         errors.print("Interrupted; the server has been stopped.")
         raise typer.Exit(130) from None

@@ -3,20 +3,14 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from kvcomm_vllm.cli.failure import errors, fail
 
 PACKAGES = ("torch", "vllm", "matplotlib")
-errors = Console(stderr=True)
-
-
-def _fail(message: str) -> NoReturn:
-    text = f"[bold red]Error:[/bold red] {escape(message)}"
-    errors.print(text, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
 
 
 def fidelity(
@@ -59,7 +53,7 @@ def fidelity(
     """How far are answers with reused KV from dense ones? One engine, any modes, one table."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(f"kvcomm fidelity needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
+        fail(f"kvcomm fidelity needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
     from kvcomm_vllm.cli.fidelity.options import read_options
     from kvcomm_vllm.cli.questions import DataError
 
@@ -79,7 +73,7 @@ def fidelity(
             exact_sources,
         )
     except DataError as error:
-        _fail(str(error))
+        fail(str(error))
     from kvcomm_vllm.cli.fidelity.environment import prepare_environment
 
     prepare_environment(model)
@@ -89,7 +83,7 @@ def fidelity(
     try:
         run_fidelity(options, Console())
     except (BenchError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         errors.print("Interrupted.")
         raise typer.Exit(130) from None
