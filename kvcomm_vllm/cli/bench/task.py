@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a workload is made of: tasks, each a small program that asks agents and ends in an answer.
 
-A task is a generator, so that whoever runs it decides what is sent where and when: the same task
-can go through several servers in lockstep, one call on each in turn. Nothing in here knows the plugin.
+A task is a generator, so that whoever runs it decides what is sent where and when: one task can go
+through several servers in lockstep, one call on each in turn. Nothing in here knows the plugin.
 """
 
 from __future__ import annotations
