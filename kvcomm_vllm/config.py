@@ -14,7 +14,7 @@ from typing import Any
 
 from kvcomm_vllm.config_key import Key, key
 
-MODES = ("off", "rotate", "seam", "anchor")
+MODES = ("off", "rotate", "seam", "anchor", "paper")
 
 
 class ConfigError(ValueError):
@@ -29,7 +29,8 @@ class KVCommConfig:
         "seam",
         "How other agents' KV is reused: off = not at all, rotate = moved to its new position as "
         "it is, seam = moved, with each span's first tokens and the text between spans computed, "
-        "anchor = seam, and corrected with learned deviations wherever a slot is warm.",
+        "anchor = seam, and corrected with learned deviations wherever a slot is warm, paper = the "
+        "KVCOMM paper's method, for comparison (needs paper_memory_mb).",
         choices=MODES,
     )
     default_on: bool = key(
@@ -124,6 +125,46 @@ class KVCommConfig:
         "Tokens counted for that penalty beside those seen: few anchors correct little.",
         low=0,
     )
+    paper_memory_mb: int = key(
+        0,
+        "Memory reserved at start for anchors of mode paper, beside vLLM's own.",
+        low=0,
+        when_zero="no request is served in mode paper",
+    )
+    paper_gamma: float = key(
+        0.3,
+        "The paper's threshold gamma: share of the highest entropy up to which a message may be "
+        "shared; 1 = always (mode paper).",
+        low=0.0,
+        high=1.0,
+    )
+    paper_anchors: int = key(
+        20,
+        "The paper's V (its code: max_anchor_num): anchors a slot may hold (mode paper).",
+        low=2,
+    )
+    paper_window: int = key(
+        5,
+        "The paper's window_size: of how many oldest anchors the least used one goes (mode paper).",
+        low=1,
+    )
+    paper_top_p: float = key(
+        0.9,
+        "Similarity that the anchors counted as used hold together (mode paper).",
+        low=0.0,
+        high=1.0,
+    )
+    paper_temperature: float = key(
+        1.0,
+        "Temperature of the weights of anchors; the paper has 1 (mode paper).",
+        low=0.001,
+        high=1000.0,
+    )
+    paper_quirks: bool = key(
+        False,
+        "Count, evict and let pass exactly as the paper's code does, where that differs from its "
+        "text (mode paper).",
+    )
     min_span_tokens: int = key(
         32,
         "Shortest run of shared tokens that becomes a span of its own; shorter ones are computed.",
@@ -199,6 +240,8 @@ class KVCommConfig:
             if (problem := known[name].problem(value)) is not None:
                 shown = reprlib.repr(given)
                 problems.append(f"{name}: {shown} {problem}; allowed: {known[name].allowed}")
+        if not problems and values.get("mode") == "paper" and not values.get("paper_memory_mb"):
+            problems.append("paper_memory_mb: mode paper needs a memory for its anchors, e.g. 1024")
         if problems:
             raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
         return cls(**values)

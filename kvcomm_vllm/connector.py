@@ -92,6 +92,7 @@ class KVCommConnector(KVConnectorBase_V1):
         else:
             self._scheduler.off = None
             self._scheduler.learning.table.set_capacity(min(fact.slots for fact in facts))
+            self._scheduler.paper.slots.set_capacity(min(fact.paper_rows for fact in facts))
             logger.info(
                 "kvcomm: reuse is ON, mode %s, self-check %s: %s",
                 self.config.mode,
@@ -120,7 +121,7 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
-        if message.requests or message.lesson:
+        if not message.empty:
             compat.require_load_before_forward(scheduler_output)
         return message
 

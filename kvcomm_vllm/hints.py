@@ -33,11 +33,11 @@ class Hints:
     """Wishes of one request; None means that the request leaves it to the configuration.
 
     Args:
-        mode: ``off``, ``rotate``, ``seam`` or ``anchor`` for this request.
+        mode: ``off``, ``rotate``, ``seam``, ``anchor`` or ``paper`` for this request.
         agent: name of the agent that speaks, for the report.
         seam_tokens: tokens computed at the start of each reused span.
         spans: the only token ranges ``[start, end)`` of the prompt that may be reused, in order.
-        learn: serve this request exactly and learn its deviations (mode ``anchor``).
+        learn: serve this request exactly and learn from it (modes ``anchor`` and ``paper``).
     """
 
     mode: str | None = None

@@ -50,6 +50,41 @@ class HoleOp:
     tokens: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class AnchorRows:
+    """Where one anchor of mode ``paper`` lies in the workers' arenas: rows ``start ..`` hold its
+    message, the ``behind`` rows after those the text that followed it.
+    """
+
+    start: int
+    tokens: int
+    behind: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens + self.behind
+
+
+@dataclass(slots=True)
+class EstimateOp:
+    """Mode ``paper``: load a message and correct it, and write the text behind it, from anchors.
+
+    Args:
+        base: the message's source and place.
+        anchors: at least as long as the message.
+        start, stop: positions of the estimated text behind it; equal if there is none.
+        behind_end: end of the text behind it, with which that of the anchors is aligned.
+        known: per anchor, how many of the last tokens before ``behind_end`` are its own, too.
+    """
+
+    base: LoadOp
+    anchors: list[AnchorRows]
+    start: int
+    stop: int
+    behind_end: int
+    known: list[int]
+
+
 @dataclass(slots=True)
 class RequestOps:
     """All work for one request in one step; ``block_ids`` is its block table up to the last
@@ -60,12 +95,34 @@ class RequestOps:
     block_ids: list[int]
     loads: list[LoadOp]
     holes: list[HoleOp]
+    estimates: list[EstimateOp] = field(default_factory=list)
 
     @property
     def first_token(self) -> int:
         """First position this request's operations write."""
         starts = [op.prompt_start for op in self.loads] + [op.start for op in self.holes]
-        return min(starts)
+        return min(starts + [op.base.prompt_start for op in self.estimates])
+
+
+@dataclass(slots=True)
+class ProbeOp:
+    """Mode ``paper``: how far are these messages from these anchors? (The gate's question.)"""
+
+    request_id: str
+    spans: list[tuple[LoadOp, list[AnchorRows]]]
+
+
+@dataclass(slots=True)
+class AnchorOp:
+    """Mode ``paper``: keep a message of a lesson, and what followed it, as an anchor.
+
+    Args:
+        base: the message's base KV, and its place in the lesson's prompt.
+        rows: where to keep it; its text behind starts where the message ends.
+    """
+
+    base: LoadOp
+    rows: AnchorRows
 
 
 @dataclass(slots=True)
@@ -78,13 +135,15 @@ class LessonOp:
         hole: tokens whose true KV is computed first; None if all of it is there.
         spans: where the base KV of each slot's text lies; empty while more is to be computed.
         fresh: arena entries that begin anew, for slots that had none.
+        anchors: what mode ``paper`` keeps.
     """
 
     number: int
     block_ids: list[int]
     hole: HoleOp | None
-    spans: list[LoadOp]
-    fresh: list[int]
+    spans: list[LoadOp] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    anchors: list[AnchorOp] = field(default_factory=list)
 
 
 @dataclass
@@ -92,7 +151,12 @@ class StepMessage(KVConnectorMetadata):
     """Scheduler half -> workers, every step."""
 
     requests: list[RequestOps] = field(default_factory=list)
+    probes: list[ProbeOp] = field(default_factory=list)
     lesson: LessonOp | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.requests and not self.probes and self.lesson is None
 
 
 @dataclass
@@ -105,6 +169,8 @@ class StepReport(KVConnectorWorkerMetadata):
         lesson: number of the lesson this step worked on; negative if none.
         lesson_failed: any rank could not do it.
         errors: per span of the lesson the sums of ``estimators.residual.ErrorSums`` over ranks.
+        distances: per probed request and span the squared distance to each anchor; None if it could
+            not be measured. Mode ``paper`` has one rank alone.
     """
 
     done: set[str] = field(default_factory=set)
@@ -112,6 +178,7 @@ class StepReport(KVConnectorWorkerMetadata):
     lesson: int = -1
     lesson_failed: bool = False
     errors: list[list[float]] = field(default_factory=list)
+    distances: dict[str, list[list[float]] | None] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
@@ -123,6 +190,7 @@ class StepReport(KVConnectorWorkerMetadata):
             lesson=max(self.lesson, other.lesson),
             lesson_failed=self.lesson_failed or other.lesson_failed,
             errors=[[a + b for a, b in zip(x, y, strict=True)] for x, y in pairs],
+            distances={**self.distances, **other.distances},
         )
 
 
@@ -132,7 +200,7 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
 
     ``engine`` is the id of the engine it belongs to: vLLM keeps one connector per process, so the
     second engine of a process would be answered by the first one's worker. ``slots`` is the number
-    of slots whose anchors fit into the arena.
+    of slots whose anchors fit into the arena, ``paper_rows`` that of tokens for mode ``paper``.
     """
 
     reason: str | None
@@ -140,3 +208,4 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     summary: str
     engine: str = ""
     slots: int = 0
+    paper_rows: int = 0

@@ -1,51 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning, scheduler side: which slots are corrected, and which prompts become lessons when.
-
-Lessons run in steps in which vLLM has nothing to do, and only after it has had nothing to do for a
-while: no request ever waits for more than the piece that is running as it arrives.
-"""
+"""Mode ``anchor``, scheduler side: which slots are corrected, and which prompts become lessons."""
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections import deque
 from dataclasses import replace
 
-from kvcomm_vllm.anchors.lesson import HOLDER, Lesson, TaughtSpan
+from kvcomm_vllm.anchors.lesson import Lesson, TaughtSpan, base_load
+from kvcomm_vllm.anchors.lessons import Lessons
 from kvcomm_vllm.anchors.slot_table import SlotTable
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import LessonOp, StepReport
-from kvcomm_vllm.metrics import KVCommStats
-from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.slots import slot_keys
 from kvcomm_vllm.scheduler.spans import Plan, Source
 from kvcomm_vllm.scheduler.state import RequestState
 
-MAX_LESSONS = 64  # waiting; the oldest are dropped, their pages are the first to be gone
-NAP_SECONDS = 1e-3  # vLLM's idle loop spins while lessons wait for the engine to be idle for long
-
 
 class Learning:
     """Args:
-    pages: vLLM's pages.
+    lessons: where lessons wait.
+    block_size: tokens per page.
     """
 
-    def __init__(self, config: KVCommConfig, pages: SourcePages, stats: KVCommStats) -> None:
+    def __init__(self, config: KVCommConfig, lessons: Lessons, block_size: int) -> None:
         self.config = config
-        self.pages = pages
-        self.stats = stats
+        self.lessons = lessons
+        self.block_size = block_size
         self.table = SlotTable(config.max_slots, config.min_anchors, config.max_anchor_error)
         self.table.set_capacity(0)
-        self._numbers = itertools.count()
-        self._waiting: deque[Lesson] = deque()
-        self._active: Lesson | None = None
-        self._in_flight = False
-        self._idle_since: float | None = None
 
     # ---- planning --------------------------------------------------------------------------------
 
-    def note(self, state: RequestState, plan: Plan) -> bool:
+    def plan(self, state: RequestState, plan: Plan) -> Plan | Reason:
+        """The plan with warm slots' spans corrected; or none, so that the request is served exactly
+        and slots learn from it.
+        """
+        if self._note(state, plan):
+            return Reason.LEARNING
+        return self._corrected(state, plan)
+
+    def _note(self, state: RequestState, plan: Plan) -> bool:
         """Name a plan's slots, keep it as a lesson where they have something to learn from it, and
         say whether the request must be served exactly for that (hint ``learn``, cold slots).
         """
@@ -65,8 +59,9 @@ class Learning:
                 taught.append(TaughtSpan(key, span.start - span.seam, span.source))
         if taught and (must or self.config.audits):
             end = max(span.source.end for span in taught)
-            hashes = state.taint.exact_hashes(-(-end // self.pages.block_size))
-            state.lesson = Lesson(next(self._numbers), tokens[:end].copy(), hashes, taught)
+            hashes = state.taint.exact_hashes(-(-end // self.block_size))
+            number = self.lessons.number()
+            state.lesson = Lesson(self, number, tokens[:end].copy(), hashes, taught)
         return must and state.lesson is not None
 
     def _may_teach(self, source: Source) -> bool:
@@ -74,7 +69,7 @@ class Learning:
         exact = first is None or first >= source.sequence_start + source.length
         return exact or self.config.learn_from_approximate
 
-    def corrected(self, state: RequestState, plan: Plan) -> Plan:
+    def _corrected(self, state: RequestState, plan: Plan) -> Plan:
         """The plan with warm slots' spans corrected, behind their shorter seam."""
         limits = state.limits
         assert limits is not None
@@ -96,97 +91,28 @@ class Learning:
             for key in state.planned_slots:
                 self.table.see(key).seen += 1
 
-    def finish(self, state: RequestState) -> None:
-        """The request has ended: what it can teach waits for an idle moment."""
-        lesson, state.lesson = state.lesson, None
-        if lesson is None:
-            return
-        if len(self._waiting) == MAX_LESSONS:
-            self._waiting.popleft()
-            self.stats.count_lesson("dropped")
-        self._waiting.append(lesson)
+    # ---- what comes of lessons -------------------------------------------------------------------
 
-    # ---- idle steps ------------------------------------------------------------------------------
-
-    @property
-    def pending(self) -> bool:
-        """Whether vLLM's loop is to go on although no request is left."""
-        return bool(self._waiting) or self._active is not None
-
-    def next_op(self, idle: bool) -> LessonOp | None:
-        """Called every step; ``idle`` if no request is alive."""
-        if not idle:
-            self._idle_since = None
-            self._cancel()
-            return None
-        if not self.pending:
-            return None
-        now = time.monotonic()
-        if self._idle_since is None:
-            self._idle_since = now
-        if now - self._idle_since < self.config.audit_idle_seconds:
-            time.sleep(NAP_SECONDS)
-            return None
-        if self._in_flight:
-            return None
-        if self._active is not None:
-            self._active.resume(self.pages)
-        else:
-            self._start()
-        return self._op(self._active) if self._active is not None else None
-
-    def _start(self) -> None:
-        while self._waiting:
-            lesson = self._waiting.pop()  # the newest: its pages are the likeliest to be left
-            if lesson.start(self.pages):
-                self._active = lesson
-                return
-            self.stats.count_lesson("dropped")
-
-    def _op(self, lesson: Lesson) -> LessonOp:
-        slots = {span.key: self.table.see(span.key) for span in lesson.spans}
+    def assign(self, lesson: Lesson, op: LessonOp) -> None:
+        slots = {taught.key: self.table.see(taught.key) for taught, _ in lesson.parts}
         for slot in slots.values():
             self.table.give_entry(slot)
         # one of many slots may have lost its entry to a later one
         entries = {key: slot.entry for key, slot in slots.items() if slot.entry is not None}
-        fresh = [entry for key, entry in entries.items() if not slots[key].anchors]
-        self._in_flight = True
-        return lesson.next_op(self.config.audit_tokens, entries, fresh)
+        op.fresh = [entry for key, entry in entries.items() if not slots[key].anchors]
+        lesson.parts = [(taught, part) for taught, part in lesson.parts if taught.key in entries]
+        op.spans = [base_load(taught, part, entries[taught.key]) for taught, part in lesson.parts]
 
-    def _cancel(self) -> None:
-        """A request has come: the lesson starts from its beginning when there is time again.
-
-        A piece that is under way (asynchronous scheduling) is waited for: it may be the last one.
-        """
-        if self._active is not None and not self._in_flight:
-            self._waiting.append(self._active)
-            self._active = None
-
-    def on_report(self, report: StepReport) -> None:
-        if report.lesson < 0:
-            return
-        self.pages.release(HOLDER)
-        self._in_flight = False
-        lesson = self._active
-        if lesson is None or lesson.number != report.lesson:
-            return
-        if not lesson.sent and not report.lesson_failed:
-            if self._idle_since is None:
-                self._cancel()
-            return
-        self._active = None
-        self.stats.count_lesson("failed" if report.lesson_failed else "learned")
-        if report.lesson_failed:  # ranks may differ now in what they know
-            for span in lesson.spans:
-                self.table.forget(span.key)
-            return
+    def learned(self, lesson: Lesson, report: StepReport) -> None:
         for (taught, _), errors in zip(lesson.parts, report.errors, strict=True):
             slot = self.table.get(taught.key)
             if slot is not None:
                 self.table.learned(slot, errors)
 
+    def failed(self, lesson: Lesson) -> None:
+        for span in lesson.spans:
+            self.table.forget(span.key)
+
     def clear(self) -> None:
         """Weights or caches were reset: nothing learned holds any more."""
-        self._active = None
-        self._waiting.clear()
         self.table.clear()

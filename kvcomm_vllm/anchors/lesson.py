@@ -13,10 +13,11 @@ as nothing is allocated, which is what cancels it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from kvcomm_vllm.messages import HoleOp, LessonOp, LoadOp
+from kvcomm_vllm.messages import HoleOp, LessonOp, LoadOp, StepReport
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.sequence import Match
 from kvcomm_vllm.scheduler.spans import Source
@@ -26,13 +27,17 @@ HOLDER = "kvcomm lesson"
 
 @dataclass(frozen=True, slots=True)
 class TaughtSpan:
-    """Text that arrived in a slot, and where its base KV lies; ``slot_start`` is the position of
-    the slot's first token in the prompt.
+    """Text that arrived in a slot, and where its base KV lies.
+
+    Args:
+        slot_start: position of the slot's first token in the prompt.
+        stop: true KV is needed up to here, for what stands behind it; 0 if for nothing.
     """
 
     key: str
     slot_start: int
     source: Source
+    stop: int = 0
 
     @property
     def match(self) -> Match:
@@ -40,13 +45,29 @@ class TaughtSpan:
         return Match(s.sequence, s.prompt_start, s.sequence_start, s.length)
 
 
+class Teacher(Protocol):
+    """The mode a lesson is for: it knows what workers are to keep, and hears how it went."""
+
+    def assign(self, lesson: Lesson, op: LessonOp) -> None:
+        """Put into the last piece what is to be learned from ``lesson.parts``."""
+
+    def learned(self, lesson: Lesson, report: StepReport) -> None: ...
+
+    def failed(self, lesson: Lesson) -> None:
+        """Workers may differ now in what they know of the lesson's slots."""
+
+
 @dataclass(slots=True)
 class Lesson:
     """Args:
-    tokens: the prompt up to the end of its last span, int32.
+    tokens: the prompt up to the end of what is taught, int32.
     exact_hashes: hashes of its full pages on vLLM's exact chain.
+
+    Attributes:
+        parts: the spans' parts whose base KV is still there; known once it has started.
     """
 
+    teacher: Teacher
     number: int
     tokens: np.ndarray
     exact_hashes: list[bytes]
@@ -62,7 +83,7 @@ class Lesson:
         if not parts:
             return False
         size = pages.block_size
-        end = max(part.end for _, part in parts)
+        end = max(max(part.end, taught.stop) for taught, part in parts)
         known = pages.leading(self.exact_hashes[: -(-end // size)])
         self.parts, self.computed = parts, min(known * size, end)
         self.tokens = self.tokens[:end]
@@ -82,30 +103,25 @@ class Lesson:
     def _used(self) -> list[int]:
         return self.pages + [block for _, part in self.parts for block in part.blocks]
 
-    def next_op(self, max_tokens: int, entries: dict[str, int], fresh: list[int]) -> LessonOp:
-        """The next piece; with the last one the workers learn.
-
-        Args:
-            max_tokens: most tokens to compute in one step.
-            entries: arena entry per slot key; ``fresh`` ones begin anew.
-        """
+    def next_op(self, max_tokens: int) -> LessonOp:
+        """The next piece, of ``max_tokens`` to compute at most; with the last one workers learn."""
         start, end = self.computed, min(self.computed + max_tokens, len(self.tokens))
         hole = HoleOp(start, self.tokens[start:end].tolist()) if start < end else None
         self.computed, self.sent = end, end == len(self.tokens)
-        if not self.sent:
-            return LessonOp(self.number, self.pages, hole, [], [])
-        self.parts = [(taught, part) for taught, part in self.parts if taught.key in entries]
-        spans = [self._load(taught, part, entries[taught.key]) for taught, part in self.parts]
-        return LessonOp(self.number, self.pages, hole, spans, fresh)
+        op = LessonOp(self.number, self.pages, hole)
+        if self.sent:
+            self.teacher.assign(self, op)
+        return op
 
-    @staticmethod
-    def _load(taught: TaughtSpan, part: Source, entry: int) -> LoadOp:
-        return LoadOp(
-            source_blocks=part.blocks,
-            source_offset=part.block_offset,
-            source_start=part.sequence_start,
-            prompt_start=part.prompt_start,
-            length=part.length,
-            entry=entry,
-            slot_index=part.prompt_start - taught.slot_start,
-        )
+
+def base_load(taught: TaughtSpan, part: Source, entry: int = -1) -> LoadOp:
+    """Where the base KV of a part lies, and its place in the prompt."""
+    return LoadOp(
+        source_blocks=part.blocks,
+        source_offset=part.block_offset,
+        source_start=part.sequence_start,
+        prompt_start=part.prompt_start,
+        length=part.length,
+        entry=entry,
+        slot_index=part.prompt_start - taught.slot_start,
+    )

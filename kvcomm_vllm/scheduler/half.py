@@ -12,6 +12,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvcomm_vllm.anchors.learning import Learning
+from kvcomm_vllm.anchors.lessons import Lessons
+from kvcomm_vllm.anchors.paper_mode import PaperMode
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
 from kvcomm_vllm.metrics import KVCommStats
@@ -61,7 +63,9 @@ class SchedulerHalf:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
         self.pages = SourcePages(pool, self.block_size)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
-        self.learning = Learning(self.config, self.pages, self.stats)
+        self.lessons = Lessons(self.config, self.pages, self.stats)
+        self.learning = Learning(self.config, self.lessons, self.block_size)
+        self.paper = PaperMode(self.config, self.lessons, self.pages)
 
     def on_new_request(self, request: Request) -> None:
         state = new_state(request, self.config, self.max_hole_tokens, self.stats)
@@ -107,14 +111,17 @@ class SchedulerHalf:
             return None
         ready = [match for match in matches if match.sequence.ready]
         sources = [part for match in ready for part in self.pages.sources(match, state.tokens())]
-        plan = make_plan(local, sources, limits)
+        if state.mode == "paper":
+            plan = self.paper.plan(state, local, sources)
+        else:
+            plan = make_plan(local, sources, limits)
+            if isinstance(plan, Plan):
+                plan = self.learning.plan(state, plan)
+        if plan is None:
+            return None  # a probe is on its way
         if isinstance(plan, Reason):
             state.decline(Reason.SOURCE_EVICTED if ready and not sources else plan)
             return 0
-        if self.learning.note(state, plan):
-            state.decline(Reason.LEARNING)
-            return 0
-        plan = self.learning.corrected(state, plan)
         taken = sum(other.plan.hole_tokens for other in self._planned if other.plan)
         taken += sum(len(hole.tokens) for ops in self._ops for hole in ops.holes)
         if taken and taken + plan.hole_tokens > self.max_hole_tokens:
@@ -164,6 +171,7 @@ class SchedulerHalf:
         """For the report: how the prompt is served at its first admission."""
         state.served, state.served_local = plan, state.local
         self.learning.admitted(state)
+        self.paper.admitted(state, plan)
         if plan is not None:
             state.declined.clear()
             state.slots = state.planned_slots
@@ -176,17 +184,20 @@ class SchedulerHalf:
         self._planned.clear()
         self.store.follow(output)
         idle = not self.states and not output.total_num_scheduled_tokens
-        message, self._ops = StepMessage(self._ops, self.learning.next_op(idle)), []
+        probes, lesson = self.paper.take_probes(), self.lessons.next_op(idle)
+        message, self._ops = StepMessage(self._ops, probes, lesson), []
         return message
 
     @property
     def has_idle_work(self) -> bool:
         """Whether vLLM's loop is to go on without requests."""
-        return self.off is None and self.learning.pending
+        return self.off is None and self.lessons.pending
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
-        self.learning.on_report(report)
+        self.lessons.on_report(report)
+        for request_id, distances in report.distances.items():
+            self.paper.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
             self.store.lose(lost_pages, self.states.values(), self.pages)
         for request_id in report.done | report.failed:
@@ -208,10 +219,13 @@ class SchedulerHalf:
         if state is None:
             return None
         self.store.finish(state, self.pages)
-        self.learning.finish(state)
+        if state.lesson is not None:  # what it can teach waits for an idle moment
+            self.lessons.add(state.lesson)
         self.stats.count_request(state)
         return {"kvcomm": state.report()} if self.config.report else None
 
     def reset(self) -> None:
         self.store.clear(list(self.states.values()))
+        self.lessons.clear()
         self.learning.clear()
+        self.paper.clear()

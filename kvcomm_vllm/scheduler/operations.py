@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcomm_vllm.messages import HoleOp, LoadOp, RequestOps
+from kvcomm_vllm.messages import EstimateOp, HoleOp, LoadOp, RequestOps
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 
@@ -16,12 +16,24 @@ def operations(
     return RequestOps(
         request_id=request_id,
         block_ids=block_ids[: -(-plan.end // block_size)],
-        loads=[_load(span, block_size) for span in plan.spans],
+        loads=[source_load(s, block_size) for s in plan.spans if s.estimate is None],
         holes=[HoleOp(start, tokens[start:end].tolist()) for start, end in plan.holes()],
+        estimates=[
+            EstimateOp(
+                source_load(span, block_size),
+                list(span.estimate.anchors),
+                span.estimate.start,
+                span.estimate.stop,
+                span.estimate.behind_end,
+                list(span.estimate.known),
+            )
+            for span in plan.spans
+            if span.estimate is not None
+        ],
     )
 
 
-def _load(span: ReuseSpan, block_size: int) -> LoadOp:
+def source_load(span: ReuseSpan, block_size: int) -> LoadOp:
     """The span's part of its source: what lies before it is its seam."""
     source = span.source
     skip = span.start - source.prompt_start

@@ -63,7 +63,7 @@ def unshareable(request: Request) -> Reason | None:
 def limits_of(mode: str, hints: Hints, config: KVCommConfig, max_hole_tokens: int) -> Limits:
     seam = config.seam_tokens if hints.seam_tokens is None else hints.seam_tokens
     return Limits(
-        seam_tokens=0 if mode == "rotate" else seam,
+        seam_tokens=0 if mode in ("rotate", "paper") else seam,
         anchor_seam_tokens=config.anchor_seam_tokens if hints.seam_tokens is None else seam,
         min_span_tokens=config.min_span_tokens,
         min_reuse_tokens=config.min_reuse_tokens,

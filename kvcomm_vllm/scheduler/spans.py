@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from kvcomm_vllm.messages import AnchorRows
 from kvcomm_vllm.scheduler.index import Sequence
 
 
@@ -46,9 +47,28 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """Mode ``paper``: a span's correction, and the text behind it that is estimated as well.
+
+    Args:
+        anchors: those at least as long as the span.
+        start, stop: positions of the estimated text; equal if there is none.
+        behind_end: end of all text behind the span, with which that of the anchors is aligned.
+        known: per anchor, how many of the last tokens before ``behind_end`` are its own, too.
+    """
+
+    anchors: tuple[AnchorRows, ...]
+    start: int
+    stop: int
+    behind_end: int
+    known: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReuseSpan:
     """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match,
-    too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm.
+    too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm;
+    ``estimate``: the same for mode ``paper``.
     """
 
     start: int
@@ -56,6 +76,7 @@ class ReuseSpan:
     seam: int
     source: Source
     entry: int | None = None
+    estimate: Estimate | None = None
 
     @property
     def length(self) -> int:
@@ -67,16 +88,25 @@ class Plan:
     """Spans of one admission of one request: LOCAL up to ``local``, then holes and REUSE spans,
     then the tail.
 
-    Everything up to the last REUSE span's end is *external* for vLLM: loaded or computed before its
+    Everything up to the end of what is loaded is *external* for vLLM: loaded or computed before its
     forward.
     """
 
     local: int
     spans: tuple[ReuseSpan, ...]
 
+    def runs(self) -> list[tuple[int, int]]:
+        """Everything that is loaded, in order: the REUSE spans, and what is estimated behind."""
+        runs = []
+        for span in self.spans:
+            runs.append((span.start, span.end))
+            if span.estimate is not None and span.estimate.start < span.estimate.stop:
+                runs.append((span.estimate.start, span.estimate.stop))
+        return runs
+
     @property
     def end(self) -> int:
-        return self.spans[-1].end
+        return self.runs()[-1][1]
 
     @property
     def external_tokens(self) -> int:
@@ -84,11 +114,17 @@ class Plan:
 
     @property
     def reused_tokens(self) -> int:
-        return sum(span.length for span in self.spans)
+        return sum(end - start for start, end in self.runs())
 
     @property
     def corrected_tokens(self) -> int:
-        return sum(span.length for span in self.spans if span.entry is not None)
+        corrected = 0
+        for span in self.spans:
+            if span.entry is not None or span.estimate is not None:
+                corrected += span.length
+            if span.estimate is not None:
+                corrected += span.estimate.stop - span.estimate.start
+        return corrected
 
     @property
     def hole_tokens(self) -> int:
@@ -99,16 +135,15 @@ class Plan:
         return sum(span.seam for span in self.spans)
 
     def holes(self) -> list[tuple[int, int]]:
-        """The runs ``(start, end)`` between the REUSE spans, to be computed by the side forward."""
-        starts = [self.local, *(span.end for span in self.spans)]
-        return [
-            (a, span.start) for a, span in zip(starts, self.spans, strict=False) if a < span.start
-        ]
+        """The runs ``(start, end)`` between what is loaded, computed by the side forward."""
+        runs = self.runs()
+        starts = [self.local, *(end for _, end in runs)]
+        return [(a, start) for a, (start, _) in zip(starts, runs, strict=False) if a < start]
 
     def treatments(self, total: int) -> list[tuple[int, int, Treatment]]:
         """All spans of a prompt of ``total`` tokens in order, without empty ones."""
         spans = [(0, self.local, Treatment.LOCAL)]
         spans += [(start, end, Treatment.COMPUTE) for start, end in self.holes()]
-        spans += [(span.start, span.end, Treatment.REUSE) for span in self.spans]
+        spans += [(start, end, Treatment.REUSE) for start, end in self.runs()]
         spans += [(self.end, total, Treatment.COMPUTE)]
         return sorted(span for span in spans if span[0] < span[1])

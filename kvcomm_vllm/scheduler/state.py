@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvcomm_vllm.anchors.lesson import Lesson
+    from kvcomm_vllm.anchors.paper_mode import Probe, Verdict
 
 
 def namespace_of(request: Request) -> bytes:
@@ -45,6 +46,7 @@ class RequestState:
         first_approximate: first token whose KV is approximate; None while all of it is exact.
         planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
         lesson: what can be learned from the last plan.
+        probe, verdicts: what mode ``paper`` asked the workers, and what its gate said.
     """
 
     request: Request
@@ -75,6 +77,8 @@ class RequestState:
     planned_slots: list[str] = field(default_factory=list)
     slots: list[str] = field(default_factory=list)
     lesson: Lesson | None = None
+    probe: Probe | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
     declined: Counter[str] = field(default_factory=Counter)
     _tokens: np.ndarray | None = None
 

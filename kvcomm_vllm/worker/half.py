@@ -19,6 +19,7 @@ from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import (
     LessonOp,
     LoadOp,
+    ProbeOp,
     RequestOps,
     StepMessage,
     StepReport,
@@ -36,6 +37,7 @@ from kvcomm_vllm.worker.load import (
     token_moves,
 )
 from kvcomm_vllm.worker.model_check import unrotated_layers
+from kvcomm_vllm.worker.paper import PaperArena
 from kvcomm_vllm.worker.self_check import self_check
 from kvcomm_vllm.worker.side_forward import Row, SideForward
 from kvcomm_vllm.worker.unsupported import Unsupported
@@ -60,6 +62,7 @@ class WorkerHalf:
         self.kernel: LoadKernel | None = None
         self.side_forward: SideForward | None = None
         self.anchors: Anchors | None = None
+        self.paper: PaperArena | None = None
         self._report: StepReport | None = None
         self._lost_blocks: set[int] = set()
 
@@ -88,8 +91,11 @@ class WorkerHalf:
             with torch.inference_mode():
                 self._check(layers, self.runner.model, self.kernel, self.side_forward)
         with torch.inference_mode():
-            alone = self.vllm_config.parallel_config.data_parallel_size == 1
+            parallel = self.vllm_config.parallel_config
+            alone = parallel.data_parallel_size == 1
             self.anchors = Anchors(self.groups, self.config, self.block_size, allowed=alone)
+            alone = alone and parallel.tensor_parallel_size == 1
+            self.paper = PaperArena(self.groups, self.config, self.block_size, allowed=alone)
         count = sum(len(group.layers) for group in self.groups)
         summary = (
             f"{count} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "
@@ -99,7 +105,10 @@ class WorkerHalf:
         if self.config.mode == "anchor":
             need = self.anchors.bytes_per_slot / 2**20
             summary += f"; anchors of {self.anchors.slots} slots of {need:.1f} MB each"
-        self.facts = WorkerFacts(None, "", summary, slots=self.anchors.slots)
+        if self.config.paper_memory_mb:
+            summary += f"; anchors of mode paper: {self.paper.rows} tokens"
+        slots, rows = self.anchors.slots, self.paper.rows
+        self.facts = WorkerFacts(None, "", summary, slots=slots, paper_rows=rows)
 
     def _check(
         self, layers: dict[str, Any], model: Any, kernel: LoadKernel, side_forward: SideForward
@@ -115,9 +124,11 @@ class WorkerHalf:
     def run(self, message: StepMessage) -> None:
         """Loads and side forward of one step, or a lesson in an idle one."""
         requests, lesson = message.requests, message.lesson
-        if not requests and lesson is None:
+        if message.empty:
             return
         report = self._report = StepReport()
+        for probe in message.probes:
+            report.distances[probe.request_id] = self._probe(probe)
         if lesson is not None:
             self._learn(lesson, report)
         if not requests:
@@ -158,7 +169,23 @@ class WorkerHalf:
                     run_loads(self.groups, moves, self.kernel)
                 else:
                     self.anchors.load(entry, slot_indices(pairs, device), moves)
+            self._estimate(requests)
         self.stats.add_seconds("load", time.perf_counter() - began)
+
+    def _estimate(self, requests: list[RequestOps]) -> None:
+        assert self.paper is not None
+        for ops in requests:
+            for op in ops.estimates:
+                self.paper.estimate(ops.block_ids, op)
+
+    def _probe(self, probe: ProbeOp) -> list[list[float]] | None:
+        assert self.paper is not None
+        try:
+            with torch.inference_mode():
+                return [self.paper.distances(load, anchors) for load, anchors in probe.spans]
+        except Exception:
+            logger.exception("kvcomm: a probe failed, its request is served exactly")
+            return None
 
     def _fill_holes(self, requests: list[RequestOps]) -> None:
         rows = [Row(ops.block_ids, hole) for ops in requests for hole in ops.holes]
@@ -180,6 +207,9 @@ class WorkerHalf:
                 self.side_forward.run([Row(lesson.block_ids, lesson.hole)])
             with torch.inference_mode():
                 report.errors = self.anchors.learn(lesson)
+                assert self.paper is not None
+                for op in lesson.anchors:
+                    self.paper.keep(lesson.block_ids, op)
         except Exception:
             logger.exception("kvcomm: a lesson failed, its slots start anew")
             report.lesson_failed = True

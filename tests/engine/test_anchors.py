@@ -82,7 +82,7 @@ def test_learning_reads_pages_and_writes_none_that_anyone_can_find(learning: LLM
     pool = core(learning).scheduler.kv_cache_manager.block_pool
     cached = [block.block_id for block in pool.blocks if block.block_hash is not None]
     before = [layer[cached].clone() for layer in pages]
-    assert connector(learning)._scheduler.learning.pending
+    assert connector(learning)._scheduler.lessons.pending
     settle(learning)
     still = {block.block_id for block in pool.blocks if block.block_hash is not None}
     assert set(cached) == still, "a lesson has evicted a cached page although others were free"

@@ -74,6 +74,7 @@ def check_references(engine: EngineWithoutWorker) -> None:
     for job in engine.jobs:
         message = job.output.kv_connector_metadata
         on_their_way.update(ops.request_id for ops in message.requests)
+        on_their_way.update(f"{probe.request_id} probe" for probe in message.probes)
         if message.lesson is not None:
             on_their_way.add(HOLDER)
     assert held.keys() <= on_their_way, "pages held for a plan that is in no step"
@@ -129,6 +130,10 @@ def check_report(engine: EngineWithoutWorker, name: str) -> None:
     assert report["seam"] + report["gap"] <= report["computed"]
     if report["reused"]:
         (first, *_) = served.loaded
-        loads = [[op.prompt_start, op.prompt_start + op.length, "reused"] for op in first.loads]
-        assert [span for span in spans if span[2] == "reused"] == loads
-        assert len(report["slots"]) == len(loads)
+        loads = [(op.prompt_start, op.prompt_start + op.length) for op in first.loads]
+        for op in first.estimates:
+            loads.append((op.base.prompt_start, op.base.prompt_start + op.base.length))
+            loads.append((op.start, op.stop))
+        expected = [[start, end, "reused"] for start, end in sorted(loads) if start < end]
+        assert [span for span in spans if span[2] == "reused"] == expected
+        assert len(report["slots"]) == len(first.loads) + len(first.estimates)

@@ -34,6 +34,7 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         "policy",
         "pipeline",
         "slots",
+        "paper_rows",
     }
 
     def make(**given: Any) -> EngineWithoutWorker:

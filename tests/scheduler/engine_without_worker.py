@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from simulated_anchors import SimulatedAnchors
 from simulated_memory import Row, SimulatedMemory, Text
 from vllm.config import (
     CacheConfig,
@@ -31,7 +32,14 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvcomm_vllm.connector import KVCommConnector
-from kvcomm_vllm.messages import LessonOp, RequestOps, StepMessage, StepReport, WorkerFacts
+from kvcomm_vllm.messages import (
+    LessonOp,
+    ProbeOp,
+    RequestOps,
+    StepMessage,
+    StepReport,
+    WorkerFacts,
+)
 from kvcomm_vllm.scheduler.half import SchedulerHalf
 
 SETTINGS: dict[str, Any] = {
@@ -83,6 +91,7 @@ class EngineWithoutWorker:
         settings: changes to ``SETTINGS``; None for plain vLLM without a connector.
         pipeline: steps in flight; 2 is vLLM's asynchronous scheduling.
         slots: slots whose anchors fit into the workers' arenas.
+        paper_rows: tokens that mode paper can keep there.
     """
 
     def __init__(
@@ -96,6 +105,7 @@ class EngineWithoutWorker:
         policy: str = "fcfs",
         pipeline: int = 1,
         slots: int = 8,
+        paper_rows: int = 4096,
     ) -> None:
         transfer = settings is not None and KVTransferConfig(
             kv_connector="kvcomm",
@@ -134,18 +144,24 @@ class EngineWithoutWorker:
         self.pipeline = pipeline
         self.hasher = get_request_block_hasher(block_size, sha256)
         self.memory = SimulatedMemory(num_blocks, block_size)
+        self.anchors = SimulatedAnchors()
         self.served: dict[str, Served] = {}
         self.exact_pages: dict[bytes, tuple[Text, int]] = {}  # hash in vLLM's sense -> its content
         self.fail: Callable[[RequestOps], bool] = lambda ops: False
         self.fail_lesson: Callable[[LessonOp], bool] = lambda op: False
         self.lessons: list[LessonOp] = []
+        self.probes: list[ProbeOp] = []
+        # squared distances, as if the first anchor were the same and all others far
+        self.probe: Callable[[ProbeOp], list[list[float]] | None] = lambda op: [
+            [0.0, *[1e4] * (len(anchors) - 1)] for _, anchors in op.spans
+        ]
         self.after_step: Callable[[EngineWithoutWorker], None] = lambda engine: None
         self.jobs: deque[Job] = deque()
         self.trace: list[dict[str, tuple[int, list[int]]]] = []
         self._new_pages: list[int] = []
         self._watch_allocations()
         if self.scheduler.connector is not None:
-            facts = WorkerFacts(None, "", "test", slots=slots)
+            facts = WorkerFacts(None, "", "test", slots=slots, paper_rows=paper_rows)
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
 
     @property
@@ -283,6 +299,8 @@ class EngineWithoutWorker:
         if isinstance(message, StepMessage) and message.requests:
             assert job.output.has_sync_kv_loads, "loads must run before the forward"
             connector_output = self._load(copy.deepcopy(message.requests), job)
+        if isinstance(message, StepMessage) and message.probes:
+            connector_output = self._probe(message.probes, connector_output)
         if isinstance(message, StepMessage) and message.lesson is not None:
             assert not job.output.total_num_scheduled_tokens, "lessons are for idle steps"
             connector_output = self._teach(copy.deepcopy(message.lesson))
@@ -313,6 +331,9 @@ class EngineWithoutWorker:
             )
         texts = {ops.request_id: self.served[ops.request_id].text for ops in requests}
         self.memory.load(requests, texts)
+        for ops in requests:
+            for estimate in ops.estimates:
+                self.anchors.estimate(ops.block_ids, estimate, texts[ops.request_id], self.memory)
         holes = []
         for ops in requests:
             text = texts[ops.request_id]
@@ -324,9 +345,26 @@ class EngineWithoutWorker:
         self.memory.forward(holes, "side forward")
         return KVConnectorOutput(kv_connector_worker_meta=StepReport(done=ids))
 
+    def _probe(self, probes: list[ProbeOp], found: KVConnectorOutput | None) -> KVConnectorOutput:
+        """Distances of messages whose source stands where the probe says, to anchors that exist."""
+        report = StepReport()
+        for op in probes:
+            text = self.served[op.request_id].text
+            for load, anchors in op.spans:
+                self.memory.expect_source(load, text, f"probe of {op.request_id}")
+                for rows in anchors:
+                    self.anchors.expect(rows)
+            report.distances[op.request_id] = self.probe(op)
+            self.probes.append(op)
+        if found is None:
+            return KVConnectorOutput(kv_connector_worker_meta=report)
+        assert isinstance(found.kv_connector_worker_meta, StepReport)
+        found.kv_connector_worker_meta.distances = report.distances
+        return found
+
     def _teach(self, op: LessonOp) -> KVConnectorOutput:
         """A lesson's piece: true KV is computed or stands there already, base KV is read."""
-        active = self.half.learning._active
+        active = self.half.lessons._active
         assert active is not None
         assert active.number == op.number
         text = next(
@@ -344,6 +382,9 @@ class EngineWithoutWorker:
         for span in op.spans:
             self.memory.expect_lesson(op.block_ids, span, text)
             report.errors.append([0.1, 1.0, 0.1, 1.0])
+        for anchor in op.anchors:
+            self.memory.expect_lesson(op.block_ids, anchor.base, text)
+            self.anchors.keep(op.block_ids, anchor, text, self.memory)
         self.lessons.append(op)
         return KVConnectorOutput(kv_connector_worker_meta=report)
 

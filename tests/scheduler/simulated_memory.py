@@ -105,12 +105,7 @@ class SimulatedMemory:
                 source = self.slots(op.source_blocks, at, at + op.length)
                 target = self.slots(ops.block_ids, begin, end)
                 name = f"{ops.request_id} loads {begin}..{end}"
-                self._expect(
-                    source,
-                    text.tokens[begin:end],
-                    np.arange(op.source_start, op.source_start + op.length),
-                    name,
-                )
+                self.expect_source(op, text, name)
                 same = self.context[source] == text.contexts[begin:end]
                 copies.append((target, text, begin, end, self.exact[source] & same))
                 assert sources.isdisjoint(target.tolist()), f"{name} over another load's source"
@@ -124,14 +119,23 @@ class SimulatedMemory:
     def expect_lesson(self, table: list[int], span: LoadOp, text: Text) -> None:
         """True KV is what a dense prefill writes, base KV is the same text's, wherever it stood."""
         begin, end = span.prompt_start, span.prompt_start + span.length
+        self.expect_true(table, begin, end, text)
+        self.expect_source(span, text, "lesson, base KV")
+
+    def expect_true(self, table: list[int], begin: int, end: int, text: Text) -> None:
+        """Positions ``begin .. end`` hold what a dense prefill writes."""
         true = self.slots(table, begin, end)
         self._expect(true, text.tokens[begin:end], np.arange(begin, end), "lesson, true KV")
         fits = self.exact[true] & (self.context[true] == text.contexts[begin:end])
         assert fits.all(), "a lesson was taught from KV that is not true"
-        at = span.source_offset
-        base = self.slots(span.source_blocks, at, at + span.length)
-        positions = np.arange(span.source_start, span.source_start + span.length)
-        self._expect(base, text.tokens[begin:end], positions, "lesson, base KV")
+
+    def expect_source(self, op: LoadOp, text: Text, name: str) -> None:
+        """A load's source holds the text of its place in the prompt."""
+        begin, end = op.prompt_start, op.prompt_start + op.length
+        at = op.source_offset
+        source = self.slots(op.source_blocks, at, at + op.length)
+        positions = np.arange(op.source_start, op.source_start + op.length)
+        self._expect(source, text.tokens[begin:end], positions, name)
 
     def forward(self, rows: list[Row], name: str) -> None:
         """One forward: all rows' KV is written before any of them attends, layer by layer."""
@@ -195,6 +199,11 @@ class SimulatedMemory:
     def full_pages(self) -> set[int]:
         """Pages of which every slot was written."""
         return set(np.flatnonzero(self.written.reshape(-1, self.block_size).all(axis=1)).tolist())
+
+    def estimate(self, target: Slots, text: Text, begin: int, end: int) -> None:
+        """KV that stands for the text and is nobody's true KV."""
+        self._write(target, text, begin, end)
+        self.exact[target] = False
 
     def _write(self, target: Slots, text: Text, begin: int, end: int) -> None:
         self.written[target] = True

@@ -109,7 +109,7 @@ def test_nothing_is_learned_before_the_engine_has_been_idle_for_long(make_engine
     engine = make_engine(**ANCHOR | {"audit_idle_seconds": 3600})
     warm(engine)
     assert not engine.lessons
-    assert engine.half.learning.pending
+    assert engine.half.lessons.pending
 
 
 def test_a_failed_lesson_costs_the_slot_what_it_knew(make_engine: Make) -> None:
@@ -174,9 +174,9 @@ def test_a_reset_succeeds_between_two_pieces_of_a_lesson(make_engine: Make) -> N
     while not engine.lessons:
         engine.step()
     engine.drain()
-    assert engine.half.learning.pending
+    assert engine.half.lessons.pending
     assert engine.scheduler.reset_prefix_cache(reset_connector=True)
-    assert not engine.half.learning.pending
+    assert not engine.half.lessons.pending
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])

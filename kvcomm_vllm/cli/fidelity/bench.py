@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ MESSAGE_TOKENS = 120
 MOST_TOKENS = 4096
 MOST_STEPS = 1_000_000  # of learning after one request; far more than any prompt has pieces
 # Anchors come from training cases alone: what is scored must not teach.
-PLUGIN = {"mode": "anchor", "audits": False, "audit_idle_seconds": 0.0}
+PLUGIN: dict[str, Any] = {"mode": "anchor", "audits": False, "audit_idle_seconds": 0.0}
 
 
 class BenchError(RuntimeError):
@@ -50,13 +52,16 @@ class Bench:
     """
     Args:
         model: folder or Hugging Face id.
+        plugin: configuration of the plugin, over ``PLUGIN``.
         options: of vLLM's ``LLM``, over the defaults here.
 
     Raises:
         BenchError: vLLM cannot start.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(
+        self, model: str, plugin: Mapping[str, Any] = MappingProxyType({}), **options: Any
+    ) -> None:
         limit = min(MOST_TOKENS, max_model_tokens(model) or MOST_TOKENS)
         defaults: dict[str, Any] = {"max_model_len": limit, "disable_log_stats": True, "seed": 0}
         # In one piece each: the tape would take a prompt's parts for tokens of the answer.
@@ -64,7 +69,7 @@ class Bench:
         if is_cpu_build():
             defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS}
         transfer = KVTransferConfig(
-            kv_connector="kvcomm", kv_role="kv_both", kv_connector_extra_config=PLUGIN
+            kv_connector="kvcomm", kv_role="kv_both", kv_connector_extra_config={**PLUGIN, **plugin}
         )
         try:
             self.llm = LLM(

@@ -45,6 +45,9 @@ def fidelity(
         bool,
         typer.Option("--exact-sources", help="Only the scored agent reuses, the others are dense."),
     ] = False,
+    paper_gamma: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The gate of mode paper; 1 = all may pass.")
+    ] = 0.3,
     seed: Annotated[int, typer.Option(help="For shuffled orders.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path(
         "out/fidelity"
@@ -71,6 +74,7 @@ def fidelity(
             seed,
             out,
             exact_sources,
+            paper_gamma,
         )
     except DataError as error:
         fail(str(error))

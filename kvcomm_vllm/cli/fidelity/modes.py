@@ -9,19 +9,19 @@ from kvcomm_vllm.config import keys
 
 DENSE: dict[str, Any] = {"mode": "off"}
 CURVE = (1, 2, 5, 10)
-_NAME = re.compile(r"rotate|(seam|anchor)(\d*)")
+_NAME = re.compile(r"rotate|paper|(seam|anchor)(\d*)")
 
 
 def hints_of(name: str) -> dict[str, Any]:
-    """Hints of a mode: ``rotate``, ``seam``, ``anchor``, the latter two with a number of tokens
-    or the configured ones.
+    """Hints of a mode: ``rotate``, ``paper``, ``seam``, ``anchor``, the latter two with a number of
+    tokens or the configured ones.
 
     Raises:
         DataError: no such mode, or a number that the configuration would refuse.
     """
     found = _NAME.fullmatch(name)
     if not found:
-        raise DataError(f"{name!r} is no mode; rotate, seam16, anchor16 are, with any number")
+        raise DataError(f"{name!r} is no mode; rotate, paper, seam16, anchor16 are, any number")
     mode, tokens = found.groups()
     if not mode:
         return {"mode": name}
@@ -35,7 +35,7 @@ def hints_of(name: str) -> dict[str, Any]:
 
 def learns(hints: dict[str, Any]) -> bool:
     """Whether anchors make a difference to a mode."""
-    return bool(hints["mode"] == "anchor")
+    return hints["mode"] in ("anchor", "paper")
 
 
 def anchor_points(anchors: list[int], curve: bool) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from kvcomm_vllm.cli.fidelity.user_file import user_cases
 from kvcomm_vllm.cli.fidelity.workloads import WORKLOADS, workload
 from kvcomm_vllm.cli.questions import DataError
 
+PAPER_MEMORY_MB = 2048  # 20 anchors of some slots of a small model
+
 
 @dataclass(frozen=True)
 class Options:
@@ -23,6 +25,14 @@ class Options:
     seed: int
     out: Path
     exact_sources: bool = False
+    paper_gamma: float = 0.3
+
+    @property
+    def plugin(self) -> dict[str, Any]:
+        """What the plugin has to be configured with for these modes."""
+        if all(mode != "paper" for mode, _ in self.points):
+            return {}
+        return {"paper_memory_mb": PAPER_MEMORY_MB, "paper_gamma": self.paper_gamma}
 
     def settings(self) -> dict[str, Any]:
         """For the report; JSON-able."""
@@ -33,6 +43,7 @@ class Options:
             "prompts": len(self.studies[0].scored),
             "tokens": self.tokens,
             "exact_sources": self.exact_sources,
+            "plugin": self.plugin,
             "seed": self.seed,
         }
 
@@ -64,6 +75,7 @@ def read_options(
     seed: int,
     out: Path,
     exact_sources: bool = False,
+    paper_gamma: float = 0.3,
 ) -> Options:
     """
     Raises:
@@ -82,4 +94,4 @@ def read_options(
         for name in names:
             found, source = workload(name).cases(data, seed)
             chosen.append(choose(name, source, found, prompts, most))
-    return Options(model, measured, chosen, tokens, seed, out, exact_sources)
+    return Options(model, measured, chosen, tokens, seed, out, exact_sources, paper_gamma)

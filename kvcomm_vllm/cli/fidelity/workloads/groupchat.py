@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 from kvcomm_vllm.cli.fidelity.case import Case, Turn, literal
-from kvcomm_vllm.cli.fidelity.source import Row
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row
 
 SPEAKERS = (
     "You are {name}, one of the people in this meeting. You care about what is practical: who does "
@@ -23,8 +23,12 @@ CLERK = (
 MOST_CHARACTERS = 6000  # about 1,500 tokens: the models this is run on have short contexts
 
 
-def make(row: Row, rng: random.Random) -> list[Case]:
-    """Up to three of those who speak most, in a random order, then the clerk, who is scored."""
+def make(row: Row, rng: random.Random, called: str | None = None) -> list[Case]:
+    """Up to three of those who speak most, in a random order, then the clerk, who is scored.
+
+    Args:
+        called: what all instructions call the speaker; None = by name.
+    """
     turns = _first(row["turns"])
     talk: Counter[str] = Counter()
     for turn in turns:
@@ -38,7 +42,7 @@ def make(row: Row, rng: random.Random) -> list[Case]:
     for number, (name, part) in enumerate(zip(names, parts, strict=False), 1):
         transcript += part
         ask = f"\nIt is your turn, {literal(name)}. What do you say?"
-        agents.append(Turn(SPEAKERS[number - 1].format(name=name), transcript + ask))
+        agents.append(Turn(SPEAKERS[number - 1].format(name=called or name), transcript + ask))
         transcript += f"{literal(name)}: {{{number}}}\n"
     transcript += parts[-1]
     agents.append(Turn(CLERK, f"{transcript}\nA question from outside: {literal(row['query'])}"))
@@ -63,9 +67,20 @@ def _lines(turns: list[dict[str, str]]) -> str:
 
 
 def expand(line: Row) -> list[Row]:
-    """A row per question about a packaged transcript, whose turns are ``[speaker, text]``."""
+    """A row per question about a packaged transcript, whose turns are ``[speaker, text]``, and
+    whose queries are ``[question, answer]``.
+    """
     turns = [{"speaker": speaker, "text": text} for speaker, text in line["turns"]]
     return [
-        {"id": f"{line['id']}-{number}", "turns": turns, "query": query}
-        for number, query in enumerate(line["queries"])
+        {"id": f"{line['id']}-{number}", "turns": turns, "query": query, "answer": answer}
+        for number, (query, answer) in enumerate(line["queries"])
     ]
+
+
+DATA = DataSet(
+    "chat_meetings.jsonl",
+    {"turns": list, "query": str},
+    "chats.jsonl",
+    {"turns": list, "queries": list},
+    expand,
+)

@@ -2,11 +2,13 @@
 """Word problems through a chain of agents, each of which reads all before it."""
 
 import random
+from collections.abc import Sequence
 
-from kvcomm_vllm.cli.fidelity.case import Answer, Case, Turn, literal
-from kvcomm_vllm.cli.fidelity.source import Row
+from kvcomm_vllm.cli.fidelity.case import Answer, Case
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.workloads.chain import Role, chain
 
-Role = tuple[str, str, str]  # name, instructions, what to do
+DATA = DataSet("gsm8k.jsonl", {"question": str}, "word_problems.jsonl", {"question": str})
 
 ANALYST: Role = (
     "Analyst",
@@ -45,21 +47,18 @@ EDITOR: Role = (
 )
 
 
-def _chain(row: Row, roles: tuple[Role, ...]) -> list[Case]:
-    user = f"Question:\n{literal(row['question'])}\n\n"
-    turns = []
-    for number, (name, system, task) in enumerate(roles, 1):
-        turns.append(Turn(system, user + task))
-        user += f"The {name} said:\n{{{number}}}\n\n"
+def solve(row: Row, roles: Sequence[Role]) -> list[Case]:
+    """One case: the question through these roles, the last of which states the number."""
     name = str(row["id"])
-    return [Case(name, tuple(turns), group=name, answer=Answer.NUMBER)]
+    turns = chain("Question", row["question"], roles)
+    return [Case(name, turns, group=name, answer=Answer.NUMBER)]
 
 
 def three(row: Row, rng: random.Random) -> list[Case]:
     """Analyst, Solver, Inspector."""
-    return _chain(row, (ANALYST, SOLVER, INSPECTOR))
+    return solve(row, (ANALYST, SOLVER, INSPECTOR))
 
 
 def five(row: Row, rng: random.Random) -> list[Case]:
     """Analyst, Planner, Solver, Checker, Editor."""
-    return _chain(row, (ANALYST, PLANNER, SOLVER, CHECKER, EDITOR))
+    return solve(row, (ANALYST, PLANNER, SOLVER, CHECKER, EDITOR))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lessons wait here until vLLM has had nothing to do for a while, and are taken one by one.
+
+No request ever waits for more than the piece that is running as it arrives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+
+from kvcomm_vllm.anchors.lesson import HOLDER, Lesson
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.messages import LessonOp, StepReport
+from kvcomm_vllm.metrics import KVCommStats
+from kvcomm_vllm.scheduler.pages import SourcePages
+
+MAX_LESSONS = 64  # waiting; the oldest are dropped, their pages are the first to be gone
+NAP_SECONDS = 1e-3  # vLLM's idle loop spins while lessons wait for the engine to be idle for long
+
+
+class Lessons:
+    """Args:
+    pages: vLLM's pages.
+    """
+
+    def __init__(self, config: KVCommConfig, pages: SourcePages, stats: KVCommStats) -> None:
+        self.config = config
+        self.pages = pages
+        self.stats = stats
+        self._numbers = itertools.count()
+        self._waiting: deque[Lesson] = deque()
+        self._active: Lesson | None = None
+        self._in_flight = False
+        self._idle_since: float | None = None
+
+    def number(self) -> int:
+        """A number for a new lesson."""
+        return next(self._numbers)
+
+    def add(self, lesson: Lesson) -> None:
+        if len(self._waiting) == MAX_LESSONS:
+            self._waiting.popleft()
+            self.stats.count_lesson("dropped")
+        self.stats.count_lesson("queued")
+        self._waiting.append(lesson)
+
+    @property
+    def pending(self) -> bool:
+        """Whether vLLM's loop is to go on although no request is left."""
+        return bool(self._waiting) or self._active is not None
+
+    def next_op(self, idle: bool) -> LessonOp | None:
+        """Called every step; ``idle`` if no request is alive."""
+        if not idle:
+            self._idle_since = None
+            self._cancel()
+            return None
+        if not self.pending:
+            return None
+        now = time.monotonic()
+        if self._idle_since is None:
+            self._idle_since = now
+        if now - self._idle_since < self.config.audit_idle_seconds:
+            time.sleep(NAP_SECONDS)
+            return None
+        if self._in_flight:
+            return None
+        if self._active is not None:
+            self._active.resume(self.pages)
+        else:
+            self._start()
+        if self._active is None:
+            return None
+        self._in_flight = True
+        return self._active.next_op(self.config.audit_tokens)
+
+    def _start(self) -> None:
+        while self._waiting:
+            lesson = self._waiting.pop()  # the newest: its pages are the likeliest to be left
+            if lesson.start(self.pages):
+                self._active = lesson
+                return
+            self.stats.count_lesson("dropped")
+
+    def _cancel(self) -> None:
+        """A request has come: the lesson starts from its beginning when there is time again.
+
+        A piece that is under way (asynchronous scheduling) is waited for: it may be the last one.
+        """
+        if self._active is not None and not self._in_flight:
+            self._waiting.append(self._active)
+            self._active = None
+
+    def on_report(self, report: StepReport) -> None:
+        if report.lesson < 0:
+            return
+        self.pages.release(HOLDER)
+        self._in_flight = False
+        lesson = self._active
+        if lesson is None or lesson.number != report.lesson:
+            return
+        if not lesson.sent and not report.lesson_failed:
+            if self._idle_since is None:
+                self._cancel()
+            return
+        self._active = None
+        self.stats.count_lesson("failed" if report.lesson_failed else "learned")
+        if report.lesson_failed:
+            lesson.teacher.failed(lesson)
+        else:
+            lesson.teacher.learned(lesson, report)
+
+    def clear(self) -> None:
+        """Weights or caches were reset: what waits is about KV that is gone."""
+        for _ in range(len(self._waiting) + (self._active is not None)):
+            self.stats.count_lesson("dropped")
+        self._active = None
+        self._waiting.clear()
