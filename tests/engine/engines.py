@@ -72,6 +72,15 @@ def ask(
     return answers
 
 
+def settle(llm: LLM) -> None:
+    """Let the plugin learn until nothing waits to be learned."""
+    for _ in range(500):
+        if not core(llm).scheduler.has_requests():
+            return
+        core(llm).step()
+    raise AssertionError("learning does not come to an end")
+
+
 def text(seed: int, length: int, vocabulary: int = 500) -> list[int]:
     """Random token ids; the same for the same seed."""
     rng = random.Random(seed)

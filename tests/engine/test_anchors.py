@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from engines import Answer, ask, connector, core, make_engine, text
+from engines import Answer, ask, connector, core, make_engine, settle, text
 from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
@@ -26,14 +26,6 @@ def learning(tiny_llama: str) -> Iterator[LLM]:
     yield llm
     llm.llm_engine.engine_core.shutdown()
     gc.collect()
-
-
-def settle(llm: LLM) -> None:
-    for _ in range(500):
-        if not core(llm).scheduler.has_requests():
-            return
-        core(llm).step()
-    raise AssertionError("learning does not come to an end")
 
 
 def hear(llm: LLM, number: int, hints: dict[str, str] = ANCHOR) -> Answer:

@@ -34,9 +34,19 @@ def allowed_values(key: Key) -> st.SearchStrategy[object]:
     return st.floats(key.low, key.high)
 
 
+def complete(values: dict[str, object]) -> bool:
+    """Mode paper comes with a memory."""
+    return values.get("mode") != "paper" or bool(values.get("paper_memory_mb"))
+
+
 configs = st.fixed_dictionaries(
     {}, optional={name: allowed_values(key) for name, key in keys().items()}
-)
+).filter(complete)
+
+
+def test_mode_paper_without_a_memory_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^my.yaml: paper_memory_mb: mode paper needs"):
+        KVCommConfig.from_mapping({"mode": "paper"}, "my.yaml")
 
 
 @given(configs)
