@@ -2,7 +2,7 @@
 """What an answer says, apart from how it says it: a number, or a choice between candidates."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 from kvcomm_vllm.cli.fidelity.case import Answer, Case
 
@@ -35,15 +35,15 @@ def meaning(case: Case, text: str) -> float | None:
     return None
 
 
-def consistency(choices: Iterable[tuple[str, float | None]]) -> float | None:
+def consistency(choices: Iterable[tuple[str, Hashable]]) -> float | None:
     """Share of questions whose judges chose the same agent in every order.
 
     Args:
-        choices: (question, chosen agent) of each judge; no choice agrees with nothing.
+        choices: (question, chosen agent) of each judge; None, no choice, agrees with nothing.
 
     Returns None without a question that was judged twice.
     """
-    groups: dict[str, list[float | None]] = {}
+    groups: dict[str, list[Hashable]] = {}
     for group, choice in choices:
         groups.setdefault(group, []).append(choice)
     pairs = [found for found in groups.values() if len(found) > 1]

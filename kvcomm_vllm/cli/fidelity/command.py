@@ -23,6 +23,9 @@ def fidelity(
         str, typer.Option(help="What is compared with dense: rotate, seam16, anchor16, ...")
     ] = "rotate,seam16,anchor16",
     prompts: Annotated[int, typer.Option(min=1, help="Scored prompts per workload.")] = 8,
+    first: Annotated[
+        int, typer.Option(min=0, help="Number of the first scored prompt in the data.")
+    ] = 0,
     tokens: Annotated[int, typer.Option(min=1, help="Compared tokens per prompt.")] = 24,
     anchors: Annotated[
         str, typer.Option(help="Cases taught before scoring; several numbers with commas.")
@@ -75,6 +78,7 @@ def fidelity(
             out,
             exact_sources,
             paper_gamma,
+            first,
         )
     except DataError as error:
         fail(str(error))

@@ -9,12 +9,12 @@ from kvcomm_vllm.config import keys
 
 DENSE: dict[str, Any] = {"mode": "off"}
 CURVE = (1, 2, 5, 10)
-_NAME = re.compile(r"rotate|paper|(seam|anchor)(\d*)")
+_NAME = re.compile(r"off|rotate|paper|(seam|anchor)(\d*)")
 
 
 def hints_of(name: str) -> dict[str, Any]:
-    """Hints of a mode: ``rotate``, ``paper``, ``seam``, ``anchor``, the latter two with a number of
-    tokens or the configured ones.
+    """Hints of a mode: ``off``, ``rotate``, ``paper``, ``seam``, ``anchor``, the latter two with a
+    number of tokens or the configured ones.
 
     Raises:
         DataError: no such mode, or a number that the configuration would refuse.

@@ -26,6 +26,7 @@ class Options:
     out: Path
     exact_sources: bool = False
     paper_gamma: float = 0.3
+    first: int = 0
 
     @property
     def plugin(self) -> dict[str, Any]:
@@ -41,6 +42,7 @@ class Options:
             "workloads": {study.workload: study.source for study in self.studies},
             "points": [{"mode": mode, "anchors": anchors} for mode, anchors in self.points],
             "prompts": len(self.studies[0].scored),
+            "first": self.first,
             "tokens": self.tokens,
             "exact_sources": self.exact_sources,
             "plugin": self.plugin,
@@ -76,6 +78,7 @@ def read_options(
     out: Path,
     exact_sources: bool = False,
     paper_gamma: float = 0.3,
+    first: int = 0,
 ) -> Options:
     """
     Raises:
@@ -93,5 +96,5 @@ def read_options(
         chosen = []
         for name in names:
             found, source = workload(name).cases(data, seed)
-            chosen.append(choose(name, source, found, prompts, most))
-    return Options(model, measured, chosen, tokens, seed, out, exact_sources, paper_gamma)
+            chosen.append(choose(name, source, found, prompts, most, first))
+    return Options(model, measured, chosen, tokens, seed, out, exact_sources, paper_gamma, first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class DataSet:
     fields: dict[str, type]
     sample: str
     sample_fields: dict[str, type]
-    expand: Callable[[Row], list[Row]] = field(default=_as_it_is)
+    expand: Callable[[Row], list[Row]] = _as_it_is
 
     def rows(self, folder: Path | None) -> tuple[list[Row], str]:
         """All rows in the order of the data, and where those are from.

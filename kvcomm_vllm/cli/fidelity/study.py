@@ -24,14 +24,16 @@ class Study:
     lessons: list[Case]
 
 
-def choose(workload: str, source: str, cases: list[Case], prompts: int, anchors: int) -> Study:
-    """The first cases are scored and the last ones taught, so that neither number changes what
-    the other chooses.
+def choose(
+    workload: str, source: str, cases: list[Case], prompts: int, anchors: int, first: int = 0
+) -> Study:
+    """The cases from the ``first`` are scored and the last ones taught, so that neither number
+    changes what the other chooses.
 
     Raises:
         DataError: not enough cases.
     """
-    scored = cases[:prompts]
+    scored = cases[first : first + prompts]
     groups = {case.group for case in scored}
     lessons = [case for case in reversed(cases) if case.group not in groups][:anchors]
     if len(scored) < prompts or len(lessons) < anchors:

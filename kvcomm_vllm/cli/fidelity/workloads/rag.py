@@ -56,9 +56,7 @@ def expand(line: Row) -> list[Row]:
         others = [text for index, text in enumerate(line["passages"]) if index != about]
         rng = random.Random(name)
         passages = [line["passages"][about], *rng.sample(others, SAMPLE_PASSAGES - 1)]
-        rows.append(
-            {"id": name, "question": question, "passages": passages, "answers": answers}
-        )
+        rows.append({"id": name, "question": question, "passages": passages, "answers": answers})
     return rows
 
 
