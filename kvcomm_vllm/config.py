@@ -26,7 +26,7 @@ class KVCommConfig:
     """All settings of the plugin. Build it with :meth:`from_mapping`, which checks every value."""
 
     mode: str = key(
-        "seam",
+        "anchor",
         "How other agents' KV is reused: off = not at all, rotate = moved to its new position as "
         "it is, seam = moved, with each span's first tokens and the text between spans computed, "
         "anchor = seam, and corrected with learned deviations wherever a slot is warm, paper = the "
@@ -83,9 +83,15 @@ class KVCommConfig:
         high=3600.0,
     )
     audit_tokens: int = key(
-        128,
+        64,
         "Tokens recomputed in one piece; the longest a request that arrives then has to wait for.",
         low=1,
+    )
+    audit_share: float = key(
+        0.1,
+        "Largest share of idle time spent learning: the chance that a request arrives in a piece.",
+        low=0.001,
+        high=1.0,
     )
     learn_from_approximate: bool = key(
         True,

@@ -17,7 +17,7 @@ from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.pages import SourcePages
 
 MAX_LESSONS = 64  # waiting; the oldest are dropped, their pages are the first to be gone
-NAP_SECONDS = 1e-3  # vLLM's idle loop spins while lessons wait for the engine to be idle for long
+NAP_SECONDS = 2e-3  # vLLM's idle loop spins while lessons wait for the engine to be idle for long
 
 
 class Lessons:
@@ -34,6 +34,8 @@ class Lessons:
         self._active: Lesson | None = None
         self._in_flight = False
         self._idle_since: float | None = None
+        self._sent_at = 0.0
+        self._ready_at = 0.0
 
     def number(self) -> int:
         """A number for a new lesson."""
@@ -62,7 +64,7 @@ class Lessons:
         now = time.monotonic()
         if self._idle_since is None:
             self._idle_since = now
-        if now - self._idle_since < self.config.audit_idle_seconds:
+        if now < max(self._idle_since + self.config.audit_idle_seconds, self._ready_at):
             time.sleep(NAP_SECONDS)
             return None
         if self._in_flight:
@@ -73,7 +75,7 @@ class Lessons:
             self._start()
         if self._active is None:
             return None
-        self._in_flight = True
+        self._in_flight, self._sent_at = True, now
         return self._active.next_op(self.config.audit_tokens)
 
     def _start(self) -> None:
@@ -96,6 +98,8 @@ class Lessons:
     def on_report(self, report: StepReport) -> None:
         if report.lesson < 0:
             return
+        now = time.monotonic()
+        self._ready_at = now + (now - self._sent_at) * (1 / self.config.audit_share - 1)
         self.pages.release(HOLDER)
         self._in_flight = False
         lesson = self._active

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kvcomm_vllm import __version__
+from kvcomm_vllm.cli.bench.command import bench
 from kvcomm_vllm.cli.failure import errors, fail
 from kvcomm_vllm.cli.fidelity.command import fidelity
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 console = Console()
 app.command()(fidelity)
+app.command()(bench)
 
 
 def _version(wanted: bool) -> None:
@@ -59,7 +61,8 @@ def demo(
         typer.Option(min=8, help=f"Length of every note (default: {DEFAULT_ANSWER_TOKENS})."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file for --kvcomm-config; without it, the defaults.")
+        Path | None,
+        typer.Option(help="YAML file for --kvcomm-config; without it, the defaults and no audits."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="GSM8K-style JSONL instead of the packaged questions.")
@@ -80,6 +83,7 @@ def demo(
     missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         fail(f"the demo needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
+    from kvcomm_vllm.cli.agents import DATA
     from kvcomm_vllm.cli.client import RequestError
     from kvcomm_vllm.cli.demo import run_demo
     from kvcomm_vllm.cli.machine import is_cpu_build
@@ -95,7 +99,7 @@ def demo(
         answer_tokens=answer_tokens or (QUICK_ANSWER_TOKENS if quick else DEFAULT_ANSWER_TOKENS),
         side_by_side=is_cpu_build() if side_by_side is None else side_by_side,
         data=data,
-        config=config,
+        config=config or Path(str(DATA / "demo.yaml")),
         server_args=server_arg or [],
     )
     try:

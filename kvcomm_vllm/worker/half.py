@@ -91,24 +91,40 @@ class WorkerHalf:
             with torch.inference_mode():
                 self._check(layers, self.runner.model, self.kernel, self.side_forward)
         with torch.inference_mode():
-            parallel = self.vllm_config.parallel_config
-            alone = parallel.data_parallel_size == 1
-            self.anchors = Anchors(self.groups, self.config, self.block_size, allowed=alone)
-            alone = alone and parallel.tensor_parallel_size == 1
-            self.paper = PaperArena(self.groups, self.config, self.block_size, allowed=alone)
+            anchors = self._reserve_anchors()
         count = sum(len(group.layers) for group in self.groups)
         summary = (
             f"{count} layers in {len(self.groups)} group(s), {pages.kv_heads} KV heads of "
             f"{pages.head_dim}, {pages.layers[0].dtype}, "
             f"{pages.packing.value} pages of {self.block_size}"
         ).replace("torch.", "")
-        if self.config.mode == "anchor":
-            need = self.anchors.bytes_per_slot / 2**20
-            summary += f"; anchors of {self.anchors.slots} slots of {need:.1f} MB each"
-        if self.config.paper_memory_mb:
-            summary += f"; anchors of mode paper: {self.paper.rows} tokens"
+        assert self.anchors is not None
+        assert self.paper is not None
         slots, rows = self.anchors.slots, self.paper.rows
-        self.facts = WorkerFacts(None, "", summary, slots=slots, paper_rows=rows)
+        self.facts = WorkerFacts(None, "", summary + anchors, slots=slots, paper_rows=rows)
+
+    def _reserve_anchors(self) -> str:
+        """Arenas for what slots learn; where there is no memory for them, slots stay cold. Returns
+        what the start line says of it.
+        """
+        config, parallel = self.config, self.vllm_config.parallel_config
+        alone = parallel.data_parallel_size == 1
+        single = alone and parallel.tensor_parallel_size == 1
+        try:
+            self.anchors = Anchors(self.groups, config, self.block_size, allowed=alone)
+            self.paper = PaperArena(self.groups, config, self.block_size, allowed=single)
+        except (RuntimeError, MemoryError):
+            self.anchors = Anchors(self.groups, config, self.block_size, allowed=False)
+            self.paper = PaperArena(self.groups, config, self.block_size, allowed=False)
+            wanted = config.anchor_memory_mb + config.paper_memory_mb
+            return f"; NO ANCHORS: there are no {wanted} MB for them"
+        said = ""
+        if config.mode == "anchor":
+            need = self.anchors.bytes_per_slot / 2**20
+            said += f"; anchors of {self.anchors.slots} slots of {need:.1f} MB each"
+        if config.paper_memory_mb:
+            said += f"; anchors of mode paper: {self.paper.rows} tokens"
+        return said
 
     def _check(
         self, layers: dict[str, Any], model: Any, kernel: LoadKernel, side_forward: SideForward

@@ -21,7 +21,7 @@ OFF, ANCHOR = {"mode": "off"}, {"mode": "anchor"}
 @pytest.fixture(scope="module")
 def learning(tiny_llama: str) -> Iterator[LLM]:
     """vLLM with the plugin, mode anchor, that learns as soon as it is idle."""
-    plugin = {"mode": "anchor", "audit_idle_seconds": 0, "audit_tokens": 64, "seam_tokens": 8}
+    plugin = {"mode": "anchor", "audit_idle_seconds": 0, "audit_share": 1, "seam_tokens": 8}
     llm = make_engine(tiny_llama, plugin=plugin)
     yield llm
     llm.llm_engine.engine_core.shutdown()

@@ -25,6 +25,7 @@ def paper(tiny_llama: str) -> Iterator[LLM]:
         "paper_memory_mb": 8,
         "paper_gamma": 1.0,
         "audit_idle_seconds": 0,
+        "audit_share": 1,
     }
     llm = make_engine(tiny_llama, plugin=plugin)
     yield llm

@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "max_sequences": 256,
     "mode": "seam",
     "audit_idle_seconds": 0,
+    "audit_share": 1,
 }
 
 

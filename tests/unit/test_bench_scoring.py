@@ -46,6 +46,7 @@ def test_a_solution_without_a_number_is_refused() -> None:
         ("It must be (D) because (A) is wrong.", "A"),
         ("I discussed it.\n\nB", "B"),
         ("**B**", "B"),
+        ("The Sceptic and I choose D.", "D"),
         ("A good question, which nobody can answer.", None),
         ("The answer is a river.", None),
         ("The answer is Danube.", None),

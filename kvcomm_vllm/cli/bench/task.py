@@ -7,7 +7,7 @@ through several servers in lockstep, one call on each in turn. Nothing in here k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from kvcomm_vllm.cli.client import Message
@@ -58,10 +58,11 @@ class Task:
 class TaskSet:
     """The tasks of a workload, and where their data is from (a file's name, or "packaged sample").
 
-    ``tasks`` are in an order that does not depend on how many of them are run.
+    ``tasks`` are in an order that does not depend on how many of them are run. They may be made
+    when asked for, and be very many: take a slice, not all.
     """
 
-    tasks: list[Task]
+    tasks: Sequence[Task]
     source: str
 
 
@@ -73,7 +74,7 @@ class Workload:
         title: one line for people: who talks about what.
         make: from a data folder (None = beside the checkout, else the packaged sample) and a seed.
         metric: what its score is ("exact number", "F1", ...), empty without one.
-        calls: requests per task, for progress bars.
+        calls: requests per task with the default options, at most; for progress bars.
         options: names of further keyword arguments of ``make`` (ints).
     """
 

@@ -24,7 +24,12 @@ MESSAGE_TOKENS = 120
 MOST_TOKENS = 4096
 MOST_STEPS = 1_000_000  # of learning after one request; far more than any prompt has pieces
 # Anchors come from training cases alone: what is scored must not teach.
-PLUGIN: dict[str, Any] = {"mode": "anchor", "audits": False, "audit_idle_seconds": 0.0}
+PLUGIN: dict[str, Any] = {
+    "mode": "anchor",
+    "audits": False,
+    "audit_idle_seconds": 0.0,
+    "audit_share": 1.0,
+}
 
 
 class BenchError(RuntimeError):

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From cases, whose turns quote each other, to the tasks of a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from kvcomm_vllm.cli.bench.task import Call, Steps, Task
+from kvcomm_vllm.cli.fidelity.case import Case, fill
+from kvcomm_vllm.cli.questions import DataError
+
+MOST_AGENTS = 5
+
+
+def task_of(
+    case: Case,
+    agents: Sequence[str],
+    output_tokens: int,
+    score: Callable[[str], float] | None = None,
+    fixed: bool = False,
+) -> Task:
+    """The task in which the case's turns are taken one after the other; its answer is the last.
+
+    Args:
+        agents: name of who takes each turn.
+        output_tokens: longest answer of each, in tokens.
+    """
+    return Task(case.id, partial(_play, case, agents, output_tokens, fixed), score)
+
+
+def _play(case: Case, agents: Sequence[str], output_tokens: int, fixed: bool) -> Steps:
+    said: list[str] = []
+    for agent, turn in zip(agents, case.turns, strict=True):
+        user = fill(turn.user, said)
+        messages = [
+            {"role": "system", "content": turn.system},
+            {"role": "user", "content": user},
+        ]
+        said.append((yield Call(agent, messages, output_tokens, fixed)))
+    return said[-1]
+
+
+def check(name: str, value: int, least: int, most: int | None = None) -> None:
+    """
+    Raises:
+        DataError: an option of a workload is out of its range.
+    """
+    if value < least or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"{least} to {most}"
+        raise DataError(f"{name} must be {allowed}, not {value}")
