@@ -5,14 +5,17 @@ Two engines in processes of their own, same settings; every figure is the wall t
 ``LLM.generate`` for one token.
 
 five agents   512-token agent prefix, 1,024-token question, 512 tokens from each earlier agent,
-short texts between (the
-              paper's setting). An agent's message is appended to its prompt and prefilled, which
-              puts the same KV into the same place as decoding it would, in a twentieth of the time.
+              short texts between (the paper's setting). An agent's message is appended to its
+              prompt and prefilled, which puts the same KV into the same place as decoding it
+              would, in a twentieth of the time.
+all reused    another agent hears what the fifth one has heard; nothing but its last token is new.
 group chat    256-token agent prefix, a 3,072-token transcript that the previous speaker's request
-holds. 8 at once     eight fifth agents of eight teams, sent together: time until all have their
-first token. nothing       1,546 tokens that nobody shares: what the plugin costs where it cannot
-help.
+              holds.
+8 at once     eight fifth agents of eight teams, sent together: time until all have their first
+              token.
+nothing       1,546 tokens that nobody shares: what the plugin costs where it cannot help.
 
+"plain hit" is the same prompt once more on plain vLLM: its own prefix cache has all of it.
 Tokens are random, so nothing is shared by accident. ``python benchmarks/agents.py --model DIR
 [--repeats N] [--json F]``
 """
@@ -43,7 +46,11 @@ from vllm.config import KVTransferConfig
 
 PREFIX, QUESTION, MESSAGE, GAP, TAIL = 512, 1024, 512, 15, 10
 CHAT_PREFIX, TRANSCRIPT = 256, 3072
-MODES = ("rotate", "seam")
+MODES: dict[str, dict[str, Any]] = {
+    "rotate": {"mode": "rotate"},
+    "seam4": {"mode": "seam", "seam_tokens": 4},
+    "seam": {"mode": "seam"},
+}
 # vLLM's processes poll their shared memory for a second after the last request (SpinCondition), on
 # cores that the other engine would need.
 SPIN_SECONDS = 1.2
@@ -65,7 +72,12 @@ class Driver:
         }
         self.plain = LLM(**options)
         self.kvcomm = LLM(
-            kv_transfer_config=KVTransferConfig(kv_connector="kvcomm", kv_role="kv_both"), **options
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="kvcomm",
+                kv_role="kv_both",
+                kv_connector_extra_config={"mode": "seam"},  # nothing is learned beside the clock
+            ),
+            **options,
         )
         self.times: Times = defaultdict(list)
         self.reports: dict[tuple[str, str], dict[str, Any]] = {}
@@ -78,7 +90,7 @@ class Driver:
         """
         is_plain = column.startswith("plain")
         llm = self.plain if is_plain else self.kvcomm
-        hints = {"kvcomm": {"mode": column if column in MODES else "seam"}}
+        hints = {"kvcomm": MODES.get(column, MODES["seam"])}
         params = SamplingParams(
             temperature=0,
             max_tokens=1,
@@ -122,11 +134,23 @@ def five_agents(driver: Driver, rng: random.Random, name: str) -> None:
         prompt = prefixes[i] + question + said + tail
         row = f"agent {i}"
         driver.ask("plain", row, prompt, salt=f"{name} plain {i}")
-        for column in rng.sample(["plain warm", *MODES], 3):
+        for column in rng.sample(["plain warm", *MODES], 1 + len(MODES)):
             salt = _salt(name, column)
             driver.ask(column, row, prompt, salt=salt)
             driver.ask(column, None, prompt + messages[i] + [7], salt=salt)
-        driver.ask("full hit", row, prompt, salt=_salt(name, "seam"))
+        driver.ask("plain hit", row, prompt, salt=_salt(name, "plain warm"))
+    all_reused(driver, rng, name, question + said + tail)
+
+
+def all_reused(driver: Driver, rng: random.Random, name: str, heard: list[int]) -> None:
+    """One more agent hears exactly what agent 5 has heard: only its last token is computed."""
+    prefix = random_text(rng, PREFIX)
+    prompt = prefix + heard
+    for column in ("plain warm", "rotate"):
+        salt = _salt(name, column)
+        driver.ask(column, None, prefix + random_text(rng, 3), salt=salt)
+        driver.ask(column, "all reused", prompt, salt=salt)
+    driver.ask("plain hit", "all reused", prompt, salt=_salt(name, "plain warm"))
 
 
 def group_chat(driver: Driver, rng: random.Random, name: str) -> None:
@@ -141,7 +165,7 @@ def group_chat(driver: Driver, rng: random.Random, name: str) -> None:
     driver.ask("plain", "group chat", prompt, salt=f"{name} plain chat")
     for column in ("plain warm", *MODES):
         driver.ask(column, "group chat", prompt, salt=_salt(name, column))
-    driver.ask("full hit", "group chat", prompt, salt=_salt(name, "seam"))
+    driver.ask("plain hit", "group chat", prompt, salt=_salt(name, "plain warm"))
 
 
 def eight_at_once(driver: Driver, rng: random.Random, name: str) -> None:
@@ -190,7 +214,13 @@ def summary(driver: Driver) -> list[dict[str, Any]]:
     cancels.
     """
     rows = []
-    for row in [*(f"agent {i}" for i in AGENTS), "group chat", "8 at once", "nothing"]:
+    for row in [
+        *(f"agent {i}" for i in AGENTS),
+        "all reused",
+        "group chat",
+        "8 at once",
+        "nothing",
+    ]:
         columns = {c: t for (r, c), t in driver.times.items() if r == row}
         entry: dict[str, Any] = {
             "row": row,
@@ -211,14 +241,14 @@ def summary(driver: Driver) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    columns = ["plain", "plain warm", "rotate", "seam", "full hit"]
+    columns = ["plain", "plain warm", *MODES, "plain hit"]
     table = Table(
         title="Time to first token, ms (median); x = times faster than plain, prefix warm"
     )
-    for column in ["", "tokens", "reused", "computed", *columns, "rotate x", "seam x"]:
+    for column in ["", "tokens", "reused", "computed", *columns, *(f"{mode} x" for mode in MODES)]:
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
-        tokens = row["tokens"].get("seam", {})
+        tokens = row["tokens"].get("seam") or row["tokens"].get("rotate", {})
         ratios = row.get("plain warm /", row.get("plain /", {}))
         table.add_row(
             row["row"],

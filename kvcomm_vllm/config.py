@@ -88,7 +88,7 @@ class KVCommConfig:
         low=1,
     )
     audit_share: float = key(
-        0.1,
+        0.05,
         "Largest share of idle time spent learning: the chance that a request arrives in a piece.",
         low=0.001,
         high=1.0,
@@ -170,6 +170,13 @@ class KVCommConfig:
         False,
         "Count, evict and let pass exactly as the paper's code does, where that differs from its "
         "text (mode paper).",
+    )
+    map_rank: int = key(
+        16,
+        "Rank of the two factors that map is stored as: a low one loses little and loads faster.",
+        low=0,
+        high=512,
+        when_zero="the whole map",
     )
     min_span_tokens: int = key(
         32,
