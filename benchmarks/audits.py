@@ -29,20 +29,10 @@ from kvcomm_vllm.cli.metrics_page import read_page, totals
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name
 from kvcomm_vllm.cli.server import free_port, running
 
-WORDS = [
-    "river",
-    "stone",
-    "amber",
-    "candle",
-    "market",
-    "winter",
-    "engine",
-    "paper",
-    "garden",
-    "silver",
-    "bridge",
-    "signal",
-]
+WORDS = (
+    *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),
+    *("silver", "bridge", "signal", "copper", "harbor", "letter", "window", "forest"),
+)
 TEXT_WORDS = 400
 COLUMNS = {
     "silent": {"audits": False},
