@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
@@ -101,6 +102,26 @@ def write_kv(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Te
     packed and quantised.
     """
     layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+
+
+def name_partial_page(pool: BlockPool, block_id: int, name: bytes, tokens: int) -> bool:
+    """Give a page that is not full a name in vLLM's prefix cache, so that it can be looked up, and
+    is evicted, like any other; False where that is not possible.
+
+    vLLM names full pages alone. Nobody but who knows ``name`` finds this one.
+    """
+    from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+    block = pool.blocks[block_id]
+    if block.is_null or block.block_hash is not None:
+        return False
+    key = make_block_hash_with_group_id(BlockHash(name), 0)
+    if hasattr(pool, "_insert_block_hash"):  # vLLM 0.32+
+        pool._insert_block_hash(key, block, num_tokens=tokens)
+    else:
+        block.block_hash = key
+        pool.cached_block_hash_to_block.insert(key, block)
+    return True
 
 
 def let_vllm_scan_llvmlite() -> None:

@@ -131,6 +131,13 @@ class KVCommConfig:
         "Tokens counted for that penalty beside those seen: few anchors correct little.",
         low=0,
     )
+    map_rank: int = key(
+        16,
+        "Rank of the two factors that map is stored as: a low one loses little and loads faster.",
+        low=0,
+        high=512,
+        when_zero="the whole map",
+    )
     paper_memory_mb: int = key(
         0,
         "Memory reserved at start for anchors of mode paper, beside vLLM's own.",
@@ -171,13 +178,6 @@ class KVCommConfig:
         "Count, evict and let pass exactly as the paper's code does, where that differs from its "
         "text (mode paper).",
     )
-    map_rank: int = key(
-        16,
-        "Rank of the two factors that map is stored as: a low one loses little and loads faster.",
-        low=0,
-        high=512,
-        when_zero="the whole map",
-    )
     min_span_tokens: int = key(
         32,
         "Shortest run of shared tokens that becomes a span of its own; shorter ones are computed.",
@@ -197,6 +197,11 @@ class KVCommConfig:
     reuse_approximate: bool = key(
         True,
         "Whether KV that is itself approximate (computed after reused text) may be a source.",
+    )
+    keep_last_page: bool = key(
+        True,
+        "Keep a request's last, partly filled page until it is evicted like any other; vLLM drops "
+        "it, and with it up to a page of every message.",
     )
     window_tokens: int = key(
         16,

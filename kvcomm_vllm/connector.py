@@ -137,7 +137,7 @@ class KVCommConnector(KVConnectorBase_V1):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return False, self._scheduler.finish(request)
+        return False, self._scheduler.finish(request, block_ids)
 
     def reset_cache(self) -> bool:
         if self.role is KVConnectorRole.SCHEDULER:

@@ -51,9 +51,8 @@ class SchedulerHalf:
         self.off = off
         self.stats = KVCommStats()
         self.states: dict[str, RequestState] = {}
-        self.store = SequenceStore(
-            SequenceIndex(block_size, config.window_tokens, config.max_sequences), block_size
-        )
+        index = SequenceIndex(block_size, config.window_tokens, config.max_sequences)
+        self.store = SequenceStore(index, block_size, config.keep_last_page)
         self.pages: SourcePages
         self.finder: SourceFinder
         self._planned: list[RequestState] = []
@@ -213,12 +212,14 @@ class SchedulerHalf:
                 state.decline(Reason.LOAD_FAILED)
                 self.store.drop(state)
 
-    def finish(self, request: Request) -> dict[str, Any] | None:
-        """Stores the finished sequence; returns the report for the response."""
+    def finish(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
+        """Stores the finished sequence, whose pages are ``block_ids``; returns the report for the
+        response.
+        """
         state = self.states.pop(request.request_id, None)
         if state is None:
             return None
-        self.store.finish(state, self.pages)
+        self.store.finish(state, self.pages, block_ids)
         if state.lesson is not None:  # what it can teach waits for an idle moment
             self.lessons.add(state.lesson)
         self.stats.count_request(state)

@@ -91,7 +91,7 @@ class SequenceIndex:
         and returned. Tokens beyond `max_tokens` are left out, in whole blocks.
 
         Raises:
-            ValueError: tokens do not fill the blocks exactly.
+            ValueError: tokens do not fill the blocks; only the last one may have room left.
         """
         tokens, hashes = self._checked(tokens, block_hashes)
         known = self._of_owner.get((namespace, owner))
@@ -128,7 +128,8 @@ class SequenceIndex:
         Does nothing but return when the sequence has left the index in the meantime.
 
         Raises:
-            ValueError: tokens do not fill the blocks exactly, or do not begin with the stored ones.
+            ValueError: tokens do not fill the blocks, as in :meth:`add`, or do not begin with the
+                stored ones.
         """
         if sequence not in self:
             return
@@ -223,7 +224,7 @@ class SequenceIndex:
         return self._search.leading(namespace, np.ascontiguousarray(tokens, np.int32), accept)
 
     def _checked(self, tokens: I32, block_hashes: Listing[bytes]) -> tuple[I32, list[bytes]]:
-        if len(tokens) != len(block_hashes) * self.block_size:
+        if -(-len(tokens) // self.block_size) != len(block_hashes):
             raise ValueError(
                 f"{len(tokens)} tokens do not fill {len(block_hashes)} blocks of {self.block_size}"
             )

@@ -5,10 +5,12 @@ them.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvcomm_vllm import compat
 from kvcomm_vllm.scheduler.index import Match, Sequence
 from kvcomm_vllm.scheduler.spans import Source
 
@@ -35,6 +37,15 @@ class SourcePages:
     def lookup(self, block_hash: bytes) -> KVCacheBlock | None:
         found = self.pool.get_cached_block(block_hash, GROUP)
         return found[0] if found else None
+
+    def keep_partial(self, block_id: int, tokens: int) -> bytes | None:
+        """Make a page of which ``tokens`` tokens are filled findable under a new, secret hash.
+
+        vLLM would drop it with its request: up to a page's worth of every message's last tokens.
+        """
+        name = os.urandom(32)
+        kept = compat.name_partial_page(self.pool, block_id, name, tokens)
+        return name if kept else None
 
     def alive(self, sequence: Sequence) -> bool:
         """Whether any page of the sequence is left (vLLM evicts a finished request's last pages

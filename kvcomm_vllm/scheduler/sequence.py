@@ -16,8 +16,7 @@ class Sequence:
     Attributes:
         id: unique in its index, growing with the time of `add`.
         namespace: tenant and model key; text is never matched across namespaces.
-        tokens: int32 [len(block_hashes) * block_size], only tokens whose KV lies in full, hashed
-            blocks.
+        tokens: int32, only tokens whose KV lies in hashed blocks; they fill all but the last one.
         block_hashes: one per block, in order.
         num_prompt_tokens: how many tokens of the request were its prompt.
         first_approximate: token offset from which the KV is approximate; None means all of it is

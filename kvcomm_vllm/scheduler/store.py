@@ -28,9 +28,10 @@ class SequenceStore:
     ends.
     """
 
-    def __init__(self, index: SequenceIndex, block_size: int) -> None:
+    def __init__(self, index: SequenceIndex, block_size: int, keep_last_page: bool) -> None:
         self.index = index
         self.block_size = block_size
+        self.keep_last_page = keep_last_page
         self._filling: dict[str, RequestState] = {}
 
     def register(self, state: RequestState) -> None:
@@ -96,9 +97,9 @@ class SequenceStore:
                 pages.evict(state.block_ids[first:])
                 self.drop(state)
 
-    def finish(self, state: RequestState, pages: SourcePages) -> None:
+    def finish(self, state: RequestState, pages: SourcePages, block_ids: list[int]) -> None:
         """The request ended: keep what its pages hold, prompt and output, or forget what never got
-        its KV.
+        its KV. ``block_ids`` are its pages, not freed yet.
         """
         request, sequence = state.request, state.sequence
         if sequence is None:
@@ -111,9 +112,20 @@ class SequenceStore:
             self.drop(state)
             return
         self._filling.pop(state.id, None)
-        self.index.extend(sequence, state.tokens()[:tokens], list(request.block_hashes[:blocks]))
+        hashes = list(request.block_hashes[:blocks])
+        if self._worth_a_page(state, rows) and 0 < rows - tokens < self.block_size:
+            last = pages.keep_partial(block_ids[blocks], rows - tokens)
+            if last is not None:
+                tokens = rows
+                hashes.append(last)
+        self.index.extend(sequence, state.tokens()[:tokens], hashes)
         self.index.mark_ready(sequence)
         self._sweep(pages)
+
+    def _worth_a_page(self, state: RequestState, rows: int) -> bool:
+        """Short requests would fill the cache with last pages that nobody asks for."""
+        limits = state.limits
+        return self.keep_last_page and limits is not None and rows >= limits.min_span_tokens
 
     def _sweep(self, pages: SourcePages) -> None:
         """Forget a few sequences whose pages are gone; in the long run all of them."""

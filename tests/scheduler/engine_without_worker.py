@@ -161,9 +161,11 @@ class EngineWithoutWorker:
         self.trace: list[dict[str, tuple[int, list[int]]]] = []
         self._new_pages: list[int] = []
         self._watch_allocations()
+        self.partial_names: set[bytes] = set()
         if self.scheduler.connector is not None:
             facts = WorkerFacts(None, "", "test", slots=slots, paper_rows=paper_rows)
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
+            self._watch_partial_pages()
 
     @property
     def connector(self) -> KVCommConnector:
@@ -187,6 +189,18 @@ class EngineWithoutWorker:
             return blocks
 
         self.pool.get_new_blocks = watched
+
+    def _watch_partial_pages(self) -> None:
+        pages = self.half.pages
+        keep = pages.keep_partial
+
+        def watched(block_id: int, tokens: int) -> bytes | None:
+            name = keep(block_id, tokens)
+            if name is not None:
+                self.partial_names.add(name)
+            return name
+
+        pages.keep_partial = watched
 
     # ---- requests --------------------------------------------------------------------------------
 

@@ -140,7 +140,7 @@ def test_what_does_not_follow_from_token_ids_is_neither_served_nor_stored(
     half.on_new_request(request)
     assert half.match(request, 0) == 0
     half.admit(request, blocks, 0)
-    report = half.finish(request)
+    report = half.finish(request, blocks)
     assert report is not None
     assert report["kvcomm"]["declined"] == {reason: 1}
     assert report["kvcomm"]["computed"] == len(READER)

@@ -78,6 +78,8 @@ def test_pages_of_a_failed_load_are_never_found_if_its_request_ends_before_recom
         engine.scheduler._preempt_request(engine.scheduler.running.pop(), 0.0)
         exact_pages = 2  # it is resumed first, and computes its own prefix densely
     for block_hash, block in cached_pages(engine):
+        if block_hash in engine.partial_names:
+            continue
         assert block.block_id in engine.memory.full_pages(), block_hash
     engine.serve("exact", [*READER, 3], hints={"mode": "off"})
     assert engine.served["exact"].report["local"] == exact_pages * engine.block_size

@@ -83,11 +83,31 @@ def test_an_answer_is_reused_up_to_its_last_sampled_token(make_engine: Make) -> 
     """The last token was never forwarded: it has no KV, even where it would fill its page."""
     engine = make_engine(block_size=4, mode="rotate")
     answer = words("answer", 20)
-    engine.serve("speaker", words("one", 20), answer)  # rows 0..38, of which 36 in full pages
+    engine.serve("speaker", words("one", 20), answer)
     (speaker,) = engine.half.store.index._slot_of
-    assert len(speaker.tokens) == 36
+    assert len(speaker.tokens) == 39  # the last page holds three of its four tokens
     listener = engine.serve("listener", [*words("two", 8), *answer, *words("end", 5)])
-    assert listener.spans("reused") == [(8, 8 + 16)]
+    assert listener.spans("reused") == [(8, 8 + 19)]
+
+
+def test_a_last_page_is_kept_for_its_readers_and_evicted_like_any_other(make_engine: Make) -> None:
+    kept, dropped = make_engine(mode="rotate"), make_engine(mode="rotate", keep_last_page=False)
+    found = []
+    for engine in (kept, dropped):
+        engine.serve("speaker", words("one", 20), words("answer", 18))  # 37 rows, pages of 4
+        listener = [*words("two", 8), *words("answer", 18), 3]
+        found.append(engine.serve("listener", listener).spans("reused"))
+    assert found == [[(8, 8 + 17)], [(8, 8 + 16)]]
+    for number in range(30):  # other requests need the pages
+        kept.serve(f"other {number}", words(number, 40))
+    again = [*words("three", 8), *words("answer", 18), 3]
+    assert kept.serve("too late", again).report["reused"] == 0
+
+
+def test_a_request_too_short_to_be_reused_leaves_no_page_behind(make_engine: Make) -> None:
+    engine = make_engine(min_span_tokens=30)
+    engine.serve("short", words("one", 20))
+    assert not engine.partial_names
 
 
 def test_identical_text_twice_in_one_prompt_is_reused_twice(make_engine: Make) -> None:
