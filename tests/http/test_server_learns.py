@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 openai = pytest.importorskip("openai", reason="the demo extra is not installed")
+psutil = pytest.importorskip("psutil", reason="vLLM brings it along")
 
 from serving import Agents, report, story, wait_until  # noqa: E402
 
@@ -42,3 +43,34 @@ def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_pa
         assert told["corrected"] == told["reused"]
         assert agents.counters()["lessons/failed"] == 0
         assert agents.running() == 0
+
+
+def test_an_engine_killed_while_it_learns_leaves_nothing_behind(
+    smollm2: str, tmp_path: Path
+) -> None:
+    """Its server ends as vLLM's do, and the next one starts and serves as if nothing had been."""
+    config = tmp_path / "kvcomm.yaml"
+    config.write_text("audit_idle_seconds: 0\naudit_share: 1\naudit_tokens: 1\n")
+    answers = []
+    for attempt in range(2):
+        port = free_port()
+        command = serve_command(
+            smollm2, port, on_gpu=False, connector=True, config=config, extra=[]
+        )
+        env = serve_env(smollm2, on_gpu=False)
+        log = tmp_path / f"server-{attempt}.log"
+        with running("test", command, port, env, log) as server:
+            client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
+            agents = Agents(server, client, served_name(smollm2))
+            for number in range(2):
+                agents.ask("writer", story(number))
+                answer = agents.ask("critic", story(number))
+            answers.append((report(answer)["reused"], answer.choices[0].message.content))
+            started = agents.counters()["runs/learning"]
+            assert wait_until(lambda n=started, a=agents: a.counters()["runs/learning"] > n)
+            assert not agents.counters()["lessons/learned"]
+            process = psutil.Process(server.pid)
+            (engine,) = [p for p in process.children(recursive=True) if "EngineCore" in p.name()]
+            engine.kill()
+            process.wait(60)
+    assert answers[0] == answers[1]
