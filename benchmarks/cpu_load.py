@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,12 +21,15 @@ from pathlib import Path
 
 import torch
 
+from kvcomm_vllm.cli.machine import cpu_model
 from kvcomm_vllm.kernels import cpu_correct, cpu_load, packing, portable
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 SOURCE_OFFSET = 5
-HEAD_TOKENS = 64  # tokens of a slot with a mean of their own
+HEAD_TOKENS = 8  # tokens of a slot with a mean of their own
+RANK = 16  # of the map's factors
+FIRST = "load, naive torch"  # the first version of this load
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Row:
     best_ms: float
     gb_per_s: float
     share_of_copy: float
+    times_first: float
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def deviations(case: Case, anchors: int) -> dict[str, Deviation]:
     mean_k, mean_v = (0.1 * torch.randn(layers, HEAD_TOKENS + 1, heads, dim) for _ in range(2))
     index = torch.arange(tokens, dtype=torch.int32)
     linear = 0.02 * torch.randn(layers, heads, 2 * dim, 2 * dim)
+    down, up = (0.02 * torch.randn(layers, heads, *s) for s in ((2 * dim, RANK), (RANK, 2 * dim)))
     centre = torch.randn(layers, heads, 2 * dim)
 
     def blend(count: int) -> AnchorSum:
@@ -89,6 +93,7 @@ def deviations(case: Case, anchors: int) -> dict[str, Deviation]:
 
     return {
         "mean": MeanMap(mean_k, mean_v, index, skip_layers=1),
+        f"mean + rank {RANK} map": MeanMap(mean_k, mean_v, index, down, centre, 1, up),
         "mean + map": MeanMap(mean_k, mean_v, index, linear, centre, 1),
         "1 anchor": blend(1),
         f"{anchors} anchors": blend(anchors),
@@ -113,7 +118,7 @@ def providers(case: Case, anchors: int) -> dict[str, Callable[[], object]]:
         "plain copy": lambda: target.copy_(source),
         "load, compiled": lambda: cpu_load.load(case.group, case.src, case.dst, turn),
         "load, portable torch": lambda: portable.load(case.group, case.src, case.dst, turn),
-        "load, naive torch": lambda: naive_load(case, as_complex),
+        FIRST: lambda: naive_load(case, as_complex),
     }
     for name, deviation in deviations(case, anchors).items():
         table[f"corrected, {name}"] = lambda d=deviation: cpu_correct.load_corrected(  # type: ignore[misc]
@@ -143,6 +148,7 @@ def rows(case: Case, seconds: dict[str, list[float]]) -> list[Row]:
             1e3 * min(values),
             case.bytes / middle[name] / 1e9,
             middle["plain copy"] / middle[name],
+            middle[FIRST] / middle[name],
         )
         for name, values in seconds.items()
     ]
@@ -162,18 +168,20 @@ def main() -> None:
     result = rows(case, measure(providers(case, args.anchors), args.repeats))
     print(
         f"{args.tokens} tokens, {case.bytes / 1e6:.0f} MB read and written, "
-        f"{args.threads} threads, torch {torch.__version__}, {platform.processor() or 'CPU'}"
+        f"{args.threads} threads, torch {torch.__version__}, {cpu_model()}"
     )
-    print(f"{'':24}{'median ms':>10}{'best ms':>9}{'GB/s':>7}{'of copy':>9}")
+    head = f"{'median ms':>10}{'best ms':>9}{'GB/s':>7}{'of copy':>9}{'times first':>13}"
+    print(f"{'':32}{head}")
     for row in result:
         print(
-            f"{row.name:24}{row.ms:10.2f}{row.best_ms:9.2f}{row.gb_per_s:7.1f}"
-            f"{row.share_of_copy:9.0%}"
+            f"{row.name:32}{row.ms:10.2f}{row.best_ms:9.2f}{row.gb_per_s:7.1f}"
+            f"{row.share_of_copy:9.0%}{row.times_first:13.1f}"
         )
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
         report = {
             "settings": settings,
+            "cpu": cpu_model(),
             "torch": torch.__version__,
             "rows": [asdict(r) for r in result],
         }

@@ -13,7 +13,8 @@ from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 ANCHORS = 5
-HEAD_TOKENS = 64  # tokens of a slot with a mean of their own
+HEAD_TOKENS = 8  # tokens of a slot with a mean of their own
+RANK = 16  # of the map's factors
 Run = Callable[[], object]
 
 
@@ -97,20 +98,30 @@ class Workload:
         weights = torch.full((ANCHORS, self.tokens), 1 / ANCHORS, device=self.device)
         return AnchorSum(dk, dv, table, weights, weights.clone())
 
-    def means(self, with_map: bool) -> MeanMap:
-        """The ``residual`` deviation, with or without its map."""
+    def means(self, columns: int) -> MeanMap:
+        """The ``residual`` deviation.
+
+        Args:
+            columns: of the map's first factor: RANK, 2 * head_dim for a whole map, 0 for none.
+        """
         s = self.shape
         mean_k, mean_v = (
             self._random(s.layers, HEAD_TOKENS + 1, s.heads, s.head_dim) for _ in "kv"
         )
         index = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
-        if not with_map:
+        if not columns:
             return MeanMap(mean_k, mean_v, index)
         width = 2 * s.head_dim
-        ridge = self._random(s.layers, s.heads, width, width) / width**0.5
-        if self.device == "cpu" and cpu_correct.supports(self.group):
-            ridge = ridge.to(cpu_correct.map_dtype(self.group))
-        return MeanMap(mean_k, mean_v, index, ridge, torch.zeros(ridge.shape[:-1]).to(ridge))
+        first = self._random(s.layers, s.heads, width, columns) / width**0.5
+        centre = torch.zeros(first.shape[:-1]).to(first)
+        if columns == width:
+            if self.device == "cpu" and cpu_correct.supports(self.group):
+                first = first.to(cpu_correct.map_dtype(self.group))
+            return MeanMap(mean_k, mean_v, index, first, centre)
+        up = self._random(s.layers, s.heads, columns, width)
+        if self.device == "cpu":  # as the estimator keeps them
+            first, up = first.float(), up.float()
+        return MeanMap(mean_k, mean_v, index, first, centre, up=up)
 
     def copy(self) -> Operation:
         """A plain copy of as many bytes: what memory allows."""
@@ -123,11 +134,14 @@ class Workload:
         yield self._load()
         yield self._corrected("load + anchors", self.anchors(), ANCHORS * self.arena_bytes)
         head = min(1.0, HEAD_TOKENS / self.tokens) * self.arena_bytes
-        yield self._corrected("load + mean", self.means(False), int(head))
-        means = self.means(True)
-        assert means.map is not None
-        map_bytes = means.map.numel() * means.map.itemsize
-        yield self._corrected("load + mean + map", means, int(head) + map_bytes)
+        yield self._corrected("load + mean", self.means(0), int(head))
+        for name, columns in (
+            (f"load + mean + map of rank {RANK}", RANK),
+            ("load + mean + map", 2 * self.shape.head_dim),
+        ):
+            means = self.means(columns)
+            factors = [part for part in (means.map, means.up) if part is not None]
+            yield self._corrected(name, means, int(head) + sum(f.nbytes for f in factors))
         yield from self._triton_only()
 
     def _load(self) -> Operation:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ import torch
 from kernel_cases import SHAPES, Run, Workload
 from rich.console import Console
 from rich.table import Table
+
+from kvcomm_vllm.cli.machine import cpu_model
 
 Row = dict[str, str | float | int]
 
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    hardware = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
     about = {
         "device": f"{device}: {hardware}",
         "torch": torch.__version__,

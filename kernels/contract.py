@@ -8,10 +8,14 @@ lists it built them from with :func:`check_slots`.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+
+Ints = npt.NDArray[np.int64]
 
 CACHE_DTYPES = (
     torch.float16,
@@ -85,21 +89,29 @@ def check_slots(group: PageGroup, src_slots: torch.Tensor, dst_slots: torch.Tens
     )
     if not src_slots.device.type == dst_slots.device.type == "cpu":
         return
-    keep = (src_slots >= 0) & (dst_slots >= 0)
-    src, dst = src_slots[keep], dst_slots[keep]
+    _check_moves(src_slots.numpy(), dst_slots.numpy(), len(group.layers[0]) * group.tokens_per_page)
+
+
+def _check_moves(src: Ints, dst: Ints, limit: int) -> None:
+    """Slots in 0..limit, each destination once, no source that another token overwrites."""
     if len(src) == 0:
         return
-    limit = group.layers[0].shape[0] * group.tokens_per_page
-    top = int(torch.maximum(src.max(), dst.max()))
+    # numpy, since torch would wake its threads; a table by slot, since sorting takes far longer
+    if min(src.min(), dst.min()) < 0:
+        keep = (src >= 0) & (dst >= 0)
+        src, dst = src[keep], dst[keep]
+    top = max(src.max(initial=-1), dst.max(initial=-1))
     require(top < limit, f"slot {top} is outside a cache of {limit} slots")
-    ordered = dst.sort().values
+    number = np.arange(1, len(dst) + 1, dtype=np.int32)
+    written_by = np.zeros(top + 1, dtype=np.int32)  # 0 = nobody; only the pages asked for exist
+    written_by[dst] = number
     require(
-        not bool((ordered[1:] == ordered[:-1]).any()),
+        bool((written_by[dst] == number).all()),
         "a destination slot occurs twice; which token wins would be undefined",
     )
-    moved = src != dst
+    writer = written_by[src]
     require(
-        not bool(torch.isin(src[moved], dst).any()),
+        bool(((writer == 0) | (writer == number)).all()),
         "a source slot is also another token's destination; tokens are moved in parallel, "
         "so it could be read before or after it is overwritten",
     )
@@ -190,8 +202,13 @@ def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
         f"index is int32 [tokens={tokens}], got {d.index.dtype} {list(d.index.shape)}",
     )
     layers, heads, dim = len(group.layers) - d.skip_layers, group.kv_heads, group.head_dim
+    require(
+        d.up is None or (d.map is not None and d.up.ndim == 4 and d.rank > 0),
+        "up is the second factor of a map: [layers, heads, rank, 2 * head_dim], rank at least 1",
+    )
     for name, table, shape in (
-        ("map", d.map, (layers, heads, 2 * dim, 2 * dim)),
+        ("map", d.map, (layers, heads, 2 * dim, d.rank or 2 * dim)),
+        ("up", d.up, (layers, heads, d.rank, 2 * dim)),
         ("x_mean", d.x_mean, (layers, heads, 2 * dim)),
     ):
         if table is not None:
@@ -202,3 +219,7 @@ def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
                 f"{name} is a contiguous float tensor {list(shape)}, "
                 f"got {table.dtype} {list(table.shape)}",
             )
+    require(
+        d.up is None or d.map is None or d.up.dtype == d.map.dtype,
+        "both factors of a map have one dtype",
+    )

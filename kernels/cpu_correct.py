@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corrected load on the CPU: same signature and contract as ``reference.load_corrected``.
 
-The ridge map is a matrix product per layer and head and goes to torch (oneDNN), in chunks of tokens
-whose input and output stay in the last-level cache; everything around it is compiled.
+A map of low rank is part of the compiled pass. A whole one is a matrix product per layer and head
+and goes to torch (oneDNN), in chunks of tokens whose input and output stay in the last-level cache.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from kvcomm_vllm.kernels.contract import (
     check_slots,
 )
 from kvcomm_vllm.kernels.cpu_load import KINDS
-from kvcomm_vllm.kernels.cpu_runs import Tokens, split
+from kvcomm_vllm.kernels.cpu_runs import Cut, Ints, Tokens, split
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 _CHUNK_BYTES = 4 << 20  # input of the map per chunk; its output is as large
+# Of a map of low rank: factors of so many layers and turns of so many pages share a cache.
+_LAYERS_PER_ITEM, _PAGES_PER_ITEM = 2, 8
 
 
 def supports(group: PageGroup) -> bool:
@@ -46,10 +48,14 @@ def map_dtype(group: PageGroup) -> torch.dtype:
 def warm_up(group: PageGroup, deviation: Deviation) -> None:
     """Compile what ``load_corrected`` needs for this group and this kind of deviation (seconds)."""
     cpu_load.warm_up(group)
-    if supports(group):
-        _finish_kernel(group, deviation)
-        if isinstance(deviation, MeanMap) and deviation.map is not None:
-            _input_kernel(group)
+    if not supports(group):
+        return
+    if isinstance(deviation, MeanMap) and deviation.rank:
+        _low_rank_kernels(group, deviation.rank)
+        return
+    _finish_kernel(group, deviation)
+    if isinstance(deviation, MeanMap) and deviation.map is not None:
+        _input_kernel(group)
 
 
 def load_corrected(
@@ -82,12 +88,13 @@ def load_corrected(
     tokens = split(src_slots, dst_slots, group.tokens_per_page)
     if len(tokens.index) == 0:
         return
+    tiled = cpu_tables.vec_tiles(group, tokens)
     if skip:
         plain = dataclasses.replace(group, layers=group.layers[:skip])
-        cpu_load.move(plain, tokens, undo.then(redo))
+        cpu_load.move(plain, tokens, undo.then(redo), tiled)
     if skip < len(group.layers):
         group = dataclasses.replace(group, layers=group.layers[skip:])
-        _Correction(group, tokens, undo, redo).apply(deviation)
+        _Correction(group, tokens, tiled, undo, redo).apply(deviation)
 
 
 def _finish_kernel(group: PageGroup, deviation: Deviation) -> Any:
@@ -109,6 +116,19 @@ def _input_kernel(group: PageGroup) -> Any:
     return input_kernel(KINDS[group.layers[0].dtype], KINDS[map_dtype(group)])
 
 
+def _padded(rank: int) -> int:
+    return -(-rank // 16) * 16
+
+
+def _low_rank_kernels(group: PageGroup, rank: int) -> tuple[Any, Any]:
+    """The kernel, and the one that packs its factors where it needs that."""
+    from kvcomm_vllm.kernels.cpu_low_rank import low_rank_kernel, pack_kernel, paired
+
+    kind, rank = KINDS[group.layers[0].dtype], _padded(rank)
+    pack = pack_kernel(group.head_dim, rank) if paired(kind) else None
+    return low_rank_kernel(kind, group.head_dim, rank), pack
+
+
 class _Correction:
     """One call: the job of its kernels, and the memory that job points to."""
 
@@ -116,18 +136,17 @@ class _Correction:
         self,
         group: PageGroup,
         tokens: Tokens,
+        tiled: tuple[Cut, Ints],
         undo: Rotation,
         redo: Rotation,
     ) -> None:
-        from kvcomm_vllm.kernels.cpu_correct_kernels import JOB
-
         self.group, self.kept = group, list[Any]()
-        cut, blocks = cpu_tables.vec_tiles(group, tokens)
+        cut, blocks = tiled
         self.index = tokens.index
         page = group.layers[0][0]
         self.token_bytes = 2 * len(group.layers) * page.nbytes // group.tokens_per_page
         self.bounds, self.first = cut.bounds, np.append(cut.first, len(tokens.index))
-        self.job = dict.fromkeys((JOB.names or ())[2:], 0) | cpu_tables.head_rows(group)
+        self.job = dict[str, int]() | cpu_tables.head_rows(group)
         del self.job["rows"]  # every row is a channel here
         self.job |= {
             "bases": self.keep(np.array([layer.data_ptr() for layer in group.layers])),
@@ -150,13 +169,17 @@ class _Correction:
         return int(array.ctypes.data)
 
     def apply(self, deviation: Deviation) -> None:
+        if isinstance(deviation, MeanMap) and deviation.rank:
+            self._low_rank(deviation)
+            return
         finish = _finish_kernel(self.group, deviation)
         if isinstance(deviation, AnchorSum):
             self.job |= self._anchors(deviation)
         else:
             self.job |= self._means(deviation)
             if deviation.map is not None:
-                self._map(deviation.map, deviation.x_mean, finish)
+                self.job["x_mean"] = self._centre(deviation)
+                self._map(deviation.map, finish)
                 return
         self._launch(finish, 0, len(self.bounds) - 1)
 
@@ -174,7 +197,8 @@ class _Correction:
         }
         tokens = int(self.first[self.bounds[end]] - self.first[self.bounds[begin]])
         work_bytes = tokens * self.token_bytes
-        run(kernel, JOB, groups * -(-layers // step), work_bytes=work_bytes, **self.job)
+        fields = dict.fromkeys((JOB.names or ())[2:], 0) | self.job
+        run(kernel, JOB, groups * -(-layers // step), work_bytes=work_bytes, **fields)
 
     def _anchors(self, deviation: AnchorSum) -> dict[str, int]:
         dk, size = deviation.dk, deviation.dk.itemsize
@@ -203,12 +227,48 @@ class _Correction:
             "index": self.keep(index),
         }
 
-    def _map(self, weights: torch.Tensor, x_mean: torch.Tensor | None, finish: Any) -> None:
+    def _low_rank(self, deviation: MeanMap) -> None:
+        from kvcomm_vllm.kernels.cpu_low_rank import JOB
+        from kvcomm_vllm.kernels.cpu_threads import run
+
+        kernel, pack = _low_rank_kernels(self.group, deviation.rank)
+        assert deviation.map is not None
+        assert deviation.up is not None
+        rank = deviation.rank
+        wider = _padded(rank) - rank
+        down, up = deviation.map.float(), deviation.up.float()
+        if wider:
+            down = torch.nn.functional.pad(down, (0, wider))
+            up = torch.nn.functional.pad(up, (0, 0, 0, wider))
+        groups, layers = len(self.bounds) - 1, len(self.group.layers)
+        parts = -(-layers // _LAYERS_PER_ITEM)
+        pages = max(1, min(_PAGES_PER_ITEM, groups * parts // (4 * torch.get_num_threads())))
+        self.job |= self._means(deviation) | {
+            "x_mean": self._centre(deviation),
+            "down": self.keep(down.numpy()),
+            "up": self.keep(up.numpy()),
+            "groups": groups,
+            "group_step": pages,
+            "layer_step": _LAYERS_PER_ITEM,
+            "block_bounds": self.bounds.ctypes.data,
+            "packed": self.keep(torch.empty_like(down).numpy()),
+        }
+        if pack is not None:
+            run(pack, JOB, layers * self.group.kv_heads, work_bytes=4 * down.nbytes, **self.job)
+        work_bytes = len(self.index) * self.token_bytes
+        run(kernel, JOB, parts * -(-groups // pages), work_bytes=work_bytes, **self.job)
+
+    def _centre(self, deviation: MeanMap) -> int:
+        """Address of the map's centre, fp32 ``[layers, heads, 2 * dim]``."""
+        if deviation.x_mean is None:
+            shape = (len(self.group.layers), self.group.kv_heads, 2 * self.group.head_dim)
+            return self.keep(np.zeros(shape, np.float32))
+        return self.keep(deviation.x_mean.float().numpy())
+
+    def _map(self, weights: torch.Tensor, finish: Any) -> None:
         group, dtype, width = self.group, map_dtype(self.group), 2 * self.group.head_dim
         matrices = len(group.layers) * group.kv_heads
         weights = weights.reshape(matrices, width, width).to(dtype)
-        centre = torch.zeros(matrices, width) if x_mean is None else x_mean.float()
-        self.job["x_mean"] = self.keep(centre.numpy())
         inputs = _input_kernel(group)
         limit = max(1, _CHUNK_BYTES // (matrices * width * dtype.itemsize))
         starts = self.first[self.bounds]  # first token of every group

@@ -137,8 +137,8 @@ def input_kernel(kind: str, map_kind: str) -> Any:
         )
         group, begin, end = layers_of(job, item)
         dim, mapped = job.head_dim, job.mapped
-        space = np.empty(2 * 16 * dim, np.float32)
-        keys = space.ctypes.data
+        space = np.empty(2 * 16 * dim + 16, np.float32)
+        keys = (space.ctypes.data + line - 1) // line * line
         rows = keys + dim * line
         for layer in range(begin, end):
             for head in range(job.heads):
@@ -267,8 +267,8 @@ def finish_kernel(kind: str, deviation: tuple[Any, ...]) -> Any:
     def body(job, item):  # type: ignore[no-untyped-def]
         bases, bounds = table(job.bases, job.layers, 1), table(job.block_bounds, job.groups + 1, 1)
         group, begin, end = layers_of(job, item)
-        space = np.zeros(4 * 16 * job.head_dim, np.float32)
-        rows = space.ctypes.data
+        space = np.zeros(4 * 16 * job.head_dim + 16, np.float32)
+        rows = (space.ctypes.data + line - 1) // line * line
         keys = rows + 2 * job.head_dim * line
         others = keys + job.head_dim * line
         lo, hi = bounds[group, 0], bounds[group + 1, 0]

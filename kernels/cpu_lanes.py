@@ -14,17 +14,47 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic, models, register_model
 
 WIDTH = 16  # one AVX-512 register of fp32
 
 _I16, _I32, _F16, _F32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
-_HALVES, _WORDS = ir.VectorType(_I16, WIDTH), ir.VectorType(_I32, WIDTH)
-_FLOAT16S, _FLOATS = ir.VectorType(_F16, WIDTH), ir.VectorType(_F32, WIDTH)
+_HALVES, WORDS = ir.VectorType(_I16, WIDTH), ir.VectorType(_I32, WIDTH)
+_FLOAT16S, FLOATS = ir.VectorType(_F16, WIDTH), ir.VectorType(_F32, WIDTH)
+
+
+class _BrainType(ir.Type):
+    """LLVM's ``bfloat``, which llvmlite has no name for."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BrainType)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+BRAIN = _BrainType()
+
+
+def _has_bf16() -> bool:
+    # Asked of what numba compiles for, since an instruction that is missing there ends the process.
+    overridden = config.CPU_NAME is not None or config.CPU_FEATURES is not None
+    if overridden or not config.ENABLE_AVX or llvmlite.binding.llvm_version_info[0] < 18:
+        return False
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+HAS_BF16 = _has_bf16()  # conversions to bf16 and products of bf16 pairs are single instructions
 
 
 class _Lanes(types.Type):
@@ -38,28 +68,28 @@ lanes = _Lanes()
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, FLOATS)
 
 
 def _all(vector: ir.VectorType, value: Any) -> ir.Constant:
     return ir.Constant(vector, [value] * WIDTH)
 
 
-def _splat(builder: Any, scalar: Any) -> Any:
+def splat(builder: Any, scalar: Any) -> Any:
     undefined = ir.Constant(ir.VectorType(scalar.type, WIDTH), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, _all(_WORDS, 0))
+    return builder.shuffle_vector(first, undefined, _all(WORDS, 0))
 
 
-def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
+def call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
     signature = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
 
 
 def _below(builder: Any, count: Any) -> Any:
     """Mask of the lanes whose number is below ``count``."""
-    index = ir.Constant(_WORDS, list(range(WIDTH)))
-    return builder.icmp_signed("<", index, _splat(builder, builder.trunc(count, _I32)))
+    index = ir.Constant(WORDS, list(range(WIDTH)))
+    return builder.icmp_signed("<", index, splat(builder, builder.trunc(count, _I32)))
 
 
 def _pointer(builder: Any, address: Any, vector: ir.VectorType) -> tuple[Any, Any, str]:
@@ -69,7 +99,7 @@ def _pointer(builder: Any, address: Any, vector: ir.VectorType) -> tuple[Any, An
     return pointer, ir.Constant(_I32, 4 if wide else 2), f"v{WIDTH}{'f32' if wide else 'i16'}.p0"
 
 
-def _load(builder: Any, address: Any, vector: ir.VectorType) -> Any:
+def load_vector(builder: Any, address: Any, vector: ir.VectorType) -> Any:
     pointer, size, _ = _pointer(builder, address, vector)
     return builder.load(pointer, align=size.constant)
 
@@ -77,11 +107,16 @@ def _load(builder: Any, address: Any, vector: ir.VectorType) -> Any:
 def _load_masked(builder: Any, address: Any, mask: Any, others: Any) -> Any:
     vector = others.type
     pointer, size, name = _pointer(builder, address, vector)
-    return _call(builder, f"llvm.masked.load.{name}", vector, [pointer, size, mask, others])
+    return call(builder, f"llvm.masked.load.{name}", vector, [pointer, size, mask, others])
 
 
-def _store(builder: Any, address: Any, value: Any, stream: bool) -> None:
+def store_vector(builder: Any, address: Any, value: Any, stream: bool) -> None:
     pointer, size, _ = _pointer(builder, address, value.type)
+    if stream and value.type == _HALVES:
+        # LLVM has no store past the caches for bf16: the fence keeps it from storing as such.
+        words = ir.VectorType(_F32, WIDTH // 2)
+        value = call(builder, "llvm.arithmetic.fence.v8f32", words, [builder.bitcast(value, words)])
+        pointer = builder.inttoptr(address, words.as_pointer())
     store = builder.store(value, pointer, align=size.constant * (WIDTH if stream else 1))
     if stream:
         note = builder.module.add_metadata([ir.Constant(_I32, 1)])
@@ -90,15 +125,15 @@ def _store(builder: Any, address: Any, value: Any, stream: bool) -> None:
 
 def _store_masked(builder: Any, address: Any, value: Any, mask: Any) -> None:
     pointer, size, name = _pointer(builder, address, value.type)
-    _call(builder, f"llvm.masked.store.{name}", ir.VoidType(), [value, pointer, size, mask])
+    call(builder, f"llvm.masked.store.{name}", ir.VoidType(), [value, pointer, size, mask])
 
 
 def _widen(builder: Any, raw: Any, kind: str) -> Any:
     if kind == "fp32":
         return raw
     if kind == "fp16":
-        return builder.fpext(builder.bitcast(raw, _FLOAT16S), _FLOATS)
-    return builder.bitcast(builder.shl(builder.zext(raw, _WORDS), _all(_WORDS, 16)), _FLOATS)
+        return builder.fpext(builder.bitcast(raw, _FLOAT16S), FLOATS)
+    return builder.bitcast(builder.shl(builder.zext(raw, WORDS), _all(WORDS, 16)), FLOATS)
 
 
 def _narrow(builder: Any, value: Any, kind: str) -> Any:
@@ -107,25 +142,27 @@ def _narrow(builder: Any, value: Any, kind: str) -> Any:
         return value
     if kind == "fp16":
         return builder.bitcast(builder.fptrunc(value, _FLOAT16S), _HALVES)
-    bits, sixteen = builder.bitcast(value, _WORDS), _all(_WORDS, 16)
-    even = builder.and_(builder.lshr(bits, sixteen), _all(_WORDS, 1))
-    rounded = builder.add(bits, builder.add(even, _all(_WORDS, 0x7FFF)))
+    if HAS_BF16:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(BRAIN, WIDTH)), _HALVES)
+    bits, sixteen = builder.bitcast(value, WORDS), _all(WORDS, 16)
+    even = builder.and_(builder.lshr(bits, sixteen), _all(WORDS, 1))
+    rounded = builder.add(bits, builder.add(even, _all(WORDS, 0x7FFF)))
     is_nan = builder.fcmp_unordered("uno", value, value)
-    rounded = builder.select(is_nan, _all(_WORDS, 0x7FC00000), rounded)
+    rounded = builder.select(is_nan, _all(WORDS, 0x7FC00000), rounded)
     return builder.trunc(builder.lshr(rounded, sixteen), _HALVES)
 
 
 def _reader(kind: str) -> Any:
-    vector = _FLOATS if kind == "fp32" else _HALVES
+    vector = FLOATS if kind == "fp32" else _HALVES
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _widen(builder, _load(builder, args[0], vector), kind)
+        return _widen(builder, load_vector(builder, args[0], vector), kind)
 
     return intrinsic(lambda tc, address: (lanes(types.int64), code))
 
 
 def _joiner(kind: str) -> Any:
-    vector = _FLOATS if kind == "fp32" else _HALVES
+    vector = FLOATS if kind == "fp32" else _HALVES
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first, second, in_first, count = args
@@ -140,7 +177,7 @@ def _joiner(kind: str) -> Any:
 
 def _writer(kind: str, stream: bool) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _store(builder, args[0], _narrow(builder, args[1], kind), stream)
+        store_vector(builder, args[0], _narrow(builder, args[1], kind), stream)
         return context.get_dummy_value()
 
     return intrinsic(lambda tc, address, x: (types.void(types.int64, lanes), code))
@@ -203,7 +240,7 @@ def _arithmetic(emit: Callable[..., Any]) -> tuple[Any, Any]:
 
 
 def _swap(builder: Any, x: Any) -> Any:
-    return builder.shuffle_vector(x, x, ir.Constant(_WORDS, [i ^ 1 for i in range(WIDTH)]))
+    return builder.shuffle_vector(x, x, ir.Constant(WORDS, [i ^ 1 for i in range(WIDTH)]))
 
 
 add = _arithmetic(lambda builder, x, y: builder.fadd(x, y))[1]
@@ -217,7 +254,7 @@ def fused(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
     """``x * y + z``, rounded once where the machine can."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.fmuladd.v{WIDTH}f32", _FLOATS, args)
+        return call(builder, f"llvm.fmuladd.v{WIDTH}f32", FLOATS, args)
 
     return lanes(lanes, lanes, lanes), code
 
@@ -228,24 +265,24 @@ def pack_halves(typing_context: Any, low: Any, low_at: Any, high: Any, high_at: 
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         def half(value: Any, at: Any) -> Any:
-            shift = _splat(builder, builder.trunc(at, _I32))
-            bits = builder.lshr(builder.bitcast(value, _WORDS), shift)
-            return builder.and_(bits, _all(_WORDS, 0xFFFF))
+            shift = splat(builder, builder.trunc(at, _I32))
+            bits = builder.lshr(builder.bitcast(value, WORDS), shift)
+            return builder.and_(bits, _all(WORDS, 0xFFFF))
 
-        upper = builder.shl(half(args[2], args[3]), _all(_WORDS, 16))
-        return builder.bitcast(builder.or_(half(args[0], args[1]), upper), _FLOATS)
+        upper = builder.shl(half(args[2], args[3]), _all(WORDS, 16))
+        return builder.bitcast(builder.or_(half(args[0], args[1]), upper), FLOATS)
 
     return lanes(lanes, types.int64, lanes, types.int64), code
 
 
 @intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Starts fetching the cache line at an address; an address that is not mapped does nothing."""
+    """Starts fetching a cache line that is used once; one that is not mapped does no harm."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        hints = [ir.Constant(_I32, value) for value in (0, 3, 1)]  # for reading, to L1, data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+        hints = [ir.Constant(_I32, value) for value in (0, 0, 1)]  # for reading, used once, data
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
         return context.get_dummy_value()
 
     return types.void(types.int64), code
@@ -254,8 +291,8 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 def _rounds(builder: Any, rows: list[Any]) -> list[Any]:
     """Transposes 16 lanes of 16 rows: log2(16) rounds that interleave row i with row i + 8."""
     for _ in range(4):
-        low = ir.Constant(_WORDS, [i // 2 + WIDTH * (i % 2) for i in range(WIDTH)])
-        high = ir.Constant(_WORDS, [8 + i // 2 + WIDTH * (i % 2) for i in range(WIDTH)])
+        low = ir.Constant(WORDS, [i // 2 + WIDTH * (i % 2) for i in range(WIDTH)])
+        high = ir.Constant(WORDS, [8 + i // 2 + WIDTH * (i % 2) for i in range(WIDTH)])
         pairs = list(zip(rows[:8], rows[8:], strict=True))
         rows = [builder.shuffle_vector(a, b, order) for a, b in pairs for order in (low, high)]
     return rows
@@ -269,9 +306,9 @@ def transpose(typing_context: Any, src: Any, src_step: Any, dst: Any, dst_step: 
         def row(base: Any, step: Any, number: int) -> Any:
             return builder.add(base, builder.mul(step, ir.Constant(step.type, number)))
 
-        rows = [_load(builder, row(args[0], args[1], i), _FLOATS) for i in range(WIDTH)]
+        rows = [load_vector(builder, row(args[0], args[1], i), FLOATS) for i in range(WIDTH)]
         for i, value in enumerate(_rounds(builder, rows)):
-            _store(builder, row(args[2], args[3], i), value, stream=False)
+            store_vector(builder, row(args[2], args[3], i), value, stream=False)
         return context.get_dummy_value()
 
     int64 = types.int64
@@ -284,7 +321,7 @@ def spread(typing_context: Any, address: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = builder.load(builder.inttoptr(args[0], _F32.as_pointer()), align=4)
-        return _splat(builder, value)
+        return splat(builder, value)
 
     return lanes(types.int64), code
 
@@ -294,7 +331,7 @@ def zero(typing_context: Any) -> Any:
     """All lanes = 0."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _all(_FLOATS, 0.0)
+        return _all(FLOATS, 0.0)
 
     return lanes(), code
 

@@ -15,7 +15,7 @@ import torch
 
 from kvcomm_vllm.kernels import cpu_tables, portable
 from kvcomm_vllm.kernels.contract import check_group, check_rotation, check_slots
-from kvcomm_vllm.kernels.cpu_runs import Tokens, split
+from kvcomm_vllm.kernels.cpu_runs import Cut, Ints, Tokens, split
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -82,12 +82,21 @@ def load(
         move(group, tokens, turn)
 
 
-def move(group: PageGroup, tokens: Tokens, turn: Rotation) -> None:
-    """``load`` without its checks, for a supported group and at least one token."""
+def move(
+    group: PageGroup,
+    tokens: Tokens,
+    turn: Rotation,
+    tiled: tuple[Cut, Ints] | None = None,
+) -> None:
+    """``load`` without its checks, for a supported group and at least one token.
+
+    Args:
+        tiled: see ``cpu_tables.build``.
+    """
     from kvcomm_vllm.kernels.cpu_kernels import JOB
     from kvcomm_vllm.kernels.cpu_threads import run, share
 
-    tables = cpu_tables.build(group, tokens, turn)
+    tables = cpu_tables.build(group, tokens, turn, tiled)
     bases = np.array([layer.data_ptr() for layer in group.layers], dtype=np.int64)
     groups, layers, value_bytes = len(tables.block_bounds) - 1, len(bases), _value_bytes(group)
     step = share(groups, layers)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kvcomm_vllm.kernels.cpu_runs import TILE, Cut, Ints, Tokens, group_bounds, runs, tiles
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
@@ -41,13 +42,19 @@ class Tables:
     value_bounds: Ints
 
 
-def build(group: PageGroup, tokens: Tokens, turn: Rotation) -> Tables:
-    """Tables of all tokens; needs at least one."""
+def build(
+    group: PageGroup, tokens: Tokens, turn: Rotation, tiled: tuple[Cut, Ints] | None = None
+) -> Tables:
+    """Tables of all tokens; needs at least one.
+
+    Args:
+        tiled: what ``vec_tiles`` found for these tokens, if it was asked before.
+    """
     first = group.layers[0]
     page_bytes, size = first.stride(0) * first.itemsize, first.itemsize
     if group.packing is Packing.AMX:
         return _amx(group, tokens, turn, page_bytes, all_aligned(group))
-    cut, blocks = vec_tiles(group, tokens)
+    cut, blocks = tiled or vec_tiles(group, tokens)
     return Tables(
         blocks,
         cut.bounds,
@@ -112,7 +119,8 @@ def _of_tiles(tokens: Tokens, cut: Cut, turn: Rotation) -> tuple[Floats, Floats]
 def vec_factors(tokens: Tokens, cut: Cut, turn: Rotation) -> Floats:
     """fp32 ``[tiles, pairs, 2, 16]``."""
     cos, sin = _of_tiles(tokens, cut, turn)
-    factors = np.empty((*cos.shape[:2], 2, TILE), dtype=np.float32)
+    # torch's memory starts on a cache line, numpy's does not, and 16 lanes fill one
+    factors = torch.empty((*cos.shape[:2], 2, TILE)).numpy()
     factors[:, :, 0], factors[:, :, 1] = cos, sin
     return factors
 

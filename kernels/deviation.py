@@ -64,7 +64,7 @@ class AnchorSum:
 
 @dataclass(frozen=True)
 class MeanMap:
-    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map`` (``residual``).
+    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map [@ up]`` (``residual``).
 
     K is the unrotated base key, V the base value.
 
@@ -73,9 +73,12 @@ class MeanMap:
             token i of the slot, row M the mean over all later tokens.
         index: int32 ``[tokens]``, each token's index inside its slot (clamped to M by the reader).
         map: ``[layers, kv_heads, 2 * head_dim, 2 * head_dim]``, row = input channel of (K, V),
-            column = output channel of (dK, dV); None = the mean alone.
+            column = output channel of (dK, dV); None = the mean alone. With ``up`` the first factor
+            of a map of low rank, ``[layers, kv_heads, 2 * head_dim, rank]``.
         x_mean: ``[layers, kv_heads, 2 * head_dim]``, centre of the map's input; None = zero.
         skip_layers: leading layers of the group that have no deviation and no place in the tensors.
+        up: second factor ``[layers, kv_heads, rank, 2 * head_dim]`` in the map's dtype; None = the
+            map is whole.
     """
 
     mean_k: torch.Tensor
@@ -84,6 +87,12 @@ class MeanMap:
     map: torch.Tensor | None = None
     x_mean: torch.Tensor | None = None
     skip_layers: int = 0
+    up: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Columns of a map's first factor; 0 where the map is whole or missing."""
+        return 0 if self.up is None else int(self.up.shape[2])
 
 
 Deviation = AnchorSum | MeanMap

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load with the ``residual`` deviation: ``mean[index] + ((K, V) - x_mean) @ map`` per head."""
+"""Load with the ``residual`` deviation: ``mean[index] + ((K, V) - x_mean) @ map``, per head."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -32,6 +32,7 @@ def add_product(b_y, b_x, p_row, m_row, o_col, m_col):
 
 @triton.jit
 def add_products(
+    b_t,
     b_yr,
     b_yc,
     b_yv,
@@ -42,12 +43,16 @@ def add_products(
     HALF: tl.constexpr,
     REST: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     """Add ``x @ map`` for one chunk of input channels, whose map rows start at ``p_row``.
 
     Outputs: ``yr`` rotated channels (NeoX: the two halves padded one by one), ``yc`` the channels
-    behind them, ``yv`` the value.
+    behind them, ``yv`` the value; or of a map of low rank ``t``, its RANK values in between.
     """
+    if RANK > 0:
+        o_r = tl.arange(0, b_t.shape[1])
+        return add_product(b_t, b_x, p_row, m_row, o_r, o_r < RANK), b_yr, b_yc, b_yv
     if HALF > 0:
         HALF_P: tl.constexpr = b_yr.shape[1] // 2
         o_r = tl.arange(0, 2 * HALF_P)
@@ -62,7 +67,7 @@ def add_products(
         b_yc = add_product(b_yc, b_x, p_row, m_row, 2 * HALF + o_c, o_c < REST)
     o_v = tl.arange(0, b_yv.shape[1])
     b_yv = add_product(b_yv, b_x, p_row, m_row, D + o_v, o_v < D)
-    return b_yr, b_yc, b_yv
+    return b_t, b_yr, b_yc, b_yv
 
 
 @triton.jit
@@ -80,6 +85,7 @@ def load_map_kernel(
     p_mean_v,
     p_index,
     p_map,
+    p_up,
     p_x_mean,
     T,
     M,
@@ -102,6 +108,8 @@ def load_map_kernel(
     ELEMENT: tl.constexpr,
     FP8: tl.constexpr,
     CENTRED: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_P: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -110,7 +118,10 @@ def load_map_kernel(
     A matrix product over chunks of BK input channels, then the sum, which reads the page again
     (from L1) instead of holding it in registers. Barriers keep the compiler from loading everything
     at once, and keep warps that read from warps that write. Layers before SKIP have no deviation.
+    With a map of low rank (RANK > 0) the chunks add up to RANK values a token, and one more
+    product follows.
     """
+    COLUMNS: tl.constexpr = RANK if RANK > 0 else 2 * D
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     i_h = tl.cast(tl.program_id(1), tl.int64)
     i_l = tl.program_id(2)
@@ -124,13 +135,14 @@ def load_map_kernel(
     b_vs = tl.load(p_v_scales + i_l)
     i_d = tl.cast(tl.maximum(i_l - SKIP, 0), tl.int64)
     m_d = m & (o_t * 0 + i_l >= SKIP)
+    b_t = tl.zeros((BT, RANK_P), tl.float32)
     b_yr = tl.zeros((BT, 2 * HALF_P), tl.float32)
     b_yc = tl.zeros((BT, REST_P), tl.float32)
     b_yv = tl.zeros((BT, D_P), tl.float32)
     if i_l >= SKIP:
         p_cos = p_undo_cos + o_t.to(tl.int64) * HALF
         p_sin = p_undo_sin + o_t.to(tl.int64) * HALF
-        p_head = p_map + (i_d * H + i_h) * (4 * D * D)
+        p_head = p_map + (i_d * H + i_h) * (2 * D * COLUMNS)
         p_centre = p_x_mean + (i_d * H + i_h) * (2 * D)
         o_k = tl.arange(0, BK)
         for first in range(0, HALF, BK):
@@ -150,9 +162,10 @@ def load_map_kernel(
                 b_x = tl.interleave(b_a, b_b)
                 if CENTRED:
                     b_x -= tl.load(p_centre + o_x, mask=m_x, other=0)[None, :]
-                b_yr, b_yc, b_yv = add_products(
-                    b_yr, b_yc, b_yv, b_x, p_head + o_x * (2 * D), m_x, D, HALF, REST, True
-                )
+                b_t, b_yr, b_yc, b_yv = add_products(
+                    b_t, b_yr, b_yc, b_yv, b_x, p_head + o_x * COLUMNS, m_x,
+                    D, HALF, REST, True, RANK,
+                )  # fmt: skip
             else:
                 b_a = tl.load(p_from[:, None] + o_a[None, :], mask=m_ta, other=0)
                 b_b = tl.load(p_from[:, None] + (HALF + o_a)[None, :], mask=m_ta, other=0)
@@ -162,13 +175,14 @@ def load_map_kernel(
                 if CENTRED:
                     b_a -= tl.load(p_centre + o_a, mask=m_a, other=0)[None, :]
                     b_b -= tl.load(p_centre + HALF + o_a, mask=m_a, other=0)[None, :]
-                p_row = p_head + o_a * (2 * D)
-                b_yr, b_yc, b_yv = add_products(
-                    b_yr, b_yc, b_yv, b_a, p_row, m_a, D, HALF, REST, False
+                p_row = p_head + o_a * COLUMNS
+                b_t, b_yr, b_yc, b_yv = add_products(
+                    b_t, b_yr, b_yc, b_yv, b_a, p_row, m_a, D, HALF, REST, False, RANK
                 )
-                b_yr, b_yc, b_yv = add_products(
-                    b_yr, b_yc, b_yv, b_b, p_row + HALF * 2 * D, m_a, D, HALF, REST, False
-                )
+                b_t, b_yr, b_yc, b_yv = add_products(
+                    b_t, b_yr, b_yc, b_yv, b_b, p_row + HALF * COLUMNS, m_a,
+                    D, HALF, REST, False, RANK,
+                )  # fmt: skip
         # Channels that are not rotated: what is left of K, then V; they lie one behind the other.
         for first in range(2 * HALF, 2 * D, BK):
             o_x = first + o_k
@@ -177,8 +191,15 @@ def load_map_kernel(
             b_x = blocks.decode(b_x, FP8) * tl.where(o_x < D, b_ks, b_vs)[None, :]
             if CENTRED:
                 b_x -= tl.load(p_centre + o_x, mask=m_x, other=0)[None, :]
-            b_yr, b_yc, b_yv = add_products(
-                b_yr, b_yc, b_yv, b_x, p_head + o_x * (2 * D), m_x, D, HALF, REST, INTERLEAVED
+            b_t, b_yr, b_yc, b_yv = add_products(
+                b_t, b_yr, b_yc, b_yv, b_x, p_head + o_x * COLUMNS, m_x,
+                D, HALF, REST, INTERLEAVED, RANK,
+            )  # fmt: skip
+        if RANK > 0:
+            o_r = tl.arange(0, RANK_P)
+            p_row = p_up + (i_d * H + i_h) * (2 * D * RANK) + o_r * (2 * D)
+            b_t, b_yr, b_yc, b_yv = add_products(
+                b_t, b_yr, b_yc, b_yv, b_t, p_row, o_r < RANK, D, HALF, REST, INTERLEAVED, 0
             )
     tl.debug_barrier()
     b_i = tl.minimum(tl.load(p_index + o_t, mask=m, other=0), M).to(tl.int64)
@@ -216,10 +237,14 @@ def load_map_kernel(
     blocks.store_row(p_to, b_v, m, D, D, D_P)
 
 
-def map_constants(constants: dict[str, object]) -> dict[str, object]:
-    """Shape constants with blocks at least 16 wide, the least a matrix product takes."""
+def map_constants(constants: dict[str, object], rank: int) -> dict[str, object]:
+    """Shape constants with blocks at least 16 wide, the least a matrix product takes.
+
+    Args:
+        rank: of the map, 0 for a whole one.
+    """
     widths = {key: max(16, int(str(constants[key]))) for key in ("D_P", "HALF_P", "REST_P")}
-    return {**constants, **widths}
+    return {**constants, **widths, "RANK": rank, "RANK_P": max(16, next_power(rank))}
 
 
 def load_mapped(
@@ -237,13 +262,14 @@ def load_mapped(
     """
     a, d, tokens = arguments, deviation, len(src_slots)
     x_mean = d.x_mean if d.x_mean is not None else d.map
+    up = d.up if d.up is not None else d.map
     rows = block_tokens(group.head_dim)
     grid = (cdiv(tokens, rows), group.kv_heads, len(group.layers))
     load_map_kernel[grid](
         a.pointers, src_slots.contiguous(), dst_slots.contiguous(),
         undo.cos, undo.sin, redo.cos, redo.sin, a.k_scales, a.v_scales,
-        d.mean_k, d.mean_v, d.index.contiguous(), d.map, x_mean,
+        d.mean_k, d.mean_v, d.index.contiguous(), d.map, up, x_mean,
         tokens, d.mean_k.shape[1] - 1, d.skip_layers, *a.strides, *d.mean_k.stride()[:3],
-        **map_constants(a.constants), CENTRED=d.x_mean is not None,
+        **map_constants(a.constants, d.rank), CENTRED=d.x_mean is not None,
         BT=rows, BK=BLOCK_INPUTS, num_warps=8, enable_fp_fusion=True, num_stages=2,
     )  # fmt: skip

@@ -95,6 +95,8 @@ def deviate(
     if deviation.x_mean is not None:
         x = x - deviation.x_mean[layer].float()
     linear = torch.einsum("thi,hij->thj", x, deviation.map[layer].float())
+    if deviation.up is not None:
+        linear = torch.einsum("thr,hrj->thj", linear, deviation.up[layer].float())
     return dk + linear[..., : k.shape[-1]], dv + linear[..., k.shape[-1] :]
 
 

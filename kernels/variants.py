@@ -52,6 +52,7 @@ class Variant:
         shared: bytes per row read on top of that through L2, by all programs of a head (the map).
         repeated: bytes per row that a program reads again, from L1, or that all heads and layers
             share (rotation factors), where this is not hidden in a few per cent.
+        products: multiply-adds per row in matrix products.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Variant:
     trips: tuple[int, ...] = ()
     shared: float = 0.0
     repeated: float = 0.0
+    products: int = 0
 
     @property
     def power_of_two(self) -> bool:
@@ -83,7 +85,8 @@ def _variant(
     shared: float = 0.0,
     repeated: float = 0.0,
     num_warps: int = 4,
-    mapped: bool = False,
+    map_rank: int | None = None,
+    products: int = 0,
 ) -> Variant:
     base = shape_constants(
         head_dim=shape.head_dim,
@@ -93,9 +96,9 @@ def _variant(
         page=shape.page,
         dtype=shape.dtype,
     )
-    base = linear_map.map_constants(base) if mapped else base
+    base = base if map_rank is None else linear_map.map_constants(base, map_rank)
     of_arena: tuple[str, ...] = ("p_base_k", "p_base_v", "p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
-    of_arena += ("p_mean_k", "p_mean_v", "p_map")
+    of_arena += ("p_mean_k", "p_mean_v", "p_map", "p_up")
     of_arena += ("p_out_k", "p_out_v") if name.startswith("collect") else ()
     types = {}
     for argument in kernel.arg_names:
@@ -112,7 +115,8 @@ def _variant(
     # Strides are products with head_dim; tables come from torch's allocator.
     aligned = frozenset(a for a in kernel.arg_names if a.startswith(("p_", "stride_")))
     launch = Launch(kernel, types, {**base, **constants}, aligned, num_warps)
-    return Variant(f"{name}, {shape}", shape, launch, minimum, rows, trips, shared, repeated)
+    name = f"{name}, {shape}"
+    return Variant(name, shape, launch, minimum, rows, trips, shared, repeated, products)
 
 
 def load_variant(shape: Shape, *, keys_only: bool = False) -> Variant:
@@ -152,22 +156,25 @@ def sum_variant(
     )
 
 
-def map_variant(shape: Shape, *, arena: torch.dtype = BF16) -> Variant:
-    """``load_corrected`` with mean and map."""
+def map_variant(shape: Shape, rank: int = 0, *, arena: torch.dtype = BF16) -> Variant:
+    """``load_corrected`` with mean and map, a whole one or one of low rank."""
     tokens, dim = linear_map.block_tokens(shape.head_dim), shape.head_dim
+    numbers = 2 * (2 * dim) * rank if rank else (2 * dim) ** 2
+    exact = " in fp32" if arena is FP32 else ""
     return _variant(
-        "load + mean + map",
+        f"load + mean + map of rank {rank}{exact}" if rank else "load + mean + map",
         shape,
         linear_map.load_map_kernel,
         arena=arena,
         constants={"CENTRED": True, "BT": tokens, "BK": linear_map.BLOCK_INPUTS},
         minimum=2 * dim * (2 * shape.dtype.itemsize + arena.itemsize),
         rows=tokens,
-        shared=4 * dim * dim * arena.itemsize / tokens,
+        shared=numbers * arena.itemsize / tokens,
         # The page once more, and undo, undo again, redo: cos and sin in fp32 for each pair.
         repeated=2 * dim * shape.dtype.itemsize + 3 * 4 * shape.rotary_dim,
         num_warps=8,
-        mapped=True,
+        map_rank=rank,
+        products=numbers,
     )
 
 
@@ -242,6 +249,8 @@ def all_variants() -> Iterator[Variant]:
         yield sum_variant(shape, correct.CHANNEL_WEIGHTS, 4, arena=FP32)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[6], shapes[8], shapes[9]):
         yield map_variant(shape)
+        yield map_variant(shape, 16)
+    yield map_variant(shapes[0], 16, arena=FP32)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
         yield distance_variant(shape)
         yield distance_variant(shape, 32, per_channel=True)

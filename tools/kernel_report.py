@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated tables of docs/kernels.md: resources per variant, and the roofline estimate.
+"""Writes the generated tables of docs/kernels.md: resources, roofline estimate, CPU measurements.
 
     python tools/kernel_report.py            rewrite the tables
     python tools/kernel_report.py --check    exit 1 if they are out of date
 
-Kernels are compiled for GPUs that need not be there; nothing is run.
+Kernels are compiled for GPUs that need not be there; nothing is run. The measurements are read from
+docs/results/cpu_load.json and cpu_kernels.json, which benchmarks/cpu_load.py and kernels.py write.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +33,20 @@ from kvcomm_vllm.kernels.variants import (
     sum_variant,
 )
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "kernels.md"
 CAPABILITIES = (80, 90, 100)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet memory rate and an assumed L2 rate, TB/s."""
+    """Data-sheet memory rate and an assumed L2 rate, TB/s; data-sheet rate of bf16 products."""
 
     name: str
     capability: int
     memory_tb_s: float
     l2_tb_s: float
+    tflops: float
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,12 @@ class Model:
     head_dim: int = 128
 
 
-GPUS = (Gpu("H100 SXM", 90, 3.35, 5.5), Gpu("A100 80 GB SXM", 80, 2.04, 4.0))
-MODELS = (Model("8B", 32, 8), Model("70B, TP 4", 80, 2))
+GPUS = (Gpu("H100 SXM", 90, 3.35, 5.5, 989), Gpu("A100 80 GB SXM", 80, 2.04, 4.0, 312))
+MODELS = (Model("8B", 32, 8), Model("70B", 80, 8), Model("70B, TP 8", 80, 1))
 TOKENS = 2048
 REACHED = 0.85  # share of the data-sheet rate that a plain copy reaches
+REACHED_FLOPS = 0.3  # of small products that wait for their operands
+RANK = 16
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -96,8 +102,8 @@ def resources() -> str:
 
 
 def estimate(variant: Variant, model: Model, gpu: Gpu) -> tuple[float, str]:
-    """Milliseconds for TOKENS tokens and what limits them: device memory, or L2 where a map is
-    read.
+    """Milliseconds for TOKENS tokens and what limits them: device memory, L2 where a map is read,
+    or arithmetic.
 
     Device memory moves each row's own bytes, what all programs of a head share once, and the
     rotation factors once; L2 moves all that programs request.
@@ -107,9 +113,13 @@ def estimate(variant: Variant, model: Model, gpu: Gpu) -> tuple[float, str]:
     requested = bytes_per_row(variant, code)
     own = requested - variant.shared - variant.repeated
     once = variant.shared * variant.rows / TOKENS
-    memory_ms = rows * (own + once) / (REACHED * gpu.memory_tb_s * 1e12) * 1e3
-    l2_ms = rows * requested / (gpu.l2_tb_s * 1e12) * 1e3
-    return (memory_ms, "memory") if memory_ms >= l2_ms else (l2_ms, "L2")
+    limits = {
+        "memory": rows * (own + once) / (REACHED * gpu.memory_tb_s * 1e12),
+        "L2": rows * requested / (gpu.l2_tb_s * 1e12),
+        "arithmetic": rows * 2 * variant.products / (REACHED_FLOPS * gpu.tflops * 1e12),
+    }
+    limit = max(limits, key=limits.__getitem__)
+    return 1e3 * limits[limit], limit
 
 
 def roofline() -> str:
@@ -122,6 +132,7 @@ def roofline() -> str:
             load_variant(shape, keys_only=True),
             sum_variant(shape, correct.TOKEN_WEIGHTS),
             sum_variant(shape, correct.NO_WEIGHTS),
+            map_variant(shape, RANK),
             map_variant(shape),
             collect_variant(shape),
             distance_variant(shape),
@@ -136,6 +147,28 @@ def roofline() -> str:
     return table(["model", "kernel", *(f"{gpu.name}, ms" for gpu in GPUS)], rows)
 
 
+def measured_loads() -> str:
+    """The table of ``benchmarks/cpu_load.py``."""
+    report = json.loads((DOCS / "results" / "cpu_load.json").read_text())
+    rows = [
+        [row["name"], f"{row['ms']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['share_of_copy']:.0%}",
+         f"{row['times_first']:.1f}"]
+        for row in report["rows"]
+    ]  # fmt: skip
+    return table(["", "ms", "GB/s", "of a copy's speed", "times the first version"], rows)
+
+
+def measured_kernels() -> str:
+    """The table of ``benchmarks/kernels.py`` on a CPU."""
+    report = json.loads((DOCS / "results" / "cpu_kernels.json").read_text())
+    rows = [
+        [row["kernel"], row["provider"], f"{row['ms']:.2f}", f"{row['bytes'] / 1e6:.0f}",
+         f"{row['share_of_copy']:.0%}"]
+        for row in report["rows"]
+    ]  # fmt: skip
+    return table(["kernel", "provider", "ms", "MB", "of a copy's speed"], rows)
+
+
 def replace(text: str, name: str, body: str) -> str:
     """The text with what lies between the markers of one generated table replaced."""
     begin, end = f"<!-- generated: {name} -->\n", f"<!-- end: {name} -->"
@@ -143,12 +176,22 @@ def replace(text: str, name: str, body: str) -> str:
     return before + begin + body + "\n" + end + rest.split(end, 1)[1]
 
 
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu loads": measured_loads,
+    "cpu kernels": measured_kernels,
+    "resources": resources,
+    "roofline": roofline,
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--check", action="store_true", help="change nothing, report drift")
     args = parser.parse_args()
     text = PAGE.read_text()
-    made = replace(replace(text, "resources", resources()), "roofline", roofline())
+    made = text
+    for name, make in TABLES.items():
+        made = replace(made, name, make())
     if not args.check:
         PAGE.write_text(made)
         return 0

@@ -36,7 +36,11 @@ class Anchors:
         self.block_size = block_size
         self.judged_from = config.anchor_seam_tokens
         settings = ResidualSettings(
-            config.head_tokens, config.mean_prior, config.ridge, config.ridge_tokens
+            config.head_tokens,
+            config.mean_prior,
+            config.ridge,
+            config.ridge_tokens,
+            config.map_rank,
         )
         # the model's first layer has no deviation: its K and V follow from token and position
         skips = [int(number == 0) for number in range(len(groups))]

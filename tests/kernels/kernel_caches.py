@@ -139,7 +139,9 @@ def rotation(case: Case, seed: int = 2) -> Rotation:
 
 
 def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
-    """``token``, ``channel`` (anchors), ``mean`` or ``map``, layer 0 left out if there are more."""
+    """``token``, ``channel`` (anchors), ``mean``, ``map`` or ``low`` (rank 12), layer 0 left out if
+    there are more.
+    """
     rng = generator(seed)
     skip = 1 if case.layers > 1 else 0
     shape = (case.layers - skip, case.heads, case.head_dim)
@@ -160,8 +162,13 @@ def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
     if kind == "mean":
         return MeanMap(mean_k, mean_v, index, skip_layers=skip)
     width = 2 * case.head_dim
+    centre = random(shape[0], case.heads, width)
+    if kind == "low":
+        down = random(shape[0], case.heads, width, 12) / width**0.5
+        up = random(shape[0], case.heads, 12, width) / 12**0.5
+        return MeanMap(mean_k, mean_v, index, down, centre, skip, up)
     ridge = random(shape[0], case.heads, width, width) / width**0.5
-    return MeanMap(mean_k, mean_v, index, ridge, random(shape[0], case.heads, width), skip)
+    return MeanMap(mean_k, mean_v, index, ridge, centre, skip)
 
 
 def on_cpu(value: Any) -> Any:

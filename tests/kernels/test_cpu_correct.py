@@ -14,6 +14,7 @@ from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 PAGES, HEADS, LAYERS, TOKENS = 9, 3, 4, 75
 DEVIATIONS = ["mean", "mean+map", "map-from-zero", "anchors", "anchors-bf16", "anchors-per-channel"]
+DEVIATIONS += ["low-rank-16", "low-rank-5-from-zero"]
 SHAPES = [
     (torch.bfloat16, 32, 64, 64, False),
     (torch.bfloat16, 16, 80, 32, True),
@@ -68,8 +69,13 @@ def make_deviation(kind: str, dim: int, tokens: int, skip: int) -> Deviation:
     index = torch.arange(tokens, dtype=torch.int32) + 3
     if kind == "mean":
         return MeanMap(mean_k, mean_v, index, skip_layers=skip)
+    centre = None if kind.endswith("from-zero") else random(layers, HEADS, 2 * dim)
+    if kind.startswith("low-rank"):
+        rank = int(kind.split("-")[2])
+        down = 0.3 / dim**0.5 * random(layers, HEADS, 2 * dim, rank)
+        up = 0.7 / rank**0.5 * random(layers, HEADS, rank, 2 * dim)
+        return MeanMap(mean_k, mean_v, index, down, centre, skip, up)
     linear = 0.2 / dim**0.5 * random(layers, HEADS, 2 * dim, 2 * dim)
-    centre = None if kind == "map-from-zero" else random(layers, HEADS, 2 * dim)
     return MeanMap(mean_k, mean_v, index, linear, centre, skip)
 
 
@@ -98,6 +104,46 @@ def test_corrected_load_matches_reference(
     reference.load_corrected(expected, src, dst, undo, redo, deviation)
     for layer in range(LAYERS):
         assert error(group, expected, layer) < ONE_ROUNDING[dtype]
+
+
+def run_both(group: PageGroup, kind: str, src: torch.Tensor, dst: torch.Tensor) -> list[float]:
+    """Errors by layer of the compiled kernel against the reference."""
+    expected = dataclasses.replace(group, layers=tuple(layer.clone() for layer in group.layers))
+    undo, redo = (make_rotation(len(src), group.rotary_dim, seed) for seed in (1, 2))
+    deviation = make_deviation(kind, group.head_dim, len(src), 1)
+    cpu_correct.load_corrected(group, src, dst, undo, redo, deviation)
+    reference.load_corrected(expected, src, dst, undo, redo, deviation)
+    return [error(group, expected, layer) for layer in range(LAYERS)]
+
+
+def test_a_rank_beyond_one_vector_is_served() -> None:
+    group = make_group(torch.float32, 32, 64, 64, False)
+    errors = run_both(group, "low-rank-20", *make_slots(32))
+    assert max(errors) < ONE_ROUNDING[torch.float32]
+
+
+def test_tokens_may_be_corrected_where_they_are() -> None:
+    group = make_group(torch.bfloat16, 32, 64, 64, False)
+    slots = torch.arange(7, 7 + 100)
+    assert max(run_both(group, "low-rank-16", slots, slots)) < ONE_ROUNDING[torch.bfloat16]
+
+
+def test_a_cpu_without_bf16_products_multiplies_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu_load.available():
+        pytest.skip("numba cannot compile kernels on this machine")
+    from kvcomm_vllm.kernels import cpu_lanes, cpu_low_rank
+
+    def forget() -> None:
+        for function in ("low_rank_kernel", "_readers", "_mapper", "_writers"):
+            getattr(cpu_low_rank, function).cache_clear()
+
+    monkeypatch.setattr(cpu_lanes, "HAS_BF16", False)
+    forget()
+    try:
+        group = make_group(torch.bfloat16, 32, 64, 64, False)
+        assert max(run_both(group, "low-rank-16", *make_slots(32))) < ONE_ROUNDING[torch.bfloat16]
+    finally:
+        forget()
 
 
 def test_chunks_of_the_map_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,17 @@ def test_deviations_that_do_not_fit_are_refused() -> None:
         run(dataclasses.replace(means, index=means.index.long()))
     with pytest.raises(ContractError, match="map is a contiguous float tensor"):
         run(dataclasses.replace(means, map=means.map.transpose(2, 3)))
+    low = deviation("low", CASE)
+    assert isinstance(low, MeanMap)
+    assert low.up is not None
+    with pytest.raises(ContractError, match="map is a contiguous float tensor"):
+        run(dataclasses.replace(low, map=means.map))
+    with pytest.raises(ContractError, match="up is a contiguous float tensor"):
+        run(dataclasses.replace(low, up=low.up[..., :64].contiguous()))
+    with pytest.raises(ContractError, match="second factor of a map"):
+        run(dataclasses.replace(low, map=None))
+    with pytest.raises(ContractError, match="have one dtype"):
+        run(dataclasses.replace(low, up=low.up.half()))
 
 
 def test_arenas_that_do_not_fit_are_refused() -> None:

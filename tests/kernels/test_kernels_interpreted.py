@@ -25,7 +25,7 @@ from kernel_caches import (
 from kvcomm_vllm.kernels import collect, correct, distance, load, reference
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
-KINDS = ("token", "channel", "mean", "map")
+KINDS = ("token", "channel", "mean", "map", "low")
 CORRECTED = [
     (kind, case) for i, kind in enumerate(KINDS) for case in matrix(step=len(KINDS))[i % 2 :]
 ]

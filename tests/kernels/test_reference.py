@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvcomm_vllm.kernels import packing, reference
-from kvcomm_vllm.kernels.deviation import AnchorSum
+from kvcomm_vllm.kernels.deviation import AnchorSum, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 
@@ -105,3 +105,21 @@ def test_stacked_anchors_are_the_papers_weighted_sum() -> None:
         got_k, got_v = reference.deviate(change, layer, keep, dk[0, layer], dv[0, layer])
         torch.testing.assert_close(got_k, torch.einsum("at,athd->thd", wk, dk[:, layer]))
         torch.testing.assert_close(got_v, torch.einsum("at,athd->thd", wv, dv[:, layer]))
+
+
+def test_two_factors_deviate_as_their_product_does() -> None:
+    rng = torch.Generator().manual_seed(4)
+    layers, heads, dim, tokens, rank = 2, 3, 16, 7, 5
+    mean_k, mean_v = torch.randn(2, layers, 4, heads, dim, generator=rng)
+    index = torch.arange(tokens, dtype=torch.int32)
+    down = torch.randn(layers, heads, 2 * dim, rank, generator=rng)
+    up = torch.randn(layers, heads, rank, 2 * dim, generator=rng)
+    centre = torch.randn(layers, heads, 2 * dim, generator=rng)
+    k, v = torch.randn(2, tokens, heads, dim, generator=rng)
+    keep = torch.ones(tokens, dtype=torch.bool)
+    factors = MeanMap(mean_k, mean_v, index, down, centre, up=up)
+    whole = MeanMap(mean_k, mean_v, index, down @ up, centre)
+    assert (factors.rank, whole.rank) == (rank, 0)
+    for layer in range(layers):
+        got = reference.deviate(factors, layer, keep, k, v)
+        torch.testing.assert_close(got, reference.deviate(whole, layer, keep, k, v))

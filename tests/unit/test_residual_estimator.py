@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The residual estimator keeps sums only, and predicts what a fit to all anchors at once would."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from kvcomm_vllm.anchors.estimators.residual import (
     ResidualArena,
     ResidualSettings,
+    reduced_rank,
     slot_bytes,
 )
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.kernels.reference import deviate
 
 LAYERS, HEADS, DIM = 3, 2, 8
-SETTINGS = ResidualSettings(head_tokens=4, mean_prior=0.3, ridge=0.3, ridge_tokens=20)
+SETTINGS = ResidualSettings(head_tokens=4, mean_prior=0.3, ridge=0.3, ridge_tokens=20, map_rank=0)
 
 
 def group(dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> PageGroup:
@@ -21,17 +24,22 @@ def group(dtype: torch.dtype = torch.float32, layers: int = LAYERS) -> PageGroup
     return PageGroup(caches, Packing.STRIDED, DIM, DIM)
 
 
-def arena(capacity: int = 2, skip_layers: int = 1) -> ResidualArena:
-    return ResidualArena(group(), capacity, SETTINGS, skip_layers)
+def arena(capacity: int = 2, skip_layers: int = 1, rank: int = 0) -> ResidualArena:
+    settings = dataclasses.replace(SETTINGS, map_rank=rank)
+    return ResidualArena(group(), capacity, settings, skip_layers)
 
 
-def anchor(tokens: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer a base and a deviation that is partly linear in it, partly of its index."""
+def anchor(tokens: int, seed: int, rank: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer a base and a deviation that is partly linear in it (by a map of this rank, or any
+    map), partly of its index.
+    """
     draw = torch.Generator().manual_seed(seed)
     fixed = torch.Generator().manual_seed(999)
     pairs = []
     for _ in range(LAYERS - 1):
         linear = torch.randn(HEADS, 2 * DIM, 2 * DIM, generator=fixed) * 0.2
+        if rank:
+            linear = linear[..., :rank] @ torch.randn(HEADS, rank, 2 * DIM, generator=fixed)
         by_index = (
             torch.randn(64, HEADS, 2 * DIM, generator=fixed) * (torch.arange(64) < 4)[:, None, None]
         )
@@ -94,6 +102,45 @@ def test_streaming_sums_predict_what_one_fit_to_all_anchors_predicts(lengths):
         assert (got - want).norm() / want.norm() < 1e-3
 
 
+def predictions(rank: int, of_rank: int) -> torch.Tensor:
+    a = arena(rank=rank)
+    for seed in range(6):
+        a.learn(1, torch.arange(40), anchor(40, seed, of_rank), judged_from=0)
+    x, _ = anchor(25, 77)[0]
+    return torch.stack([predict(a, 1, x, layer) for layer in range(LAYERS - 1)])
+
+
+def test_factors_of_a_low_rank_predict_what_a_map_of_that_rank_does():
+    whole, three = predictions(rank=0, of_rank=3), predictions(rank=3, of_rank=3)
+    assert (three - whole).norm() / whole.norm() < 0.02
+    assert (predictions(rank=2, of_rank=3) - whole).norm() / whole.norm() > 0.05
+
+
+def test_full_rank_is_the_whole_map_and_one_less_loses_little():
+    whole = predictions(rank=0, of_rank=0)
+    assert torch.equal(predictions(rank=2 * DIM, of_rank=0), whole)
+    assert arena(rank=2 * DIM).deviation(0, torch.zeros(1, dtype=torch.int32)).up is None
+    assert (predictions(rank=2 * DIM - 1, of_rank=0) - whole).norm() / whole.norm() < 0.05
+
+
+def test_the_rank_is_spent_on_what_inputs_do_not_on_what_the_map_holds():
+    """Channels of very different spread: the loss is the least there is (Eckart and Young), which
+    the leading singular values of the map itself do not reach.
+    """
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(3, 400, 24, generator=draw) * torch.logspace(-1.5, 0.5, 24)
+    second = x.mT @ x
+    map_ = torch.randn(3, 24, 24, generator=draw)
+    down, up = reduced_rank(map_, second @ map_, 6)
+    whole = x @ map_
+    best = torch.linalg.svdvals(whole)[:, 6:].square().sum(-1).sqrt()
+    left = (whole - x @ down @ up).flatten(1).norm(dim=1)
+    assert bool((left < 1.02 * best).all())
+    u, sigma, v = torch.linalg.svd(map_)
+    of_map = (u[..., :6] * sigma[:, None, :6]) @ v[:, :6]
+    assert bool(((whole - x @ of_map).flatten(1).norm(dim=1) > 1.2 * left).all())
+
+
 def test_errors_fall_as_anchors_come_and_are_of_anchors_not_seen_before():
     a, shares = arena(), []
     for seed in range(8):
@@ -114,18 +161,21 @@ def test_one_slot_does_not_touch_another_and_a_reset_forgets_all():
     assert not predict(a, 0, x, 0).any()
 
 
-def test_stated_bytes_are_what_the_arena_takes():
+@pytest.mark.parametrize("rank", [0, 3])
+def test_stated_bytes_are_what_the_arena_takes(rank):
+    settings = dataclasses.replace(SETTINGS, map_rank=rank)
     for dtype in (torch.float32, torch.bfloat16):
         g = group(dtype, layers=4)
-        a = ResidualArena(g, 3, SETTINGS, skip_layers=1)
+        a = ResidualArena(g, 3, settings, skip_layers=1)
         taken = sum(part.nbytes for part in a._parts)
-        assert taken <= 3 * slot_bytes(g, 1, SETTINGS)
-        assert taken > 0.9 * 3 * slot_bytes(g, 1, SETTINGS)
+        assert taken <= 3 * slot_bytes(g, 1, settings)
+        assert taken > 0.9 * 3 * slot_bytes(g, 1, settings)
 
 
-def test_an_8b_model_needs_at_most_200_mb_a_slot_with_defaults():
+def test_an_8b_model_needs_at_most_150_mb_a_slot_with_defaults_and_200_with_whole_maps():
     caches = tuple(
         torch.empty(1, 8, 16, 256, dtype=torch.bfloat16, device="meta") for _ in range(32)
     )
     llama = PageGroup(caches, Packing.STRIDED, 128, 128)
-    assert slot_bytes(llama, 1, ResidualSettings(8, 1.0, 0.8, 500)) <= 200e6
+    assert slot_bytes(llama, 1, ResidualSettings(8, 1.0, 0.8, 500, 16)) <= 150e6
+    assert slot_bytes(llama, 1, ResidualSettings(8, 1.0, 0.8, 500, 0)) <= 200e6

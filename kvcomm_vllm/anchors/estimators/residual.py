@@ -6,7 +6,8 @@ With x = (K, V) of the base, unrotated, and d = true minus base, per layer and h
     d(token i of the slot) = m_d[i] + (x - m_x[i]) W        W = argmin |d - m_d - (x - m_x) W|^2 + L
 
 Streaming: it keeps sums, not anchors, so its memory does not grow with the number of anchors. Each
-head has a map of its own, so tensor-parallel ranks need no word from each other.
+head has a map of its own, so tensor-parallel ranks need no word from each other. W is stored as two
+factors of low rank, which lose little and make corrected loads cheap.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import PageGroup
 
+_ROUNDS, _SPARE = 4, 8  # of the subspace iteration: loses 0.1% where eigenvalues fall slowly
+
 
 @dataclass(frozen=True)
 class ResidualSettings:
@@ -27,12 +30,18 @@ class ResidualSettings:
     mean_prior: anchors' worth by which an index's mean is drawn to the mean of all.
     ridge, ridge_tokens: penalty on the map, ``ridge`` per token seen and for so many more that
         were not, since few tokens say little; inputs are standardised.
+    map_rank: rank of the map's two factors; 0, or as much as the map has: whole.
     """
 
     head_tokens: int
     mean_prior: float
     ridge: float
     ridge_tokens: int
+    map_rank: int
+
+    def rank(self, group: PageGroup) -> int:
+        """Rank of the factors for this group's heads; 0 = a whole map."""
+        return self.map_rank if self.map_rank < 2 * group.head_dim else 0
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,18 @@ class ErrorSums:
 def slot_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> int:
     """Bytes of one slot: two sums of squares and the map per head, and the tables of means."""
     heads = (len(group.layers) - skip_layers) * group.kv_heads
-    width = 2 * group.head_dim
-    stored = group.layers[0].element_size()
+    width, rank = 2 * group.head_dim, settings.rank(group)
+    stored = _map_dtype(group, rank).itemsize * width * (2 * rank if rank else width)
     tables = (settings.head_tokens + 1) * width * (2 * 4 + 4)
-    return heads * (width * width * (2 * 4 + max(2, stored)) + tables + width * (2 * 4 + 4))
+    return heads * (width * width * 2 * 4 + stored + tables + width * (2 * 4 + 4))
+
+
+def _map_dtype(group: PageGroup, rank: int) -> torch.dtype:
+    cache = group.layers[0]
+    # The CPU's kernel rounds factors itself, where that is faster; there are few.
+    if rank and cache.device.type == "cpu":
+        return torch.float32
+    return cache.dtype if cache.dtype.itemsize > 1 else torch.bfloat16
 
 
 class ResidualArena:
@@ -77,8 +94,8 @@ class ResidualArena:
         layers, heads, dim = len(group.layers) - skip_layers, group.kv_heads, group.head_dim
         self.layers, self.dim = layers, dim
         device = group.layers[0].device
-        dtype = group.layers[0].dtype
-        stored = dtype if dtype.itemsize > 1 else torch.bfloat16
+        self.rank = rank = settings.rank(group)
+        stored = _map_dtype(group, rank)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(capacity, *shape, dtype=dtype, device=device)
@@ -92,10 +109,11 @@ class ResidualArena:
         self._cross = zeros(layers, heads, width, width)
         self._mean_k = zeros(layers, rows, heads, dim)
         self._mean_v = zeros(layers, rows, heads, dim)
-        self._map = zeros(layers, heads, width, width, dtype=stored)
+        self._map = zeros(layers, heads, width, rank or width, dtype=stored)
+        self._up = zeros(layers, heads, rank, width, dtype=stored)
         self._parts = (
             self._count, self._origin, self._sum_x, self._sum_d, self._square, self._cross,
-            self._mean_k, self._mean_v, self._map,
+            self._mean_k, self._mean_v, self._map, self._up,
         )  # fmt: skip
 
     def reset(self, entry: int) -> None:
@@ -112,6 +130,7 @@ class ResidualArena:
             map=self._map[entry],
             x_mean=self._origin[entry],
             skip_layers=self.skip_layers,
+            up=self._up[entry] if self.rank else None,
         )
 
     def learn(
@@ -159,8 +178,14 @@ class ResidualArena:
 
     def _predict(self, entry: int, layer: int, row: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         mean = torch.cat((self._mean_k[entry, layer], self._mean_v[entry, layer]), dim=-1)
-        linear = torch.bmm(x.transpose(0, 1), self._map[entry, layer].float()).transpose(0, 1)
-        return mean[row] + linear
+        return mean[row] + self._mapped(entry, layer, x)
+
+    def _mapped(self, entry: int, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """``x W``, fp32 ``[rows, heads, 2 * dim]``, with W as it is stored."""
+        mapped = torch.bmm(x.transpose(0, 1), self._map[entry, layer].float())
+        if self.rank:
+            mapped = torch.bmm(mapped, self._up[entry, layer].float())
+        return mapped.transpose(0, 1)
 
     def _solve(self, entry: int, layer: int) -> None:
         """Means and map of one layer from its sums; Cholesky, since the matrix is positive."""
@@ -181,13 +206,38 @@ class ResidualArena:
         square.diagonal(dim1=-2, dim2=-1).add_(
             self.settings.ridge * (tokens + self.settings.ridge_tokens)
         )
-        factor = torch.linalg.cholesky(square)
-        solved = torch.cholesky_solve(cross * scale[:, :, None], factor) * scale[:, :, None]
-        self._map[entry, layer] = solved.to(self._map.dtype)
-        used = self._map[entry, layer].float()
-        mean = mean_d - torch.bmm(mean_x.transpose(0, 1), used).transpose(0, 1)
+        cross = cross * scale[:, :, None]
+        solved = torch.cholesky_solve(cross, torch.linalg.cholesky(square))
+        if self.rank:
+            solved, up = reduced_rank(solved, cross, self.rank)
+            self._up[entry, layer] = up.to(self._up.dtype)
+        self._map[entry, layer] = (solved * scale[:, :, None]).to(self._map.dtype)
+        mean = mean_d - self._mapped(entry, layer, mean_x)
         self._mean_k[entry, layer] = mean[..., : self.dim]
         self._mean_v[entry, layer] = mean[..., self.dim :]
+
+
+def reduced_rank(
+    solved: torch.Tensor, cross: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors ``[heads, channels, rank]`` and ``[heads, rank, channels]`` of the map of this rank
+    that predicts most like W = ``solved`` = S^-1 ``cross``, S the inputs' second moment with its
+    penalty (reduced-rank ridge regression).
+
+    What a direction v of the output contributes is |L^T W v|^2 = v^T W^T cross v with S = L L^T, so
+    the largest eigenvectors V of that matrix are kept: W V V^T. They are found by subspace
+    iteration from a fixed start: for few of them that takes a sixth of a full decomposition.
+    """
+    explained = torch.bmm(solved.mT, cross)
+    width = explained.shape[-1]
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(width, min(width, rank + _SPARE), generator=draw).to(explained)
+    basis = start.expand(len(explained), -1, -1)
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(torch.bmm(explained, basis)).Q
+    inner = torch.bmm(basis.mT, torch.bmm(explained, basis))
+    kept = torch.bmm(basis, torch.linalg.eigh(inner).eigenvectors[..., -rank:])
+    return torch.bmm(solved, kept), kept.mT
 
 
 def _about(
