@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,8 @@ from engine_without_worker import EngineWithoutWorker
 from vllm.config import ModelConfig
 
 from kvcomm_vllm.plugin import register
+
+ENGINES = 16
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +41,11 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         "paper_rows",
     }
 
+    numbers = itertools.count(1)
+
     def make(**given: Any) -> EngineWithoutWorker:
+        if not next(numbers) % ENGINES:
+            gc.collect()  # engines are cycles of 100 MB, which Python takes for few objects
         engine = {name: value for name, value in given.items() if name in arguments}
         settings = {name: value for name, value in given.items() if name not in arguments}
         made = EngineWithoutWorker(tiny_model, settings, **engine)
