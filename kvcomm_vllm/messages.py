@@ -31,6 +31,7 @@ class LoadOp:
         entry: place of the slot's correction in the workers' arenas; negative = move them as they
             are.
         slot_index: index of the run's first token in its slot.
+        mapped: correct by means and map; False = by means alone.
     """
 
     source_blocks: list[int]
@@ -40,6 +41,7 @@ class LoadOp:
     length: int
     entry: int = -1
     slot_index: int = 0
+    mapped: bool = True
 
 
 @dataclass(slots=True)

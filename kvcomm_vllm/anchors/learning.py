@@ -81,7 +81,8 @@ class Learning:
             if slot is not None and self.table.warm(slot) and not span.source.same_context:
                 seam = min(span.seam, limits.anchor_seam_tokens)
                 start = span.start - span.seam + seam
-                span = replace(span, start=start, seam=seam, entry=slot.entry)
+                entry, mapped = slot.entry, slot.mapped
+                span = replace(span, start=start, seam=seam, entry=entry, mapped=mapped)
             spans.append(span)
         return Plan(plan.local, tuple(spans))
 

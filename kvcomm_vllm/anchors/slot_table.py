@@ -22,8 +22,9 @@ class Slot:
         seen: requests in which it has occurred.
         entry: place in the workers' arenas; None while it has no anchors.
         anchors: deviations learned so far.
-        left, whole: per K and V, decayed sums of squares of deviations with and without the
-            prediction that was made before they were seen.
+        left, means, whole: per K and V, decayed sums of squares of deviations, and of what was left
+            of them with the predictions made before they were seen: by means and map, by means
+            alone, by none.
     """
 
     key: str
@@ -31,14 +32,24 @@ class Slot:
     entry: int | None = None
     anchors: int = 0
     left: tuple[float, float] = (0.0, 0.0)
+    means: tuple[float, float] = (0.0, 0.0)
     whole: tuple[float, float] = (0.0, 0.0)
 
     @property
+    def mapped(self) -> bool:
+        """Whether the map has predicted better than the means alone."""
+        return self._share(self.left) <= self._share(self.means)
+
+    @property
     def error(self) -> float:
-        """Share of the deviation that prediction leaves, mean of K and V; 1 = it does not help."""
+        """Share of the deviation that the better of both leaves; 1 = neither helps."""
+        return min(self._share(self.left), self._share(self.means))
+
+    def _share(self, rest: tuple[float, float]) -> float:
+        """Of the deviation, mean of K and V."""
         if self.anchors < 2 or not all(self.whole):
             return 1.0
-        return sum(x / y for x, y in zip(self.left, self.whole, strict=True)) / 2
+        return sum(x / y for x, y in zip(rest, self.whole, strict=True)) / 2
 
 
 class SlotTable:
@@ -107,10 +118,11 @@ class SlotTable:
         """One more anchor; ``errors`` are the sums of ``residual.ErrorSums`` over all ranks."""
         if slot.entry is None:
             return
-        k_left, k_all, v_left, v_all = errors
+        k_left, k_all, v_left, v_all, k_means, v_means = errors
         if slot.anchors:  # the first anchor had nothing to be predicted from
-            slot.left = (FORGET * slot.left[0] + k_left, FORGET * slot.left[1] + v_left)
-            slot.whole = (FORGET * slot.whole[0] + k_all, FORGET * slot.whole[1] + v_all)
+            slot.left = _faded(slot.left, k_left, v_left)
+            slot.means = _faded(slot.means, k_means, v_means)
+            slot.whole = _faded(slot.whole, k_all, v_all)
         slot.anchors += 1
 
     def forget(self, key: str) -> None:
@@ -122,8 +134,13 @@ class SlotTable:
         assert slot.entry is not None
         del self._with_entry[slot.key]
         self._free.append(slot.entry)
-        slot.entry, slot.anchors, slot.left, slot.whole = None, 0, (0.0, 0.0), (0.0, 0.0)
+        slot.entry, slot.anchors = None, 0
+        slot.left = slot.means = slot.whole = (0.0, 0.0)
 
     def counts(self) -> tuple[int, int]:
         """(slots with anchors, anchors in all)."""
         return len(self._with_entry), sum(slot.anchors for slot in self._with_entry.values())
+
+
+def _faded(sums: tuple[float, float], k: float, v: float) -> tuple[float, float]:
+    return FORGET * sums[0] + k, FORGET * sums[1] + v

@@ -46,4 +46,5 @@ def source_load(span: ReuseSpan, block_size: int) -> LoadOp:
         length=span.length,
         entry=-1 if span.entry is None else span.entry,
         slot_index=span.seam,
+        mapped=span.mapped,
     )

@@ -67,8 +67,8 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class ReuseSpan:
     """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match,
-    too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm;
-    ``estimate``: the same for mode ``paper``.
+    too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm,
+    and ``mapped`` whether that is more than means; ``estimate``: the same for mode ``paper``.
     """
 
     start: int
@@ -76,6 +76,7 @@ class ReuseSpan:
     seam: int
     source: Source
     entry: int | None = None
+    mapped: bool = True
     estimate: Estimate | None = None
 
     @property

@@ -58,9 +58,11 @@ class Anchors:
                 for group, skip in zip(pages, skips, strict=True)
             ]
             first = torch.zeros(1, dtype=torch.int32, device=pages[0].layers[0].device)
-            self.kernel = correct_kernel(pages, [a.deviation(0, first) for a in self.arenas])
+            for mapped in (False, True):
+                examples = [arena.deviation(0, first, mapped) for arena in self.arenas]
+                self.kernel = correct_kernel(pages, examples)
 
-    def load(self, entry: int, slot_index: torch.Tensor, moves: TokenMoves) -> None:
+    def load(self, entry: int, mapped: bool, slot_index: torch.Tensor, moves: TokenMoves) -> None:
         """Load tokens of one slot with its correction; ``slot_index`` int32 ``[tokens]``."""
         assert self.kernel is not None
         for group, arena in zip(self.groups, self.arenas, strict=True):
@@ -70,7 +72,7 @@ class Anchors:
                 moves.slots,
                 group.rope.undo(moves.source_positions),
                 group.rope.redo(moves.positions),
-                arena.deviation(entry, slot_index),
+                arena.deviation(entry, slot_index, mapped),
             )
 
     def learn(self, op: LessonOp) -> list[list[float]]:

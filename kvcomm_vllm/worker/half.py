@@ -172,19 +172,19 @@ class WorkerHalf:
     def _load(self, requests: list[RequestOps]) -> None:
         began = time.perf_counter()
         device = self.groups[0].pages.layers[0].device
-        by_entry: dict[int, list[tuple[list[int], LoadOp]]] = {}
+        kinds: dict[tuple[int, bool], list[tuple[list[int], LoadOp]]] = {}
         for ops in requests:
             for load in ops.loads:
-                by_entry.setdefault(load.entry, []).append((ops.block_ids, load))
+                kinds.setdefault((load.entry, load.mapped), []).append((ops.block_ids, load))
         assert self.kernel is not None
         assert self.anchors is not None
         with torch.inference_mode():
-            for entry, pairs in by_entry.items():
+            for (entry, mapped), pairs in kinds.items():
                 moves = token_moves(pairs, self.block_size, device)
                 if entry < 0:
                     run_loads(self.groups, moves, self.kernel)
                 else:
-                    self.anchors.load(entry, slot_indices(pairs, device), moves)
+                    self.anchors.load(entry, mapped, slot_indices(pairs, device), moves)
             self._estimate(requests)
         self.stats.add_seconds("load", time.perf_counter() - began)
 

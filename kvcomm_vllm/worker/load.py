@@ -6,7 +6,7 @@ K_new = R(new) (R(-old) K_page + dK)      V_new = V_page + dV      dK = dV = 0 f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ def load_kernel(device: torch.device) -> LoadKernel:
     return cpu_load.load
 
 
-def correct_kernel(groups: list[PageGroup], examples: list[Deviation]) -> CorrectKernel:
+def correct_kernel(groups: list[PageGroup], examples: Sequence[Deviation]) -> CorrectKernel:
     """The same for corrected loads; compiled here for these groups, not in the first request."""
     if groups[0].layers[0].device.type != "cpu":
         from kvcomm_vllm.kernels import correct

@@ -151,6 +151,7 @@ class EngineWithoutWorker:
         self.fail: Callable[[RequestOps], bool] = lambda ops: False
         self.fail_lesson: Callable[[LessonOp], bool] = lambda op: False
         self.lessons: list[LessonOp] = []
+        self.errors = [0.1, 1.0, 0.1, 1.0, 0.2, 0.2]
         self.probes: list[ProbeOp] = []
         # squared distances, as if the first anchor were the same and all others far
         self.probe: Callable[[ProbeOp], list[list[float]] | None] = lambda op: [
@@ -396,7 +397,7 @@ class EngineWithoutWorker:
             self.memory.forward([Row("lesson", text, op.block_ids, op.hole.start, end)], "lesson")
         for span in op.spans:
             self.memory.expect_lesson(op.block_ids, span, text)
-            report.errors.append([0.1, 1.0, 0.1, 1.0])
+            report.errors.append(list(self.errors))
         for anchor in op.anchors:
             self.memory.expect_lesson(op.block_ids, anchor.base, text)
             self.anchors.keep(op.block_ids, anchor, text, self.memory)

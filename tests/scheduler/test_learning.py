@@ -45,6 +45,15 @@ def test_a_slot_is_corrected_behind_a_shorter_seam_once_it_is_warm(make_engine: 
     check_idle(engine)
 
 
+def test_a_slot_whose_map_misleads_is_corrected_by_its_means(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR)
+    engine.errors = [1.2, 1.0, 1.2, 1.0, 0.5, 0.5]
+    warm(engine)
+    (op,) = hear(engine, 101).loaded[-1].loads
+    assert op.entry >= 0
+    assert not op.mapped
+
+
 def test_an_audit_computes_the_true_kv_in_pieces_and_gives_its_pages_back(
     make_engine: Make,
 ) -> None:

@@ -151,6 +151,18 @@ def test_errors_fall_as_anchors_come_and_are_of_anchors_not_seen_before():
     assert shares[-1] < 0.15
 
 
+def test_means_alone_are_judged_beside_the_map_and_can_be_had_alone():
+    a = arena()
+    for seed in range(6):
+        sums = a.learn(0, torch.arange(40), anchor(40, seed), judged_from=0)
+    assert sums.k_left < sums.k_means < sums.k_all  # what is to be learned here is a map
+    index = torch.arange(10, dtype=torch.int32)
+    alone, both = a.deviation(0, index, mapped=False), a.deviation(0, index)
+    assert alone.map is None
+    # a slot's mean input is mapped to its mean deviation, whichever way it is written down
+    assert not torch.equal(alone.mean_k, both.mean_k)
+
+
 def test_one_slot_does_not_touch_another_and_a_reset_forgets_all():
     a = arena()
     a.learn(0, torch.arange(20), anchor(20, 1), judged_from=0)

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from kvcomm_vllm.anchors.slot_table import SlotTable
 
-GOOD, BAD = [0.2, 1.0, 0.3, 1.0], [1.5, 1.0, 1.2, 1.0]
+# K and V: left by means and map, whole, ..., left by means alone
+GOOD, BAD = [0.2, 1.0, 0.3, 1.0, 0.4, 0.4], [1.5, 1.0, 1.2, 1.0, 1.1, 1.3]
+MEANS = [1.5, 1.0, 1.2, 1.0, 0.6, 0.7]
 
 
 def table(capacity: int = 4, max_slots: int = 100) -> SlotTable:
@@ -36,6 +38,15 @@ def test_a_slot_whose_anchors_mislead_stays_cold_until_they_do_not():
     assert not t.warm(t.see("a"))
     teach(t, "a", GOOD, times=12)
     assert t.warm(t.see("a"))
+
+
+def test_each_slot_is_corrected_by_what_has_predicted_it_best():
+    t = table()
+    teach(t, "a", GOOD)
+    teach(t, "b", MEANS)
+    assert t.see("a").mapped
+    assert t.warm(t.see("b"))
+    assert not t.see("b").mapped
 
 
 def test_the_least_recently_used_slot_gives_its_entry_up():

@@ -46,17 +46,19 @@ class ResidualSettings:
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """Squares of what was left of K's and V's deviations with the prediction made before they were
-    seen, and without any. Ranks add theirs up.
+    """Squares of K's and V's deviations, and of what was left of them with predictions made before
+    they were seen, by means and map and by means alone. Ranks add theirs up.
     """
 
     k_left: float = 0.0
     k_all: float = 0.0
     v_left: float = 0.0
     v_all: float = 0.0
+    k_means: float = 0.0
+    v_means: float = 0.0
 
     def as_list(self) -> list[float]:
-        return [self.k_left, self.k_all, self.v_left, self.v_all]
+        return [self.k_left, self.k_all, self.v_left, self.v_all, self.k_means, self.v_means]
 
 
 def slot_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> int:
@@ -64,7 +66,7 @@ def slot_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -
     heads = (len(group.layers) - skip_layers) * group.kv_heads
     width, rank = 2 * group.head_dim, settings.rank(group)
     stored = _map_dtype(group, rank).itemsize * width * (2 * rank if rank else width)
-    tables = (settings.head_tokens + 1) * width * (2 * 4 + 4)
+    tables = (settings.head_tokens + 1) * width * (2 * 4 + 2 * 4)
     return heads * (width * width * 2 * 4 + stored + tables + width * (2 * 4 + 4))
 
 
@@ -109,11 +111,13 @@ class ResidualArena:
         self._cross = zeros(layers, heads, width, width)
         self._mean_k = zeros(layers, rows, heads, dim)
         self._mean_v = zeros(layers, rows, heads, dim)
+        self._alone_k = zeros(layers, rows, heads, dim)
+        self._alone_v = zeros(layers, rows, heads, dim)
         self._map = zeros(layers, heads, width, rank or width, dtype=stored)
         self._up = zeros(layers, heads, rank, width, dtype=stored)
         self._parts = (
             self._count, self._origin, self._sum_x, self._sum_d, self._square, self._cross,
-            self._mean_k, self._mean_v, self._map, self._up,
+            self._mean_k, self._mean_v, self._alone_k, self._alone_v, self._map, self._up,
         )  # fmt: skip
 
     def reset(self, entry: int) -> None:
@@ -121,8 +125,13 @@ class ResidualArena:
         for part in self._parts:
             part[entry].zero_()
 
-    def deviation(self, entry: int, index: torch.Tensor) -> MeanMap:
-        """The correction of one slot for tokens ``index`` (int32 ``[tokens]``) of it."""
+    def deviation(self, entry: int, index: torch.Tensor, mapped: bool = True) -> MeanMap:
+        """The correction of one slot for tokens ``index`` (int32 ``[tokens]``) of it; without
+        ``mapped`` by the means alone.
+        """
+        if not mapped:
+            alone = self._alone_k[entry], self._alone_v[entry]
+            return MeanMap(*alone, index, skip_layers=self.skip_layers)
         return MeanMap(
             mean_k=self._mean_k[entry],
             mean_v=self._mean_v[entry],
@@ -151,13 +160,15 @@ class ResidualArena:
         row = index.clamp(max=self.settings.head_tokens)
         known = bool(self._count[entry].sum() > 0)
         judged = index >= judged_from
-        left, whole = torch.zeros(2, device=index.device), torch.zeros(2, device=index.device)
+        left, means, whole = torch.zeros(3, 2, device=index.device)
         for layer, (x, d) in enumerate(pairs):
             if not known:
                 self._origin[entry, layer] = x.mean(0)
             x = x - self._origin[entry, layer]
             rest = d[judged]
             whole += self._squares(rest)
+            alone = torch.cat((self._alone_k[entry, layer], self._alone_v[entry, layer]), dim=-1)
+            means += self._squares(rest - alone[row[judged]])
             if known:
                 rest = rest - self._predict(entry, layer, row[judged], x[judged])
             left += self._squares(rest)
@@ -170,7 +181,7 @@ class ResidualArena:
         for layer in range(self.layers):
             self._solve(entry, layer)
         (k_left, v_left), (k_all, v_all) = left.tolist(), whole.tolist()
-        return ErrorSums(k_left, k_all, v_left, v_all)
+        return ErrorSums(k_left, k_all, v_left, v_all, *means.tolist())
 
     def _squares(self, d: torch.Tensor) -> torch.Tensor:
         squares: torch.Tensor = d.square().unflatten(-1, (2, self.dim))
@@ -212,6 +223,8 @@ class ResidualArena:
             solved, up = reduced_rank(solved, cross, self.rank)
             self._up[entry, layer] = up.to(self._up.dtype)
         self._map[entry, layer] = (solved * scale[:, :, None]).to(self._map.dtype)
+        self._alone_k[entry, layer] = mean_d[..., : self.dim]
+        self._alone_v[entry, layer] = mean_d[..., self.dim :]
         mean = mean_d - self._mapped(entry, layer, mean_x)
         self._mean_k[entry, layer] = mean[..., : self.dim]
         self._mean_v[entry, layer] = mean[..., self.dim :]
