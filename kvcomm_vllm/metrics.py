@@ -54,7 +54,8 @@ METRICS = {
     "lessons": Metric(
         "vllm:kvcomm_lessons",
         "outcome",
-        "Prompts looked at for anchors while idle: learned, dropped (pages gone), failed.",
+        "Prompts to learn anchors from: queued until the engine is idle, then learned, dropped "
+        "(pages gone, too many) or failed; what is queued and none of these still waits.",
     ),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }

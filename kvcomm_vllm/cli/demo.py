@@ -2,11 +2,9 @@
 """`kvcomm demo`: five agents on a real server, with the plugin and without it."""
 
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -17,13 +15,10 @@ from kvcomm_vllm.cli.measure import Outcome, measure_in_turn, measure_side_by_si
 from kvcomm_vllm.cli.questions import load_questions
 from kvcomm_vllm.cli.report import LEGEND, agent_rows, headline, render_table, write_json
 from kvcomm_vllm.cli.serve_command import served_name
+from kvcomm_vllm.cli.server import stop_at_sigterm
 from kvcomm_vllm.cli.stage import DemoOptions, Stage, progress_bar
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.config_file import load_file
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
 
 
 def _settings(options: DemoOptions, config: KVCommConfig, outcome: Outcome) -> dict[str, Any]:
@@ -79,8 +74,7 @@ def run_demo(options: DemoOptions, console: Console) -> None:
     config = load_file(options.config) if options.config else KVCommConfig()
     *timed, extra = load_questions(options.questions + 1, options.data)
     options.out.mkdir(parents=True, exist_ok=True)
-    # Without this a SIGTERM would end the demo and leave its servers running.
-    signal.signal(signal.SIGTERM, _terminate)
+    stop_at_sigterm()
     load = os.getloadavg()[0]
     with progress_bar(console) as progress:
         stage = Stage(options, console, progress)

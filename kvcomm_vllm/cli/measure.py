@@ -20,7 +20,7 @@ from kvcomm_vllm.cli.pipeline import (
 from kvcomm_vllm.cli.questions import Question
 from kvcomm_vllm.cli.serve_command import served_name
 from kvcomm_vllm.cli.server import Server
-from kvcomm_vllm.cli.stage import Stage
+from kvcomm_vllm.cli.stage import DemoOptions, Stage
 from kvcomm_vllm.cli.treatment import TreatmentMeter
 
 # vLLM's processes poll their shared memory for a second after the last request (SpinCondition), on
@@ -40,7 +40,7 @@ class Outcome:
 
 @contextlib.contextmanager
 def _warm_server(
-    stage: Stage, agents: list[Agent], title: str, log_name: str, connector: bool
+    stage: Stage[DemoOptions], agents: list[Agent], title: str, log_name: str, connector: bool
 ) -> Iterator[tuple[Server, ChatClient]]:
     with stage.server(title, log_name, connector) as server:
         client = ChatClient(server.base_url, served_name(stage.options.model))
@@ -51,26 +51,26 @@ def _warm_server(
 
 
 def _kvcomm(
-    stage: Stage, agents: list[Agent]
+    stage: Stage[DemoOptions], agents: list[Agent]
 ) -> contextlib.AbstractContextManager[tuple[Server, ChatClient]]:
     return _warm_server(stage, agents, "vLLM with kvcomm", "server-kvcomm.log", connector=True)
 
 
 def _plain(
-    stage: Stage, agents: list[Agent]
+    stage: Stage[DemoOptions], agents: list[Agent]
 ) -> contextlib.AbstractContextManager[tuple[Server, ChatClient]]:
     return _warm_server(stage, agents, "plain vLLM", "server-plain.log", connector=False)
 
 
 def _traced(
-    stage: Stage, client: ChatClient, agents: list[Agent], question: Question
+    stage: Stage[DemoOptions], client: ChatClient, agents: list[Agent], question: Question
 ) -> list[TracedCall]:
     with stage.steps("one more question for the picture", len(agents)) as step:
         return run_traced(client, agents, question, stage.options.answer_tokens, step)
 
 
 def measure_side_by_side(
-    stage: Stage, agents: list[Agent], questions: list[Question], extra: Question
+    stage: Stage[DemoOptions], agents: list[Agent], questions: list[Question], extra: Question
 ) -> Outcome:
     """Both servers at once; each prompt goes to plain vLLM as soon as kvcomm is at rest again."""
     tokens = stage.options.answer_tokens
@@ -99,7 +99,7 @@ def measure_side_by_side(
 
 
 def measure_in_turn(
-    stage: Stage, agents: list[Agent], questions: list[Question], extra: Question
+    stage: Stage[DemoOptions], agents: list[Agent], questions: list[Question], extra: Question
 ) -> Outcome:
     """One server at a time; plain vLLM is given all recorded prompts afterwards."""
     tokens = stage.options.answer_tokens

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 START_TIMEOUT_SECONDS = 900.0
 STOP_TIMEOUT_SECONDS = 20.0
@@ -24,13 +25,23 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: where it listens and where it logs."""
+    """A running server: where it listens and where it logs; `pid` leads its process group."""
 
     title: str
     base_url: str
     command: tuple[str, ...]
     log: Path
     start_seconds: float
+    pid: int = 0
+
+
+def stop_at_sigterm() -> None:
+    """End by an exception, which stops the servers, where SIGTERM would leave them running."""
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 def free_port() -> int:
@@ -128,7 +139,7 @@ def running(
         try:
             seconds = _wait(process, title, base_url, log, tick)
             try:
-                yield Server(title, base_url, tuple(command), log, seconds)
+                yield Server(title, base_url, tuple(command), log, seconds, process.pid)
             except Exception as error:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(2.0)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo runs on: the user's options, the servers, and the progress on the screen."""
+"""What demo and bench run on: the servers, and the progress on the screen."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +15,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvcomm_vllm.cli.machine import is_cpu_build
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env
 from kvcomm_vllm.cli.server import Server, free_port, running
+
+
+class Serving(Protocol):
+    """What the user has said about servers: the model, the folder of their logs, the plugin's
+    configuration file, and further arguments.
+    """
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def out(self) -> Path: ...
+    @property
+    def config(self) -> Path | None: ...
+    @property
+    def server_args(self) -> list[str]: ...
+
+
+Asked = TypeVar("Asked", bound=Serving)
 
 
 @dataclass(frozen=True)
@@ -47,10 +66,10 @@ def progress_bar(console: Console) -> Progress:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[Asked]):
     """Starts servers and shows what is going on."""
 
-    options: DemoOptions
+    options: Asked
     console: Console
     progress: Progress
 

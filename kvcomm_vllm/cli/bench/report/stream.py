@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the saving lasts over a long row of tasks that share nothing but their agents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcomm_vllm.cli.bench.report.intervals import (
+    FEWEST_UNITS,
+    PERCENTILES,
+    Floats,
+    Interval,
+    resample,
+    unit_sums,
+)
+from kvcomm_vllm.cli.bench.report.pairs import calls_of, pair_calls, unit
+from kvcomm_vllm.cli.bench.report.read import PLAIN, STREAM, Run
+
+WINDOW = 100
+FEWEST_WINDOWS = 2
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive tasks of a stream, numbered from 1 after warm-up.
+
+    Args:
+        saving: share of plain's times to first token that was saved, over all calls.
+        plain_ms, ttft_ms: mean over its tasks of the sum over a task's calls.
+    """
+
+    first: int
+    last: int
+    saving: float
+    plain_ms: float
+    ttft_ms: float
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A column on one workload in phase stream, against plain.
+
+    Args:
+        tasks: after warm-up.
+        savings: of each task by itself, in their order.
+        windows: of :data:`WINDOW` tasks; thirds of a stream that is shorter than two of them. A
+            rest that fills no window belongs to the last one.
+        lasting: saving of the last window over that of the first one.
+    """
+
+    workload: str
+    column: str
+    tasks: int
+    savings: list[float]
+    windows: list[Window]
+    lasting: Interval | None
+
+
+def stream(run: Run, workload: str, column: str) -> Stream | None:
+    """None without tasks after warm-up that both columns have served."""
+    calls = calls_of(run, workload, column, STREAM)
+    pairs = pair_calls(calls, calls_of(run, workload, PLAIN, STREAM))
+    sums = unit_sums(
+        (unit(call), (call.ttft_ms, other.ttft_ms)) for call, other in pairs if not call.warmup
+    )
+    if column == PLAIN or not len(sums):
+        return None
+    size = WINDOW if len(sums) >= FEWEST_WINDOWS * WINDOW else max(1, len(sums) // 3)
+    starts = range(0, max(1, len(sums) - size + 1), size)
+    ends = [*starts[1:], len(sums)]
+    windows = [_window(sums, start, end) for start, end in zip(starts, ends, strict=True)]
+    first, last = sums[: ends[0]], sums[-size:]
+    return Stream(
+        workload,
+        column,
+        len(sums),
+        [float(saving) for saving in 1 - sums[:, 0] / sums[:, 1]],
+        windows,
+        _lasting(first, last) if len(windows) >= FEWEST_WINDOWS else None,
+    )
+
+
+def _window(sums: Floats, start: int, end: int) -> Window:
+    ours, plain = sums[start:end].sum(axis=0)
+    tasks = end - start
+    return Window(
+        start + 1, end, float(1 - ours / plain), float(plain / tasks), float(ours / tasks)
+    )
+
+
+def _lasting(first: Floats, last: Floats) -> Interval | None:
+    def saving(sums: Floats) -> Floats:
+        return np.asarray(1 - sums[..., 0] / sums[..., 1])
+
+    before, after = saving(first.sum(axis=0)), saving(last.sum(axis=0))
+    if before <= 0:
+        return None
+    value = float(after / before)
+    if min(len(first), len(last)) < FEWEST_UNITS:
+        return Interval(value, None, None, len(first) + len(last))
+    drawn = saving(resample(len(last), 1) @ last) / saving(resample(len(first)) @ first)
+    low, high = np.percentile(drawn, PERCENTILES)
+    return Interval(value, float(low), float(high), len(first) + len(last))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""run.json: what a run was made with, and whether another one may continue it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvcomm_vllm.cli.bench.columns import Endpoint, choose_columns
+from kvcomm_vllm.cli.bench.options import Options
+from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.config import KVCommConfig
+
+RUN = "run.json"
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of the run in a folder, None if there is none.
+
+    Raises:
+        DataError: there is something else.
+    """
+    path = folder / RUN
+    if not path.exists():
+        return None
+    try:
+        settings: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); choose another --out") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("options"), dict):
+        raise DataError(f"{path} is not from kvcomm bench; choose another --out")
+    return settings
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    draft = folder / f"{RUN}.draft"
+    draft.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(folder / RUN)
+
+
+def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Args:
+        before, now: :meth:`Options.settings`.
+
+    Raises:
+        DataError: they differ; the message says in what.
+    """
+    # what is in the file has been through JSON
+    now = json.loads(json.dumps(now))
+    different = [
+        f"{name}: {_short(before.get(name))} there, {_short(now.get(name))} here"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if different:
+        raise DataError(
+            f"{folder} holds a run with other options ({'; '.join(different)}). Use another --out, "
+            f"or continue it with --resume --out {folder}"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def options_of(folder: Path) -> Options:
+    """The options of the run in a folder.
+
+    Raises:
+        DataError: there is no run.
+    """
+    settings = read_settings(folder)
+    if settings is None:
+        raise DataError(f"{folder} has no {RUN}: there is no run to continue")
+    given = settings["options"]
+    endpoints = {name: Endpoint(**value) for name, value in given["endpoints"].items()}
+    return Options(
+        model=given["model"],
+        out=folder,
+        workloads=given["workloads"],
+        columns=choose_columns(given["columns"], endpoints),
+        tasks=given["tasks"],
+        seed=given["seed"],
+        rate=given["rate"],
+        load_seconds=given["load_seconds"],
+        stream=given["stream"],
+        stream_options=given["stream_options"],
+        data=Path(given["data"]) if given["data"] else None,
+        endpoints=endpoints,
+        config=KVCommConfig.from_mapping(given["config"], str(folder / RUN)),
+        server_args=given["server_args"],
+    )

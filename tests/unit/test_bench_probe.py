@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server does not serve is known before anything is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason="the demo extra is not installed")
+
+from kvcomm_vllm.cli.bench.columns import KVCOMM, OWN, PLAIN
+from kvcomm_vllm.cli.bench.probe import rehearse
+from kvcomm_vllm.cli.bench.servers import Served
+from kvcomm_vllm.cli.client import Answer, RefusedError
+
+
+class Client:
+    """Serves ``anchor`` only."""
+
+    def stream(self, messages: Any, tokens: int, salt: str, *, hints: Any) -> None:
+        if hints and hints["kvcomm"]["mode"] == "rotate":
+            raise RefusedError("kvcomm.mode: 'rotate' is not allowed")
+
+    def complete(self, messages: Any, tokens: int, salt: str, *, hints: Any) -> Answer:
+        mode = hints["kvcomm"]["mode"]
+        declined = {"paper": {"no_paper_memory": 1}, "seam": {"mla": 1}, "anchor": {"no_match": 1}}
+        params = {"kvcomm": {"declined": declined[mode]}}
+        return Answer("", (), 1, 0, None, 1.0, {"kv_transfer_params": params})
+
+
+def test_columns_that_are_refused_or_declined_as_a_whole_are_named_with_the_reason() -> None:
+    client: Any = Client()
+    servers = {PLAIN: Served(client), KVCOMM: Served(client)}
+    found = rehearse(list(OWN.values()), servers)
+    assert set(found) == {"rotate", "seam", "paper"}
+    assert "not allowed" in found["rotate"]
+    assert found["seam"].startswith("mla: ")
+    assert "paper_memory_mb" in found["paper"]
