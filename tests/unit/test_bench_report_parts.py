@@ -131,10 +131,8 @@ def test_shares_of_tokens_are_over_prompt_repeated_and_quoted(tmp_path: Path) ->
     assert (found.of_prompt, found.of_repeated, found.of_quoted) == (0.82, 820 / 900, 720 / 800)
 
 
-@pytest.mark.parametrize(
-    ("reused", "fully"), [(800 - 3 * (7 + 15), 1), (800 - 3 * (7 + 15) - 1, 0)]
-)
-def test_a_call_is_fully_reused_but_for_a_seam_and_part_of_a_page_per_run(
+@pytest.mark.parametrize(("reused", "fully"), [(800 - 3 * 7 - 15, 1), (800 - 3 * 7 - 15 - 1, 0)])
+def test_a_call_is_fully_reused_but_for_a_seam_per_run_and_part_of_a_page(
     tmp_path: Path, reused: int, fully: int
 ) -> None:
     settings = {

@@ -40,9 +40,9 @@ def definitions(content: Content) -> list[tuple[str, str]]:
         ),
         (
             "Reusing all of it",
-            f"Not more than {allowed.per_run} of these tokens were computed for each run of text: "
-            f"a seam of {allowed.seam} and up to {allowed.page - 1} of a partly filled page. A "
-            "call is taken to hold its number in the task plus two runs (instructions, question, "
+            f"Not more of these tokens were computed than a seam of {allowed.seam} for each run of "
+            f"text, and up to {allowed.page - 1} in the page where the cached prefix ends. A call "
+            "is taken to hold its number in the task plus two runs (instructions, question, "
             "earlier answers), so a missed run that is shorter than what all runs may lack "
             "together is not noticed.",
         ),

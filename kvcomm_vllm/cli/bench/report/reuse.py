@@ -52,19 +52,19 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Allowance:
-    """What even a fully reused run of shared text may leave to compute, in tokens.
+    """What calls that reuse all shared text may leave to compute, in tokens.
 
     Args:
-        page: tokens of a KV page; the last, partly filled page of a request is not kept.
+        page: tokens of a KV page; a cached prefix ends with a full one.
         seam: first tokens of a run, computed on purpose.
     """
 
     page: int = PAGE_TOKENS
     seam: int = SEAM_TOKENS
 
-    @property
-    def per_run(self) -> int:
-        return self.page - 1 + self.seam
+    def of(self, runs: int) -> int:
+        """Of a call with so many runs of shared text."""
+        return self.page - 1 + self.seam * runs
 
 
 def allowance(run: Run) -> Allowance:
@@ -93,14 +93,15 @@ def quotes(call: CallRecord, allowed: Allowance) -> bool:
 
 
 def reuses_all(call: CallRecord, allowed: Allowance) -> bool:
-    """Whether a call reused every run of text that it quotes, but for seams and partial pages.
+    """Whether a call reused every run of text that it quotes, but for seams and the rest of the
+    page in which its cached prefix ends.
 
     Records hold no single runs. A call is taken to have ``index + 2`` of them (its own
     instructions, the question, each earlier answer), so a run that was missed goes unnoticed if
     it is shorter than what that many runs may lack together.
     """
     missed = quoted_tokens(call) - (call.reused or 0)
-    return bool(call.reused) and missed <= allowed.per_run * (call.index + 2)
+    return bool(call.reused) and missed <= allowed.of(call.index + 2)
 
 
 def reuse(run: Run, workload: str, column: str) -> Reuse | None:

@@ -50,7 +50,7 @@ def reuse_table(content: Content) -> Table:
     note = (
         "Of the prompt, of what an earlier request of the column had computed, and of that without "
         "the agents' own cached prefixes. Quoting calls contain text of other requests; of these, "
-        "the share that reused some of it, and all of it but for seams and partial pages. Exact "
+        "the share that reused some of it, and all of it but for seams and one page. Exact "
         "definitions: see “How it is counted”."
     )
     head = ["workload", "column", "of prompt", "of repeated", "of quoted", "quoting calls"]
