@@ -19,8 +19,8 @@ pytest.importorskip("openai", reason="the demo extra is not installed")
 from kvcomm_vllm.cli.bench.records import VARYING  # noqa: E402
 
 TIMEOUT_SECONDS = 1500
-COLUMNS = ["plain_nocache", "plain", "seam", "anchor", "paper"]
-AGENTS, TASKS, STREAM = 3, 4, 2
+COLUMNS = ["plain_nocache", "plain", "anchor", "paper"]
+AGENTS, TASKS, STREAM = 2, 3, 1
 
 
 def command(model: str, out: Path) -> list[str]:
@@ -77,12 +77,10 @@ def test_the_servers_did_what_the_columns_say(whole: Path) -> None:
     for row in of_column(whole, "plain"):
         assert row["full_hit_ms"] > 0
         assert row["reused"] is None
-    for column in ("seam", "anchor"):
-        for row in of_column(whole, column):
-            assert row["local"] + row["reused"] + row["computed"] == row["prompt_tokens"]
-            assert bool(row["reused"]) == (row["index"] > 0), "the first agent has nobody to quote"
-            assert row["repeated_tokens"] <= row["prompt_tokens"]
-    assert all(row["corrected"] == 0 for row in of_column(whole, "seam"))
+    for row in of_column(whole, "anchor"):
+        assert row["local"] + row["reused"] + row["computed"] == row["prompt_tokens"]
+        assert bool(row["reused"]) == (row["index"] > 0), "the first agent has nobody to quote"
+        assert row["repeated_tokens"] <= row["prompt_tokens"]
     assert any(row["corrected"] for row in of_column(whole, "anchor")), "nothing was learned"
     memory = [row for row in rows(whole) if row["kind"] == "memory"]
     assert {row["column"] for row in memory} == {"plain", "anchor"}
@@ -104,13 +102,12 @@ def ended(out: Path) -> set[tuple[str, str]]:
 def test_an_interrupted_run_agrees_with_one_that_was_not_and_is_continued(
     smollm2: str, tmp_path: Path, whole: Path
 ) -> None:
-    lockstep = {("lockstep", f"synthetic-{number}") for number in range(TASKS)}
     running = subprocess.Popen(
         command(smollm2, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         end = time.monotonic() + TIMEOUT_SECONDS
-        while not lockstep <= ended(tmp_path):
+        while not ended(tmp_path):
             assert running.poll() is None
             assert time.monotonic() < end
             time.sleep(0.05)
