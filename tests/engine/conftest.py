@@ -28,7 +28,7 @@ def plain(tiny_llama: str) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def reusing(tiny_llama: str) -> Iterator[LLM]:
-    """vLLM with the plugin, mode seam."""
+    """vLLM with the plugin as it is by default."""
     yield from _running(make_engine(tiny_llama, plugin={}))
 
 

@@ -71,7 +71,7 @@ def serve(family: Family, folder: Path) -> Run:
 def test_reuse_is_on_and_the_self_check_has_passed(run: Run) -> None:
     said = [line for line in run.log if "reuse is" in line]
     assert len(said) == 1
-    assert said[0].startswith("INFO kvcomm: reuse is ON, mode seam, self-check passed: 3 layers")
+    assert said[0].startswith("INFO kvcomm: reuse is ON, mode anchor, self-check passed: 3 layers")
 
 
 def test_the_shared_text_is_reused_and_an_answer_comes(run: Run) -> None:

@@ -219,6 +219,6 @@ def test_the_log_says_once_that_reuse_is_on_and_nothing_went_wrong(agents: Agent
     lines = log.read_text().splitlines()
     said = [line for line in lines if "reuse is O" in line]
     assert len(said) == 1
-    assert "reuse is ON, mode seam, self-check passed: 30 layers in 1 group(s)" in said[0]
+    assert "reuse is ON, mode anchor, self-check passed: 30 layers in 1 group(s)" in said[0]
     assert any("seam_tokens=8*" in line for line in lines), "our file was not read"
     assert not [line for line in lines if "Traceback" in line]
