@@ -60,7 +60,7 @@ class KVCommConfig:
         low=2,
     )
     max_anchor_error: float = key(
-        0.95,
+        0.9,
         "Largest share of the deviation that correction may leave on the slot's own later anchors, "
         "each predicted before it was learned; beyond it the slot is served as in mode seam.",
         low=0.0,
