@@ -84,12 +84,11 @@ class Lesson:
             return False
         size = pages.block_size
         end = max(max(part.end, taught.stop) for taught, part in parts)
-        known = pages.leading(self.exact_hashes[: -(-end // size)])
+        self.pages = pages.leading_ids(self.exact_hashes[: -(-end // size)])
+        known = len(self.pages)
         self.parts, self.computed = parts, min(known * size, end)
         self.tokens = self.tokens[:end]
-        leading = [pages.lookup(block_hash) for block_hash in self.exact_hashes[:known]]
         self.sent = False
-        self.pages = [block.block_id for block in leading if block is not None]
         scratch = -(-end // size) - known
         if not pages.hold(HOLDER, self._used(), needed=2 * scratch):
             return False

@@ -55,10 +55,17 @@ class SourcePages:
 
     def leading(self, block_hashes: list[bytes]) -> int:
         """Number of leading hashes whose pages are cached."""
-        for count, block_hash in enumerate(block_hashes):
-            if self.lookup(block_hash) is None:
-                return count
-        return len(block_hashes)
+        return len(self.leading_ids(block_hashes))
+
+    def leading_ids(self, block_hashes: list[bytes]) -> list[int]:
+        """Pages of the leading hashes, up to the first that is not cached."""
+        found: list[int] = []
+        for block_hash in block_hashes:
+            block = self.lookup(block_hash)
+            if block is None:
+                break
+            found.append(block.block_id)
+        return found
 
     def sources(self, match: Match, prompt: np.ndarray) -> list[Source]:
         """The parts of a match whose pages are cached."""

@@ -58,9 +58,13 @@ class Anchors:
                 for group, skip in zip(pages, skips, strict=True)
             ]
             first = torch.zeros(1, dtype=torch.int32, device=pages[0].layers[0].device)
-            for mapped in (False, True):
-                examples = [arena.deviation(0, first, mapped) for arena in self.arenas]
-                self.kernel = correct_kernel(pages, examples)
+            self.kernel = correct_kernel(
+                [
+                    (group, arena.deviation(0, first, mapped))
+                    for group, arena in zip(pages, self.arenas, strict=True)
+                    for mapped in (False, True)
+                ]
+            )
 
     def load(self, entry: int, mapped: bool, slot_index: torch.Tensor, moves: TokenMoves) -> None:
         """Load tokens of one slot with its correction; ``slot_index`` int32 ``[tokens]``."""

@@ -39,15 +39,17 @@ def load_kernel(device: torch.device) -> LoadKernel:
     return cpu_load.load
 
 
-def correct_kernel(groups: list[PageGroup], examples: Sequence[Deviation]) -> CorrectKernel:
-    """The same for corrected loads; compiled here for these groups, not in the first request."""
-    if groups[0].layers[0].device.type != "cpu":
+def correct_kernel(examples: Sequence[tuple[PageGroup, Deviation]]) -> CorrectKernel:
+    """The same for corrected loads; compiled here for these groups and kinds of deviation, not in
+    the first request.
+    """
+    if examples[0][0].layers[0].device.type != "cpu":
         from kvcomm_vllm.kernels import correct
 
         return correct.load_corrected
     from kvcomm_vllm.kernels import cpu_correct
 
-    for group, example in zip(groups, examples, strict=True):
+    for group, example in examples:
         cpu_correct.warm_up(group, example)
     return cpu_correct.load_corrected
 

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from simulated_anchors import SimulatedAnchors
-from simulated_memory import Row, SimulatedMemory, Text
+from simulated_memory import Row, Text
+from simulated_worker import Served, SimulatedWorker
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
@@ -27,19 +26,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvcomm_vllm.connector import KVCommConnector
-from kvcomm_vllm.messages import (
-    LessonOp,
-    ProbeOp,
-    RequestOps,
-    StepMessage,
-    StepReport,
-    WorkerFacts,
-)
+from kvcomm_vllm.messages import StepMessage, WorkerFacts
 from kvcomm_vllm.scheduler.half import SchedulerHalf
 
 SETTINGS: dict[str, Any] = {
@@ -66,25 +58,7 @@ class Job:
     result: ModelRunnerOutput | None = None
 
 
-@dataclass
-class Served:
-    """What became of a request."""
-
-    text: Text
-    prompt_tokens: int
-    loaded: list[RequestOps] = field(default_factory=list)
-    report: dict[str, Any] = field(default_factory=dict)
-    finished: bool = False
-
-    @property
-    def declined(self) -> list[str]:
-        return list(self.report["declined"])
-
-    def spans(self, treatment: str) -> list[tuple[int, int]]:
-        return [(start, end) for start, end, kind in self.report["spans"] if kind == treatment]
-
-
-class EngineWithoutWorker:
+class EngineWithoutWorker(SimulatedWorker):
     """Steps the scheduler and simulates the workers.
 
     Args:
@@ -108,6 +82,7 @@ class EngineWithoutWorker:
         slots: int = 8,
         paper_rows: int = 4096,
     ) -> None:
+        super().__init__(num_blocks, block_size)
         transfer = settings is not None and KVTransferConfig(
             kv_connector="kvcomm",
             kv_role="kv_both",
@@ -141,22 +116,9 @@ class EngineWithoutWorker:
             StructuredOutputManager(config),
             block_size=block_size,
         )
-        self.block_size = block_size
         self.pipeline = pipeline
         self.hasher = get_request_block_hasher(block_size, sha256)
-        self.memory = SimulatedMemory(num_blocks, block_size)
-        self.anchors = SimulatedAnchors()
-        self.served: dict[str, Served] = {}
         self.exact_pages: dict[bytes, tuple[Text, int]] = {}  # hash in vLLM's sense -> its content
-        self.fail: Callable[[RequestOps], bool] = lambda ops: False
-        self.fail_lesson: Callable[[LessonOp], bool] = lambda op: False
-        self.lessons: list[LessonOp] = []
-        self.errors = [0.1, 1.0, 0.1, 1.0, 0.2, 0.2]
-        self.probes: list[ProbeOp] = []
-        # squared distances, as if the first anchor were the same and all others far
-        self.probe: Callable[[ProbeOp], list[list[float]] | None] = lambda op: [
-            [0.0, *[1e4] * (len(anchors) - 1)] for _, anchors in op.spans
-        ]
         self.after_step: Callable[[EngineWithoutWorker], None] = lambda engine: None
         self.jobs: deque[Job] = deque()
         self.trace: list[dict[str, tuple[int, list[int]]]] = []
@@ -312,14 +274,13 @@ class EngineWithoutWorker:
         memory.forget(job.new_pages)
         connector_output = None
         message = job.output.kv_connector_metadata
-        if isinstance(message, StepMessage) and message.requests:
-            assert job.output.has_sync_kv_loads, "loads must run before the forward"
-            connector_output = self._load(copy.deepcopy(message.requests), job)
-        if isinstance(message, StepMessage) and message.probes:
-            connector_output = self._probe(message.probes, connector_output)
-        if isinstance(message, StepMessage) and message.lesson is not None:
-            assert not job.output.total_num_scheduled_tokens, "lessons are for idle steps"
-            connector_output = self._teach(copy.deepcopy(message.lesson))
+        if isinstance(message, StepMessage):
+            if message.requests:
+                assert job.output.has_sync_kv_loads, "loads must run before the forward"
+            if message.lesson is not None:
+                assert not job.output.total_num_scheduled_tokens, "lessons are for idle steps"
+            tables = {row.request_id: row.table for row in job.rows}
+            connector_output = self.work(message, tables, self.half.lessons._active)
         memory.forward(job.rows, "forward")
         names = [row.request_id for row in job.rows]
         job.result = ModelRunnerOutput(
@@ -328,81 +289,6 @@ class EngineWithoutWorker:
             sampled_token_ids=job.samples,
             kv_connector_output=connector_output,
         )
-
-    def _load(self, requests: list[RequestOps], job: Job) -> KVConnectorOutput:
-        tables = {row.request_id: row.table for row in job.rows}
-        for ops in requests:
-            assert tables[ops.request_id][: len(ops.block_ids)] == ops.block_ids
-        ids = {ops.request_id for ops in requests}
-        if any(map(self.fail, requests)):  # one stream, one exception: all of them fail
-            self.memory.spoil(requests)
-            first = [ops.first_token // self.block_size for ops in requests]
-            return KVConnectorOutput(
-                kv_connector_worker_meta=StepReport(failed=ids),
-                invalid_block_ids={
-                    page
-                    for ops, at in zip(requests, first, strict=True)
-                    for page in ops.block_ids[at:]
-                },
-            )
-        texts = {ops.request_id: self.served[ops.request_id].text for ops in requests}
-        self.memory.load(requests, texts)
-        for ops in requests:
-            for estimate in ops.estimates:
-                self.anchors.estimate(ops.block_ids, estimate, texts[ops.request_id], self.memory)
-        holes = []
-        for ops in requests:
-            text = texts[ops.request_id]
-            self.served[ops.request_id].loaded.append(ops)
-            for hole in ops.holes:
-                end = hole.start + len(hole.tokens)
-                assert hole.tokens == text.tokens[hole.start : end].tolist()
-                holes.append(Row(ops.request_id, text, ops.block_ids, hole.start, end))
-        self.memory.forward(holes, "side forward")
-        return KVConnectorOutput(kv_connector_worker_meta=StepReport(done=ids))
-
-    def _probe(self, probes: list[ProbeOp], found: KVConnectorOutput | None) -> KVConnectorOutput:
-        """Distances of messages whose source stands where the probe says, to anchors that exist."""
-        report = StepReport()
-        for op in probes:
-            text = self.served[op.request_id].text
-            for load, anchors in op.spans:
-                self.memory.expect_source(load, text, f"probe of {op.request_id}")
-                for rows in anchors:
-                    self.anchors.expect(rows)
-            report.distances[op.request_id] = self.probe(op)
-            self.probes.append(op)
-        if found is None:
-            return KVConnectorOutput(kv_connector_worker_meta=report)
-        assert isinstance(found.kv_connector_worker_meta, StepReport)
-        found.kv_connector_worker_meta.distances = report.distances
-        return found
-
-    def _teach(self, op: LessonOp) -> KVConnectorOutput:
-        """A lesson's piece: true KV is computed or stands there already, base KV is read."""
-        active = self.half.lessons._active
-        assert active is not None
-        assert active.number == op.number
-        text = next(
-            served.text
-            for served in self.served.values()
-            if served.text.tokens[: len(active.tokens)].tolist() == active.tokens.tolist()
-        )
-        report = StepReport(lesson=op.number)
-        if self.fail_lesson(op):
-            report.lesson_failed = True
-            return KVConnectorOutput(kv_connector_worker_meta=report)
-        if op.hole is not None:
-            end = op.hole.start + len(op.hole.tokens)
-            self.memory.forward([Row("lesson", text, op.block_ids, op.hole.start, end)], "lesson")
-        for span in op.spans:
-            self.memory.expect_lesson(op.block_ids, span, text)
-            report.errors.append(list(self.errors))
-        for anchor in op.anchors:
-            self.memory.expect_lesson(op.block_ids, anchor.base, text)
-            self.anchors.keep(op.block_ids, anchor, text, self.memory)
-        self.lessons.append(op)
-        return KVConnectorOutput(kv_connector_worker_meta=report)
 
     def idle(self, steps: int = 100) -> None:
         """Step as vLLM's loop does while no request is left."""
