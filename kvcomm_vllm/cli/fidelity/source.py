@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import kvcomm_vllm
 from kvcomm_vllm.cli.agents import DATA
@@ -17,6 +17,7 @@ from kvcomm_vllm.cli.questions import DataError
 BESIDE = Path(kvcomm_vllm.__file__).resolve().parents[2] / "shared" / "data"
 
 Row = dict[str, Any]
+Found = TypeVar("Found")
 
 
 def parse_rows(text: str, source: str, fields: dict[str, type]) -> list[Row]:
@@ -53,6 +54,16 @@ def read_file(path: Path, fields: dict[str, type]) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     return parse_rows(text, str(path), fields)
+
+
+def named(name: str, workloads: Mapping[str, Found]) -> Found:
+    """
+    Raises:
+        DataError: no such workload.
+    """
+    if name not in workloads:
+        raise DataError(f"{name!r} is no workload; there are {', '.join(workloads)}")
+    return workloads[name]
 
 
 def read_sample(name: str, fields: dict[str, type]) -> list[Row]:

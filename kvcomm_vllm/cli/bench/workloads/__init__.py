@@ -14,7 +14,7 @@ from kvcomm_vllm.cli.bench.workloads import (
     synthetic,
     toolcalls,
 )
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.fidelity.source import named
 
 _MODULES = (math, coding, rag, mmlu, groupchat, judge, toolcalls, synthetic)
 WORKLOADS: dict[str, Workload] = {module.WORKLOAD.name: module.WORKLOAD for module in _MODULES}
@@ -25,6 +25,4 @@ def workload(name: str) -> Workload:
     Raises:
         DataError: no such workload.
     """
-    if name not in WORKLOADS:
-        raise DataError(f"{name!r} is no workload; there are {', '.join(WORKLOADS)}")
-    return WORKLOADS[name]
+    return named(name, WORKLOADS)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from kvcomm_vllm.cli.bench.scoring import share_passed
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
-from kvcomm_vllm.cli.bench.workloads.rows import shuffled
-from kvcomm_vllm.cli.bench.workloads.script import check, task_of
+from kvcomm_vllm.cli.bench.workloads.script import task_of, task_set
 from kvcomm_vllm.cli.fidelity.case import Case
-from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role, chain
 from kvcomm_vllm.cli.questions import DataError
 
@@ -58,17 +57,16 @@ def make(folder: Path | None = None, seed: int = 0, output_tokens: int = 384) ->
     Raises:
         DataError: an option out of its range; unusable data.
     """
-    check("output_tokens", output_tokens, 1)
-    rows, source = shuffled(DATA, folder, seed)
     names = [name for name, _, _ in TEAM]
-    tasks: list[Task] = []
-    for row in rows:
+
+    def task(row: Row) -> Task:
         name, tests = str(row["id"]), row["tests"]
         if not tests or not all(isinstance(test, str) for test in tests):
             raise DataError(f"{name}: needs tests, each a piece of Python")
         case = Case(name, chain("Task", row["task"], TEAM), group=name)
-        tasks.append(task_of(case, names, output_tokens, partial(share_passed, tests=tests)))
-    return TaskSet(tasks, source)
+        return task_of(case, names, output_tokens, partial(share_passed, tests=tests))
+
+    return task_set(DATA, folder, seed, output_tokens, task)
 
 
 WORKLOAD = Workload(

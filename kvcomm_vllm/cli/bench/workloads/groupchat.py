@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kvcomm_vllm.cli.bench.scoring import word_f1
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
-from kvcomm_vllm.cli.bench.workloads.rows import chance, shuffled
-from kvcomm_vllm.cli.bench.workloads.script import check, task_of
+from kvcomm_vllm.cli.bench.workloads.rows import chance
+from kvcomm_vllm.cli.bench.workloads.script import task_of, task_set
 from kvcomm_vllm.cli.fidelity.source import Row
 from kvcomm_vllm.cli.fidelity.workloads import groupchat
 
@@ -26,16 +26,15 @@ def make(folder: Path | None = None, seed: int = 0, output_tokens: int = 96) -> 
     Raises:
         DataError: an option out of its range; unusable data.
     """
-    check("output_tokens", output_tokens, 1)
-    rows, source = shuffled(groupchat.DATA, folder, seed)
-    tasks: list[Task] = []
-    for row in rows:
+
+    def task(row: Row) -> Task:
         (case,) = groupchat.make(excerpt := _excerpt(row), chance(row, seed), CALLED)
         answer = excerpt.get("answer")
         score = partial(word_f1, accepted=[answer]) if answer else None
         speakers = [f"Speaker {number}" for number in range(1, len(case.turns))]
-        tasks.append(task_of(case, [*speakers, "Clerk"], output_tokens, score))
-    return TaskSet(tasks, source)
+        return task_of(case, [*speakers, "Clerk"], output_tokens, score)
+
+    return task_set(groupchat.DATA, folder, seed, output_tokens, task)
 
 
 def _excerpt(row: Row) -> Row:

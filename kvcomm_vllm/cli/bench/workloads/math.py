@@ -8,9 +8,8 @@ from pathlib import Path
 
 from kvcomm_vllm.cli.bench.scoring import exact_number, stated_number
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
-from kvcomm_vllm.cli.bench.workloads.rows import shuffled
-from kvcomm_vllm.cli.bench.workloads.script import MOST_AGENTS, check, task_of
-from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.bench.workloads.script import MOST_AGENTS, check, task_of, task_set
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row
 from kvcomm_vllm.cli.fidelity.workloads import gsm8k
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role
 
@@ -46,16 +45,15 @@ def make(
         DataError: an option out of its range; unusable data.
     """
     check("agents", agents, 2, MOST_AGENTS)
-    check("output_tokens", output_tokens, 1)
-    rows, source = shuffled(DATA, folder, seed)
     team = TEAMS[agents]
     names = [name for name, _, _ in team]
-    tasks: list[Task] = []
-    for row in rows:
+
+    def task(row: Row) -> Task:
         (case,) = gsm8k.solve(row, team)
         score = partial(exact_number, right=stated_number(row["answer"], case.id))
-        tasks.append(task_of(case, names, output_tokens, score))
-    return TaskSet(tasks, source)
+        return task_of(case, names, output_tokens, score)
+
+    return task_set(DATA, folder, seed, output_tokens, task)
 
 
 WORKLOAD = Workload(

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from kvcomm_vllm.cli.bench.scoring import LETTERS, letter
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
-from kvcomm_vllm.cli.bench.workloads.rows import shuffled
-from kvcomm_vllm.cli.bench.workloads.script import MOST_AGENTS, check, task_of
+from kvcomm_vllm.cli.bench.workloads.script import MOST_AGENTS, check, task_of, task_set
 from kvcomm_vllm.cli.fidelity.case import Case
-from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role, chain
 from kvcomm_vllm.cli.questions import DataError
 
@@ -63,20 +62,19 @@ def make(
         DataError: an option out of its range; unusable data.
     """
     check("agents", agents, 2, MOST_AGENTS)
-    check("output_tokens", output_tokens, 1)
-    rows, source = shuffled(DATA, folder, seed)
     team = (*ANALYSTS[: agents - 1], REFEREE)
     names = [name for name, _, _ in team]
-    tasks: list[Task] = []
-    for row in rows:
+
+    def task(row: Row) -> Task:
         name = str(row["id"])
         if len(row["choices"]) != len(LETTERS) or row["answer"] not in tuple(LETTERS):
             raise DataError(f"{name}: needs four choices, and an answer from A to D")
         choices = zip(LETTERS, row["choices"], strict=True)
         question = "\n".join([row["question"], *(f"{mark}. {text}" for mark, text in choices)])
         case = Case(name, chain("Question", question, team), group=name)
-        tasks.append(task_of(case, names, output_tokens, partial(letter, right=row["answer"])))
-    return TaskSet(tasks, source)
+        return task_of(case, names, output_tokens, partial(letter, right=row["answer"]))
+
+    return task_set(DATA, folder, seed, output_tokens, task)
 
 
 WORKLOAD = Workload(

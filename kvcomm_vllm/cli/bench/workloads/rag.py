@@ -8,9 +8,9 @@ from pathlib import Path
 
 from kvcomm_vllm.cli.bench.scoring import word_f1
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
-from kvcomm_vllm.cli.bench.workloads.rows import chance, shuffled
-from kvcomm_vllm.cli.bench.workloads.script import check, task_of
-from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.bench.workloads.rows import chance
+from kvcomm_vllm.cli.bench.workloads.script import task_of, task_set
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row
 from kvcomm_vllm.cli.fidelity.workloads import rag
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role
 
@@ -39,15 +39,14 @@ def make(folder: Path | None = None, seed: int = 0, output_tokens: int = 96) -> 
     Raises:
         DataError: an option out of its range; unusable data.
     """
-    check("output_tokens", output_tokens, 1)
-    rows, source = shuffled(DATA, folder, seed)
     names = [name for name, _, _ in TEAM]
-    tasks: list[Task] = []
-    for row in rows:
+
+    def task(row: Row) -> Task:
         (case,) = rag.make(row, chance(row, seed), TEAM)
         score = partial(word_f1, accepted=row["answers"])
-        tasks.append(task_of(case, names, output_tokens, score))
-    return TaskSet(tasks, source)
+        return task_of(case, names, output_tokens, score)
+
+    return task_set(DATA, folder, seed, output_tokens, task)
 
 
 WORKLOAD = Workload(

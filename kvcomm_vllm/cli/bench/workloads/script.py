@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
-from kvcomm_vllm.cli.bench.task import Call, Steps, Task
+from kvcomm_vllm.cli.bench.task import Call, Steps, Task, TaskSet
+from kvcomm_vllm.cli.bench.workloads.rows import shuffled
 from kvcomm_vllm.cli.fidelity.case import Case, fill
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row
 from kvcomm_vllm.cli.questions import DataError
 
 MOST_AGENTS = 5
@@ -39,6 +42,23 @@ def _play(case: Case, agents: Sequence[str], output_tokens: int, fixed: bool) ->
         ]
         said.append((yield Call(agent, messages, output_tokens, fixed)))
     return said[-1]
+
+
+def task_set(
+    data: DataSet,
+    folder: Path | None,
+    seed: int,
+    output_tokens: int,
+    make: Callable[[Row], Task],
+) -> TaskSet:
+    """A task for each row of the data, in the order that the seed decides.
+
+    Raises:
+        DataError: ``output_tokens`` out of its range; unusable data.
+    """
+    check("output_tokens", output_tokens, 1)
+    rows, source = shuffled(data, folder, seed)
+    return TaskSet([make(row) for row in rows], source)
 
 
 def check(name: str, value: int, least: int, most: int | None = None) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcomm_vllm.cli.fidelity.case import Case
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet, Row, named
 from kvcomm_vllm.cli.fidelity.workloads import groupchat, gsm8k, judge, rag
-from kvcomm_vllm.cli.questions import DataError
 
 Make = Callable[[Row, random.Random], list[Case]]
 
@@ -50,6 +49,4 @@ def workload(name: str) -> Workload:
     Raises:
         DataError: no such workload.
     """
-    if name not in WORKLOADS:
-        raise DataError(f"{name!r} is no workload; there are {', '.join(WORKLOADS)}")
-    return WORKLOADS[name]
+    return named(name, WORKLOADS)
