@@ -57,6 +57,13 @@ METRICS = {
         "Prompts to learn anchors from: queued until the engine is idle, then learned, dropped "
         "(pages gone, too many) or failed; what is queued and none of these still waits.",
     ),
+    "slots": Metric(
+        "vllm:kvcomm_slots",
+        "event",
+        "Slots that were gained (their first anchor was learned) and lost (evicted, reset); the "
+        "difference is what is held.",
+    ),
+    "anchors": Metric("vllm:kvcomm_anchors", "event", "Anchors gained and lost; as for slots."),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
 
@@ -65,6 +72,7 @@ class KVCommStats(KVConnectorStats):
     """Counts since the last report. ``data`` maps ``"metric/label value"`` to a number."""
 
     data: dict[str, float]
+    _held: tuple[int, int] = (0, 0)
 
     def _add(self, metric: str, label: str, amount: float = 1) -> None:
         key = f"{metric}/{label}"
@@ -75,6 +83,15 @@ class KVCommStats(KVConnectorStats):
 
     def count_lesson(self, outcome: str) -> None:
         self._add("lessons", outcome)
+
+    def count_held(self, slots: int, anchors: int) -> None:
+        """What is held now; counted is what has changed since the last call."""
+        for metric, before, now in zip(
+            ("slots", "anchors"), self._held, (slots, anchors), strict=True
+        ):
+            if now != before:
+                self._add(metric, "gained" if now > before else "lost", abs(now - before))
+        self._held = slots, anchors
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         self._add("seconds", phase, seconds)

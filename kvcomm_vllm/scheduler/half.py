@@ -195,6 +195,8 @@ class SchedulerHalf:
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
         self.lessons.on_report(report)
+        if report.lesson >= 0:
+            self._count_anchors()
         for request_id, distances in report.distances.items():
             self.paper.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
@@ -230,3 +232,8 @@ class SchedulerHalf:
         self.lessons.clear()
         self.learning.clear()
         self.paper.clear()
+        self._count_anchors()
+
+    def _count_anchors(self) -> None:
+        pools = (self.learning.table.counts(), self.paper.slots.counts())
+        self.stats.count_held(*map(sum, zip(*pools, strict=True)))

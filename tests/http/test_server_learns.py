@@ -41,7 +41,10 @@ def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_pa
             assert wait_until(lambda n=number: agents.counters()["lessons/learned"] >= n)
         told = hear(9)
         assert told["corrected"] == told["reused"]
-        assert agents.counters()["lessons/failed"] == 0
+        counters = agents.counters()
+        assert counters["lessons/failed"] == 0
+        assert counters["slots/gained"] >= 1
+        assert counters["anchors/gained"] >= counters["lessons/learned"] >= 3
         assert agents.running() == 0
 
 

@@ -28,7 +28,16 @@ def test_distances_are_those_of_the_definition() -> None:
     assert found.kl1 == 0
     assert found.kl_mean == pytest.approx((second + third) / 3)
     assert found.top1 == pytest.approx(2 / 3)
+    assert found.clear == 0.5, "the first token is a tie in dense, the last another one"
     assert found.prefix == pytest.approx(2 / 3)
+
+
+def test_either_of_two_equal_tokens_is_dense_s_first() -> None:
+    """Logits in bf16 are often equal; which of both comes first there is chance."""
+    dense = logs([0.4, 0.4, 0.2])
+    assert divergence(dense, logs([0.3, 0.6, 0.1])).top1 == 1
+    assert divergence(dense, logs([0.3, 0.1, 0.6])).top1 == 0
+    assert divergence(dense, dense).clear is None
 
 
 def test_only_tokens_before_the_first_difference_are_the_same_start() -> None:

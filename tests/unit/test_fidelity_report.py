@@ -28,6 +28,7 @@ ONE = Score(
     kl1=0.02,
     kl_mean=0.01,
     top1=1.0,
+    clear=1.0,
     prefix=0.5,
     said=2.0,
     dense_said=2.0,
@@ -117,6 +118,7 @@ def test_the_picture_has_a_line_per_mode_in_the_order_of_anchors(tmp_path: Path)
         (["--prompts", "9999", "--modes", "rotate"], "too few for 9999 prompts"),
         (["--jsonl", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["--data", "nowhere"], "cannot be read"),
+        (["--dtype", "int8"], "--dtype: 'int8' must be one of auto, bfloat16, float16, float32"),
     ],
 )
 def test_bad_options_are_refused_in_one_line_before_an_engine_starts(

@@ -95,6 +95,21 @@ def test_time_comes_with_how_often_it_was_spent() -> None:
     assert stats.data == {"seconds/side_forward": 1.5, "runs/side_forward": 3}
 
 
+def test_what_is_held_is_what_was_gained_less_what_was_lost() -> None:
+    stats = KVCommStats()
+    for slots, anchors in [(1, 1), (1, 2), (3, 7), (2, 4), (2, 4)]:
+        stats.count_held(slots, anchors)
+    assert stats.data == {
+        "slots/gained": 3,
+        "slots/lost": 1,
+        "anchors/gained": 7,
+        "anchors/lost": 3,
+    }
+    stats.take()
+    stats.count_held(0, 0)
+    assert stats.data == {"slots/lost": 2, "anchors/lost": 4}, "kept over what is taken"
+
+
 def test_the_log_line_speaks_of_tokens_and_milliseconds() -> None:
     stats = KVCommStats()
     stats.count_request(request())
@@ -148,5 +163,6 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats.count_request(request(declined={"no_match": 1}))
     stats.add_seconds("planning", 0.1)
     stats.count_lesson("learned")
+    stats.count_held(1, 2)
     assert {key.split("/")[0] for key in stats.data} == set(METRICS)
     exported.observe(stats.data)  # would raise for one that has no counter

@@ -9,6 +9,7 @@ from kvcomm_vllm.cli.metrics_page import read_page, totals
 from kvcomm_vllm.cli.server import Server
 
 KV_USAGE = "vllm:kv_cache_usage_perc"
+HELD = {"slots": "vllm:kvcomm_slots_total", "anchors": "vllm:kvcomm_anchors_total"}
 
 
 def look(server: Server) -> dict[str, Any]:
@@ -18,9 +19,13 @@ def look(server: Server) -> dict[str, Any]:
     return {
         "kv_usage": round(sum(usage.values()), 6) if usage else None,
         "resident_mb": resident_mb(server.pid),
-        "slots": None,
-        "anchors": None,
+        **{field: held(totals(page, name, "event")) for field, name in HELD.items()},
     }
+
+
+def held(events: dict[str, float]) -> int | None:
+    """What has been gained and not lost; None on a server that does not count it."""
+    return int(events.get("gained", 0) - events.get("lost", 0)) if events else None
 
 
 def resident_mb(pid: int) -> float | None:

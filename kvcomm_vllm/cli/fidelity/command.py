@@ -51,6 +51,10 @@ def fidelity(
     paper_gamma: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The gate of mode paper; 1 = all may pass.")
     ] = 0.3,
+    dtype: Annotated[
+        str,
+        typer.Option(help="vLLM's --dtype; float32 takes rounding out of the comparison."),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="For shuffled orders.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path(
         "out/fidelity"
@@ -79,6 +83,7 @@ def fidelity(
             exact_sources,
             paper_gamma,
             first,
+            dtype,
         )
     except DataError as error:
         fail(str(error))

@@ -11,6 +11,7 @@ from kvcomm_vllm.cli.fidelity.user_file import user_cases
 from kvcomm_vllm.cli.fidelity.workloads import WORKLOADS, workload
 from kvcomm_vllm.cli.questions import DataError
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 PAPER_MEMORY_MB = 2048  # 20 anchors of some slots of a small model
 
 
@@ -27,6 +28,7 @@ class Options:
     exact_sources: bool = False
     paper_gamma: float = 0.3
     first: int = 0
+    dtype: str = "auto"
 
     @property
     def plugin(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class Options:
             "prompts": len(self.studies[0].scored),
             "first": self.first,
             "tokens": self.tokens,
+            "dtype": self.dtype,
             "exact_sources": self.exact_sources,
             "plugin": self.plugin,
             "seed": self.seed,
@@ -79,11 +82,14 @@ def read_options(
     exact_sources: bool = False,
     paper_gamma: float = 0.3,
     first: int = 0,
+    dtype: str = "auto",
 ) -> Options:
     """
     Raises:
         DataError: an option that cannot be used, or data that are missing or too few.
     """
+    if dtype not in DTYPES:
+        raise DataError(f"--dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
     named = _names(modes, "--modes")
     measured = points(named, anchor_points(_numbers(anchors), curve))
     most = max(count for _, count in measured)
@@ -97,4 +103,6 @@ def read_options(
         for name in names:
             found, source = workload(name).cases(data, seed)
             chosen.append(choose(name, source, found, prompts, most, first))
-    return Options(model, measured, chosen, tokens, seed, out, exact_sources, paper_gamma, first)
+    return Options(
+        model, measured, chosen, tokens, seed, out, exact_sources, paper_gamma, first, dtype
+    )

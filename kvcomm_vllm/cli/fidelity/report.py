@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "KL: of the last agent's next-token distribution from the dense one, in nats, along the dense "
-    "greedy answer. same top: share of tokens that both rank first; same start: share of the "
-    "answer before the first that is not. reused, corr.: shares of the prompt taken from other "
+    "greedy answer. same top: share of tokens that both rank first; clear: the same where dense's "
+    "first is twice as likely as its second; same start: share of the answer before the first "
+    "that is not. reused, corr.: shares of the prompt taken from other "
     "requests, and corrected with anchors. answer: last number, or choice, equal to dense (where "
     "dense has one). both orders: the judge chooses the same candidate in both orders (dense: in "
     "brackets)."
@@ -31,7 +32,7 @@ LEGEND = (
 @dataclass(frozen=True)
 class Summary:
     """Means over the prompts of a workload. ``reused`` to ``corrected`` are shares of the prompt;
-    ``same_answer``, ``consistency`` and ``dense_consistency`` are None where they mean nothing.
+    ``clear``, ``same_answer``, ``consistency`` and ``dense_consistency`` are None where they mean nothing.
     """
 
     workload: str
@@ -41,6 +42,7 @@ class Summary:
     kl1: float
     kl_mean: float
     top1: float
+    clear: float | None
     prefix: float
     same_answer: float | None
     consistency: float | None
@@ -63,7 +65,10 @@ def _summary(workload: str, mode: str, anchors: int, scores: list[Score]) -> Sum
     def mean(value: Callable[[Score], float]) -> float:
         return fmean(value(score) for score in scores)
 
-    same = [score.same_answer for score in scores if score.same_answer is not None]
+    def known(values: Iterable[float | None]) -> float | None:
+        found = [value for value in values if value is not None]
+        return fmean(found) if found else None
+
     return Summary(
         workload,
         mode,
@@ -72,8 +77,9 @@ def _summary(workload: str, mode: str, anchors: int, scores: list[Score]) -> Sum
         kl1=mean(lambda s: s.kl1),
         kl_mean=mean(lambda s: s.kl_mean),
         top1=mean(lambda s: s.top1),
+        clear=known(score.clear for score in scores),
         prefix=mean(lambda s: s.prefix),
-        same_answer=fmean(same) if same else None,
+        same_answer=known(score.same_answer for score in scores),
         consistency=consistency((s.group, s.said) for s in scores),
         dense_consistency=consistency((s.group, s.dense_said) for s in scores),
         local=mean(lambda s: s.local / s.prompt_tokens),
@@ -98,13 +104,19 @@ def render_table(workload: str, summaries: list[Summary], tokens: int) -> Table:
     answers = any(s.same_answer is not None for s in summaries)
     pairs = any(s.consistency is not None for s in summaries)
     headings = ["an-\nchors", "\nreused", "\ncorr.", "KL\nfirst", "KL\nmean"]
-    headings += ["same\ntop", "same\nstart", *["\nanswer"] * answers, *["both\norders"] * pairs]
+    headings += [
+        "same\ntop",
+        "\nclear",
+        "same\nstart",
+        *["\nanswer"] * answers,
+        *["both\norders"] * pairs,
+    ]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for s in summaries:
         cells = [s.mode, str(s.anchors), f"{s.reused:.0%}", f"{s.corrected:.0%}"]
         cells += [f"{s.kl1:.4f}", f"[green]{s.kl_mean:.4f}[/green]"]
-        cells += [f"{s.top1:.1%}", f"{s.prefix:.0%}"]
+        cells += [f"{s.top1:.1%}", _share(s.clear, 1), f"{s.prefix:.0%}"]
         if answers:
             cells.append(_share(s.same_answer))
         if pairs:
@@ -113,8 +125,8 @@ def render_table(workload: str, summaries: list[Summary], tokens: int) -> Table:
     return table
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+def _share(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
 
 
 def write_json(

@@ -26,7 +26,7 @@ def run_fidelity(options: Options, console: Console) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     log = Console(stderr=True)
     with log.status(f"Starting vLLM with {options.model}"):
-        bench = Bench(options.model, options.plugin)
+        bench = Bench(options.model, options.plugin, dtype=options.dtype)
     scores = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:

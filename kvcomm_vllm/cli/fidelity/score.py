@@ -47,6 +47,7 @@ class Score:
     kl1: float
     kl_mean: float
     top1: float
+    clear: float | None
     prefix: float
     said: float | None
     dense_said: float | None
@@ -111,6 +112,7 @@ def score(
         kl1=distance.kl1,
         kl_mean=distance.kl_mean,
         top1=distance.top1,
+        clear=distance.clear,
         prefix=distance.prefix,
         said=said,
         dense_said=dense.meaning,

@@ -126,7 +126,7 @@ def memory_table(content: Content) -> Table:
     note = (
         "Per server; one may serve several columns. Resident memory of its processes: after "
         "warm-up, at the end, at most; pages: the largest share of the KV cache in use when looked "
-        "at."
+        "at; slots with anchors, and anchors, at the end."
     )
     head = ["server", "looks", "after warm-up MB", "end MB", "most MB", "pages in use"]
     return Table("memory", "Memory", note, [*head, "slots", "anchors"], rows, labels=1)
