@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 CLEAR = math.log(2)
 
 

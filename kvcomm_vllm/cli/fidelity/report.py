@@ -32,7 +32,8 @@ LEGEND = (
 @dataclass(frozen=True)
 class Summary:
     """Means over the prompts of a workload. ``reused`` to ``corrected`` are shares of the prompt;
-    ``clear``, ``same_answer``, ``consistency`` and ``dense_consistency`` are None where they mean nothing.
+    ``clear``, ``same_answer``, ``consistency`` and ``dense_consistency`` are None where they mean
+    nothing.
     """
 
     workload: str
