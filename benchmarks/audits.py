@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What learning while idle costs those who are served: one server that does not, one that does.
+"""What learning while idle costs those who are served.
 
-The same requests at the same random moments (open loop, exponential gaps) to both, one after the
-other. The second one learns from all of them and never corrects, so that nothing else differs.
+One server. Blocks of requests that leave nothing to learn (mode ``seam``) and blocks that do (mode
+``anchor``, which never corrects here, so that nothing else differs) take turns: the same texts at
+the same random moments. What is left to learn after a block is waited for.
 
-``python benchmarks/audits.py --model DIR [--requests N] [--gap SECONDS] [--json F]``
+``python benchmarks/audits.py --model DIR [--blocks N] [--texts N] [--gap SECONDS] [--json F]``
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from kvcomm_vllm.cli.bench.report.intervals import ratio_of_sums
 from kvcomm_vllm.cli.client import ChatClient
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions, is_cpu_build
 from kvcomm_vllm.cli.metrics_page import read_page, totals
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name
 from kvcomm_vllm.cli.server import free_port, running
+from kvcomm_vllm.cli.treatment import TreatmentMeter
 
 WORDS = (
     *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),
     *("silver", "bridge", "signal", "copper", "harbor", "letter", "window", "forest"),
 )
 TEXT_WORDS = 400
-COLUMNS = {
-    "silent": {"audits": False},
-    "learning": {"audits": True, "min_anchors": 1000, "max_anchors": 1000},
-}
+COLUMNS = {"silent": "seam", "learning": "anchor"}
+SETTINGS = {"min_anchors": 1000, "max_anchors": 1000, "anchor_seam_tokens": 16}
 
 
 def messages(role: str, text: str) -> list[dict[str, str]]:
@@ -45,75 +46,85 @@ def messages(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def serve(client: ChatClient, requests: int, gap: float, seed: int) -> list[float]:
+def block(client: ChatClient, column: str, texts: int, gap: float, seed: int) -> list[float]:
     """Times to first token, ms: texts arrive at random, and two agents read each."""
     rng = random.Random(seed)
+    hints = {"kvcomm": {"mode": COLUMNS[column]}}
     times = []
-    for number in range(requests + 4):
+    for _ in range(texts):
         text = " ".join(rng.choice(WORDS) for _ in range(TEXT_WORDS))
         for role in ("writer", "critic"):
             time.sleep(rng.expovariate(1 / gap))
-            answer = client.stream(messages(role, text), 4)
-            if number >= 4 and answer.ttft_ms is not None:  # the first ones warm everything up
-                times.append(answer.ttft_ms)
+            answer = client.stream(messages(role, text), 4, cache_salt=column, hints=hints)
+            assert answer.ttft_ms is not None  # a stream has one
+            times.append(answer.ttft_ms)
     return times
 
 
-def measure(model: str, requests: int, gap: float, seed: int) -> dict[str, Any]:
+def counted(url: str) -> dict[str, float]:
+    """Lessons that were learned, and seconds of idle time that took."""
+    page = read_page(url) or ""
+    return {
+        "learned": totals(page, "vllm:kvcomm_lessons_total", "outcome").get("learned", 0),
+        "seconds": totals(page, "vllm:kvcomm_seconds_total", "phase").get("learning", 0),
+        "pieces": totals(page, "vllm:kvcomm_runs_total", "phase").get("learning", 0),
+    }
+
+
+def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = not is_cpu_build()
-    found: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
-        for column, settings in COLUMNS.items():
-            config = Path(folder) / f"{column}.yaml"
-            config.write_text(yaml.safe_dump({"mode": "anchor", **settings}))
-            port = free_port()
-            command = serve_command(
-                model, port, on_gpu=on_gpu, connector=True, config=config, extra=[]
-            )
-            env = serve_env(model, on_gpu=on_gpu)
-            with running(column, command, port, env, Path(folder) / f"{column}.log") as server:
-                with closing(ChatClient(server.base_url, served_name(model))) as client:
-                    times = serve(client, requests, gap, seed)
-                page = read_page(server.base_url) or ""
-            found[column] = {
-                "ttft_ms": times,
-                "lessons": totals(page, "vllm:kvcomm_lessons_total", "outcome"),
-                "pieces": totals(page, "vllm:kvcomm_runs_total", "phase").get("learning", 0),
-                "seconds": totals(page, "vllm:kvcomm_seconds_total", "phase").get("learning", 0),
-            }
-    return found
+        config = Path(folder) / "kvcomm.yaml"
+        config.write_text(yaml.safe_dump(SETTINGS))
+        port = free_port()
+        command = serve_command(model, port, on_gpu=on_gpu, connector=True, config=config, extra=[])
+        env = serve_env(model, on_gpu=on_gpu)
+        log = Path(folder) / "server.log"
+        with (
+            running("learning", command, port, env, log) as server,
+            closing(ChatClient(server.base_url, served_name(model))) as client,
+        ):
+            meter = TreatmentMeter(server.base_url)
+            times: dict[str, list[float]] = {column: [] for column in COLUMNS}
+            for number in range(-1, options.blocks):  # the first one warms everything up
+                order = list(COLUMNS)[:: 1 if number % 2 else -1]
+                for column in order:
+                    found = block(client, column, options.texts, options.gap, options.seed + number)
+                    if number >= 0:
+                        times[column] += found
+                    meter.settle(limit=600)
+            return {**times, **counted(server.base_url)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--requests", type=int, default=40, help="texts; two requests each")
+    parser.add_argument("--blocks", type=int, default=4, help="of each kind")
+    parser.add_argument("--texts", type=int, default=5, help="in a block; two requests each")
     parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between requests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = measure(options.model, options.requests, options.gap, options.seed)
-    silent, learning = (found[column]["ttft_ms"] for column in COLUMNS)
+    found = measure(options.model, options)
     table = Table("", "mean", "median", "p90", title="Time to first token, ms")
     for column in COLUMNS:
-        times = found[column]["ttft_ms"]
+        times = found[column]
         p90 = statistics.quantiles(times, n=10)[-1]
         table.add_row(
             column, *(f"{x:.1f}" for x in (statistics.mean(times), statistics.median(times), p90))
         )
     console = Console()
     console.print(table)
-    paired = [b - a for a, b in zip(silent, learning, strict=True)]
-    added = statistics.median(paired) / statistics.median(silent)
-    console.print(
-        f"Median of paired differences: {statistics.median(paired):+.1f} ms ({added:+.1%})"
-    )
-    console.print({k: v for k, v in found["learning"].items() if k != "ttft_ms"})
+    pairs = enumerate(zip(found["learning"], found["silent"], strict=True))
+    ratio = ratio_of_sums((number // 2, a, b) for number, (a, b) in pairs)  # a text's two together
+    assert ratio is not None  # there are times
+    console.print(f"Added: {ratio.value - 1:+.1%}")
+    if ratio.low is not None and ratio.high is not None:
+        console.print(f"95% interval: {ratio.low - 1:+.1%} to {ratio.high - 1:+.1%}")
+    console.print({key: found[key] for key in ("learned", "pieces", "seconds")})
     if options.json:
         conditions = {
-            "requests": options.requests,
-            "gap_seconds": options.gap,
-            "seed": options.seed,
+            **{key: getattr(options, key) for key in ("blocks", "texts", "gap", "seed")},
             "machine": describe_machine(),
             "versions": describe_versions(),
         }
