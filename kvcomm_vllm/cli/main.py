@@ -87,7 +87,7 @@ def demo(
     from kvcomm_vllm.cli.client import RequestError
     from kvcomm_vllm.cli.demo import run_demo
     from kvcomm_vllm.cli.machine import is_cpu_build
-    from kvcomm_vllm.cli.questions import DataError
+    from kvcomm_vllm.cli.rows import DataError
     from kvcomm_vllm.cli.server import ServerError
     from kvcomm_vllm.cli.stage import DemoOptions
     from kvcomm_vllm.config import ConfigError

@@ -17,7 +17,7 @@ from kvcomm_vllm.cli.bench.presets import FULL, QUICK
 from kvcomm_vllm.cli.bench.resume import check_same, options_of, write_settings
 from kvcomm_vllm.cli.bench.workloads import WORKLOADS
 from kvcomm_vllm.cli.main import app
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 SMALL: dict[str, Any] = {"workloads": ["synthetic"], "tasks": 3, "columns": "plain,anchor"}
 

@@ -13,7 +13,7 @@ pytest.importorskip("jinja2", reason="the bench extra is not installed")
 pytest.importorskip("plotly", reason="the bench extra is not installed")
 
 from kvcomm_vllm.cli.bench.report import write_report
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from kvcomm_vllm.cli.bench.report.quality import quality
 from kvcomm_vllm.cli.bench.report.read import Run, read_run
 from kvcomm_vllm.cli.bench.report.reuse import reuse
 from kvcomm_vllm.cli.bench.report.stream import stream
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 
 def run_of(folder: Path, *rows: Row, settings: dict[str, Any] | None = None) -> Run:

@@ -21,7 +21,7 @@ from kvcomm_vllm.cli.bench.options import Options, read_options
 from kvcomm_vllm.cli.bench.records import VARYING
 from kvcomm_vllm.cli.bench.run import run_bench
 from kvcomm_vllm.cli.client import RequestError
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 AGENTS, TASKS = 3, 3
 REHEARSAL = 2  # requests per column before anything is measured

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomm_vllm.cli.bench import scoring
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvcomm_vllm.cli.questions import DataError, load_questions
+from kvcomm_vllm.cli.questions import load_questions
+from kvcomm_vllm.cli.rows import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k.jsonl"
 
@@ -66,7 +67,7 @@ def test_a_row_with_its_own_context_keeps_it(tmp_path: Path) -> None:
     [
         ("{", "line 1: not JSON"),
         ('{"question": "a", "context": "b"}\n[1]', "line 2: needs an object"),
-        ('{"question": 5}', 'line 1: needs an object with a text "question"'),
+        ('{"question": 5}', 'line 1: needs "question" (str)'),
         ("", "enough for 0 questions, 2 are needed"),
     ],
 )

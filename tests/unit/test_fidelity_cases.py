@@ -13,7 +13,7 @@ from kvcomm_vllm.cli.fidelity.case import Case, Turn, fill, literal, unspoken
 from kvcomm_vllm.cli.fidelity.study import choose
 from kvcomm_vllm.cli.fidelity.user_file import user_cases
 from kvcomm_vllm.cli.fidelity.workloads import WORKLOADS, workload
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 AGENTS = {"gsm8k3": 3, "gsm8k5": 5, "groupchat": 4, "rag": 3, "judge": 4}

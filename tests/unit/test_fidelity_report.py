@@ -16,7 +16,7 @@ from kvcomm_vllm.cli.fidelity.modes import anchor_points, hints_of, points
 from kvcomm_vllm.cli.fidelity.report import render_table, summarise, write_json
 from kvcomm_vllm.cli.fidelity.score import Score
 from kvcomm_vllm.cli.main import app
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 from kvcomm_vllm.hints import parse_hints
 
 ONE = Score(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kvcomm_vllm.cli.failure import errors, fail
+from kvcomm_vllm.cli.rows import DataError
 
 PACKAGES = ("openai", "plotly", "jinja2", "prometheus_client", "psutil")
 OUT = Path("out/bench")
@@ -91,7 +92,6 @@ def bench(
     from kvcomm_vllm.cli.bench.options import read_options
     from kvcomm_vllm.cli.bench.resume import options_of
     from kvcomm_vllm.cli.client import RequestError
-    from kvcomm_vllm.cli.questions import DataError
     from kvcomm_vllm.cli.server import ServerError
     from kvcomm_vllm.config import ConfigError
 
@@ -151,7 +151,6 @@ def _only(given: set[str], *allowed: str) -> None:
     Raises:
         DataError: another option was given, which would have no effect.
     """
-    from kvcomm_vllm.cli.questions import DataError
 
     for name in sorted(given - set(allowed)):
         option = name.replace("_", "-")

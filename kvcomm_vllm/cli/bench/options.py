@@ -10,7 +10,7 @@ from typing import Any
 from kvcomm_vllm.cli.bench.columns import Column, Endpoint, choose_columns, read_endpoints
 from kvcomm_vllm.cli.bench.presets import FULL, QUICK, STREAM_OPTIONS
 from kvcomm_vllm.cli.bench.workloads import workload
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.config_file import load_file
 

@@ -12,7 +12,7 @@ from kvcomm_vllm.cli.bench.options import Options
 from kvcomm_vllm.cli.bench.presets import STREAM_COLUMNS, STREAM_FIRST, STREAM_WORKLOAD
 from kvcomm_vllm.cli.bench.task import Task, TaskSet
 from kvcomm_vllm.cli.bench.workloads import workload
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 Item = TypeVar("Item")
 LOCKSTEP, LOAD, STREAM = "lockstep", "load", "stream"

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvcomm_vllm.cli.bench.columns import Endpoint, choose_columns
 from kvcomm_vllm.cli.bench.options import Options
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 from kvcomm_vllm.config import KVCommConfig
 
 RUN = "run.json"

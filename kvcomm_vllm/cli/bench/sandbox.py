@@ -44,9 +44,9 @@ class Limits:
         file_kb: size of each file.
     """
 
-    test_seconds: float = 1.0
-    cpu_seconds: int = 8
-    wall_seconds: float = 20.0
+    test_seconds: float = 3.0
+    cpu_seconds: int = 24
+    wall_seconds: float = 60.0
     memory_mb: int = 512
     file_kb: int = 256
 

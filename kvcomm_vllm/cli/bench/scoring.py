@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kvcomm_vllm.cli.bench.sandbox import run_tests
 from kvcomm_vllm.cli.fidelity.answers import last_number
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 LETTERS = "ABCD"
 _BLOCK = re.compile(r"```(?:python3?|py)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)

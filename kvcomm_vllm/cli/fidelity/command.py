@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kvcomm_vllm.cli.failure import errors, fail
+from kvcomm_vllm.cli.rows import DataError
 
 PACKAGES = ("torch", "vllm", "matplotlib")
 
@@ -65,7 +66,6 @@ def fidelity(
     if missing:
         fail(f"kvcomm fidelity needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
     from kvcomm_vllm.cli.fidelity.options import read_options
-    from kvcomm_vllm.cli.questions import DataError
 
     try:
         options = read_options(

@@ -4,7 +4,7 @@
 import re
 from typing import Any
 
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 from kvcomm_vllm.config import keys
 
 DENSE: dict[str, Any] = {"mode": "off"}

@@ -9,7 +9,7 @@ from kvcomm_vllm.cli.fidelity.modes import anchor_points, points
 from kvcomm_vllm.cli.fidelity.study import Study, choose
 from kvcomm_vllm.cli.fidelity.user_file import user_cases
 from kvcomm_vllm.cli.fidelity.workloads import WORKLOADS, workload
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PAPER_MEMORY_MB = 2048  # 20 anchors of some slots of a small model

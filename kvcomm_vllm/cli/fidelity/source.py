@@ -3,57 +3,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import kvcomm_vllm
 from kvcomm_vllm.cli.agents import DATA
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError, Row, parse_rows, read_file
 
 # Evaluation data that lies beside a checkout; a wheel has none there.
 BESIDE = Path(kvcomm_vllm.__file__).resolve().parents[2] / "shared" / "data"
 
-Row = dict[str, Any]
 Found = TypeVar("Found")
-
-
-def parse_rows(text: str, source: str, fields: dict[str, type]) -> list[Row]:
-    """One object per line, with these fields of these types.
-
-    Raises:
-        DataError: a line that is not so; the message says which.
-    """
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{source}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{source}, line {number}: needs an object")
-        for field, kind in fields.items():
-            if not isinstance(row.get(field), kind):
-                raise DataError(f'{source}, line {number}: needs "{field}" ({kind.__name__})')
-        rows.append({"id": f"row-{number}", **row})
-    return rows
-
-
-def read_file(path: Path, fields: dict[str, type]) -> list[Row]:
-    """Rows of a file.
-
-    Raises:
-        DataError: unreadable or malformed.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    return parse_rows(text, str(path), fields)
 
 
 def named(name: str, workloads: Mapping[str, Found]) -> Found:

@@ -4,8 +4,7 @@
 from pathlib import Path
 
 from kvcomm_vllm.cli.fidelity.case import Case, Turn, unspoken
-from kvcomm_vllm.cli.fidelity.source import Row, read_file
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError, Row, read_file
 
 
 def user_cases(path: Path) -> list[Case]:

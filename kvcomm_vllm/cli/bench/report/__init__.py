@@ -11,7 +11,7 @@ from kvcomm_vllm.cli.bench.report.content import compute
 from kvcomm_vllm.cli.bench.report.markdown import markdown
 from kvcomm_vllm.cli.bench.report.read import read_run
 from kvcomm_vllm.cli.bench.report.words import alarms
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 
 def write_report(folder: Path) -> list[Path]:

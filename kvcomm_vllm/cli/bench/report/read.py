@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvcomm_vllm.cli.bench.records import CallRecord, MemoryRecord, SkipRecord, TaskRecord
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError
 
 PLAIN, NO_CACHE = "plain", "plain_nocache"
 KVCOMM = ("anchor", "seam", "rotate", "paper")  # the first one there is, is spoken of first

@@ -15,9 +15,9 @@ from kvcomm_vllm.cli.bench.scoring import share_passed
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
 from kvcomm_vllm.cli.bench.workloads.script import task_of, task_set
 from kvcomm_vllm.cli.fidelity.case import Case
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role, chain
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError, Row
 
 FIELDS: dict[str, type] = {"task": str, "tests": list}
 DATA = DataSet("coding_tasks.jsonl", FIELDS, "coding_tasks.jsonl", FIELDS)

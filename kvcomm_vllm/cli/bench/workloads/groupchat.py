@@ -10,8 +10,8 @@ from kvcomm_vllm.cli.bench.scoring import word_f1
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
 from kvcomm_vllm.cli.bench.workloads.rows import chance
 from kvcomm_vllm.cli.bench.workloads.script import task_of, task_set
-from kvcomm_vllm.cli.fidelity.source import Row
 from kvcomm_vllm.cli.fidelity.workloads import groupchat
+from kvcomm_vllm.cli.rows import Row
 
 # Who an agent is must not change from meeting to meeting: its instructions are what a server has
 # seen before. The name stands at the end of the prompt.

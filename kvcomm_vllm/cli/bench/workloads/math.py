@@ -9,9 +9,10 @@ from pathlib import Path
 from kvcomm_vllm.cli.bench.scoring import exact_number, stated_number
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
 from kvcomm_vllm.cli.bench.workloads.script import MOST_AGENTS, check, task_of, task_set
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet
 from kvcomm_vllm.cli.fidelity.workloads import gsm8k
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role
+from kvcomm_vllm.cli.rows import Row
 
 DATA = DataSet(
     gsm8k.DATA.file,

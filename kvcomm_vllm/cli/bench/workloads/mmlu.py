@@ -10,9 +10,9 @@ from kvcomm_vllm.cli.bench.scoring import LETTERS, letter
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
 from kvcomm_vllm.cli.bench.workloads.script import MOST_AGENTS, check, task_of, task_set
 from kvcomm_vllm.cli.fidelity.case import Case
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role, chain
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.rows import DataError, Row
 
 FIELDS: dict[str, type] = {"question": str, "choices": list, "answer": str}
 DATA = DataSet("mmlu.jsonl", FIELDS, "mmlu_sample.jsonl", FIELDS)

@@ -10,9 +10,10 @@ from kvcomm_vllm.cli.bench.scoring import word_f1
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
 from kvcomm_vllm.cli.bench.workloads.rows import chance
 from kvcomm_vllm.cli.bench.workloads.script import task_of, task_set
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet
 from kvcomm_vllm.cli.fidelity.workloads import rag
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role
+from kvcomm_vllm.cli.rows import Row
 
 DATA = DataSet(
     rag.DATA.file,

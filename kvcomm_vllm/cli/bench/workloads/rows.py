@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.rows import DataError, Row
 
 
 def shuffled(data: DataSet, folder: Path | None, seed: int) -> tuple[list[Row], str]:

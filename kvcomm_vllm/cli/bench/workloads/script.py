@@ -10,8 +10,8 @@ from pathlib import Path
 from kvcomm_vllm.cli.bench.task import Call, Steps, Task, TaskSet
 from kvcomm_vllm.cli.bench.workloads.rows import shuffled
 from kvcomm_vllm.cli.fidelity.case import Case, fill
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.rows import DataError, Row
 
 MOST_AGENTS = 5
 

@@ -15,8 +15,8 @@ from kvcomm_vllm.cli.bench.scoring import word_f1
 from kvcomm_vllm.cli.bench.task import Task, TaskSet, Workload
 from kvcomm_vllm.cli.bench.workloads.script import task_of, task_set
 from kvcomm_vllm.cli.fidelity.case import Case, Turn, literal
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
-from kvcomm_vllm.cli.questions import DataError
+from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.rows import DataError, Row
 
 FIELDS: dict[str, type] = {"results": list, "question": str, "answers": list}
 DATA = DataSet("tool_results.jsonl", FIELDS, "tool_results.jsonl", FIELDS)

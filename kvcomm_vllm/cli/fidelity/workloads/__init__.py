@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcomm_vllm.cli.fidelity.case import Case
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row, named
+from kvcomm_vllm.cli.fidelity.source import DataSet, named
 from kvcomm_vllm.cli.fidelity.workloads import groupchat, gsm8k, judge, rag
+from kvcomm_vllm.cli.rows import Row
 
 Make = Callable[[Row, random.Random], list[Case]]
 

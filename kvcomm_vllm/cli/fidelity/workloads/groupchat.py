@@ -6,7 +6,8 @@ import random
 from collections import Counter
 
 from kvcomm_vllm.cli.fidelity.case import Case, Turn, literal
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet
+from kvcomm_vllm.cli.rows import Row
 
 SPEAKERS = (
     "You are {name}, one of the people in this meeting. You care about what is practical: who does "

@@ -5,8 +5,9 @@ import random
 from collections.abc import Sequence
 
 from kvcomm_vllm.cli.fidelity.case import Answer, Case
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role, chain
+from kvcomm_vllm.cli.rows import Row
 
 DATA = DataSet("gsm8k.jsonl", {"question": str}, "word_problems.jsonl", {"question": str})
 

@@ -4,7 +4,7 @@
 import random
 
 from kvcomm_vllm.cli.fidelity.case import Answer, Case, Turn, literal
-from kvcomm_vllm.cli.fidelity.source import Row
+from kvcomm_vllm.cli.rows import Row
 
 CANDIDATES = (
     "You solve word problems. Work step by step, one line for each step, and end with the result.",

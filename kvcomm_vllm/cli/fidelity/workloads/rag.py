@@ -5,8 +5,9 @@ import random
 from collections.abc import Sequence
 
 from kvcomm_vllm.cli.fidelity.case import Case, Turn, literal
-from kvcomm_vllm.cli.fidelity.source import DataSet, Row
+from kvcomm_vllm.cli.fidelity.source import DataSet
 from kvcomm_vllm.cli.fidelity.workloads.chain import Role
+from kvcomm_vllm.cli.rows import Row
 
 READERS: tuple[Role, ...] = (
     (
