@@ -47,7 +47,7 @@ def run_fidelity(options: Options, console: Console) -> None:
     summaries = summarise(scores)
     settings = {**options.settings(), "versions": describe_versions()}
     write_json(options.out / "fidelity.json", settings, summaries, scores)
-    machine = ", ".join(gpus()) or f"{cores()} cores of {cpu_model()}"
+    machine = ", ".join(gpus()) or f"{cpu_model()}, cores: {cores()}"
     write_figure(options.out / "fidelity.png", summaries, f"{settings['model']}, {machine}")
     for study in options.studies:
         found = [summary for summary in summaries if summary.workload == study.workload]
