@@ -84,5 +84,10 @@ def test_another_server_is_asked_only_when_the_last_one_is_at_rest() -> None:
     rest.seconds = 3600.0
     rest.after("kvcomm")
     rest.before("kvcomm")  # the same server: does not take an hour
+    rest.seconds = 0.05
+    rest.after("kvcomm")
+    began = time.monotonic()
+    rest.before("kvcomm", always=True)
+    assert time.monotonic() - began >= 0.04
     rest.seconds = 0.0
     rest.before("plain")

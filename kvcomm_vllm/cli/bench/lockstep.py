@@ -15,7 +15,7 @@ from kvcomm_vllm.cli.client import RefusedError
 
 @dataclass
 class Rest:
-    """Lets a server come to rest before another one is asked.
+    """Lets a server come to rest before another one is asked, or before anybody is.
 
     Args:
         seconds: how long a server's processes are busy after an answer.
@@ -25,8 +25,9 @@ class Rest:
     _server: str = ""
     _ended: float = 0.0
 
-    def before(self, server: str) -> None:
-        if self._server and server != self._server:
+    def before(self, server: str, *, always: bool = False) -> None:
+        """Wait for the server that was asked last; for ``server`` itself only if ``always``."""
+        if self._server and (always or server != self._server):
             time.sleep(max(0.0, self._ended + self.seconds - time.monotonic()))
 
     def after(self, server: str) -> None:
@@ -113,7 +114,8 @@ def run_task(
                     continue
                 column = one.driver.column
                 step(f"{task.id}, {one.call.agent}, {column.name}")
-                rest.before(column.server)
+                # right behind another one's, the same request takes one or two times as long
+                rest.before(column.server, always=side_by_side)
                 try:
                     one.ask(place)
                 except RefusedError as error:
@@ -121,7 +123,7 @@ def run_task(
                     return [skipped(place, column.name, names, error, clock())]
                 rest.after(column.server)
                 order.append(one.records[-1])
-            # there and back again: the last server asked need not be waited for
+            # there and back again: whoever was first comes last
             turn = turn[::-1]
         done += started
     return [*order, *(one.result(task, place) for one in done)]
