@@ -89,6 +89,7 @@ def call_row(column: str, task: str, index: int, **fields: Any) -> Row:
         "total_ms": STEP_MS * (1 + ANSWER) + MS_PER_TOKEN * computed,
         "cached_tokens": local,
         "repeated_tokens": repeated,
+        "repeated_runs": index + 2,
         "prompt_digest": f"{task} {index}",
         "answer_ids": [index, 2, 3, 4],
         "local": local if kvcomm else None,

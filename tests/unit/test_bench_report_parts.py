@@ -139,7 +139,7 @@ def test_a_call_is_fully_reused_but_for_a_seam_per_run_and_part_of_a_page(
         "servers": [{"command": ["vllm", "serve", "m", "--block-size", "16"]}],
         "config": {"effective": {"seam_tokens": 7}},
     }
-    counts = {"repeated_tokens": 900, "local": 100, "reused": reused}
+    counts = {"repeated_tokens": 900, "repeated_runs": 3, "local": 100, "reused": reused}
     rows = [call_row("seam", "a", 1, **counts), task_row("seam", "a")]
     found = reuse(run_of(tmp_path, *rows, settings=settings), "math", "seam")
     assert found is not None

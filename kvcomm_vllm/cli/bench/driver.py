@@ -17,7 +17,7 @@ import numpy as np
 from kvcomm_vllm.cli.bench.columns import Column
 from kvcomm_vllm.cli.bench.meter import Meter
 from kvcomm_vllm.cli.bench.records import CallRecord
-from kvcomm_vllm.cli.bench.repeats import Repeats
+from kvcomm_vllm.cli.bench.repeats import Repeated, Repeats
 from kvcomm_vllm.cli.bench.task import Call
 from kvcomm_vllm.cli.client import Answer, ChatClient
 
@@ -88,6 +88,7 @@ class Driver:
             call.messages, call.max_tokens, salt, fixed=call.fixed, hints=self.column.hints
         )
         assert answer.ttft_ms is not None
+        repeated = self._repeated(answer)
         record = CallRecord(
             **place.fields(),
             column=self.column.name,
@@ -98,7 +99,8 @@ class Driver:
             ttft_ms=answer.ttft_ms,
             total_ms=answer.total_ms,
             cached_tokens=answer.cached_tokens,
-            repeated_tokens=self._repeated(answer),
+            repeated_tokens=repeated.tokens if repeated else None,
+            repeated_runs=repeated.runs if repeated else None,
             prompt_digest=_digest(answer, call),
             answer_ids=list(answer.token_ids),
             at_s=at,
@@ -116,13 +118,13 @@ class Driver:
         self.settle()
         return {**found, "waited_ms": (time.perf_counter() - began) * 1e3}
 
-    def _repeated(self, answer: Answer) -> int | None:
+    def _repeated(self, answer: Answer) -> Repeated | None:
         if not answer.prompt_ids:
             return None
         with self._lock:
-            count = self._repeats.count(answer.prompt_ids)
+            found = self._repeats.count(answer.prompt_ids)
             self._repeats.add([*answer.prompt_ids, *answer.token_ids])
-        return count
+        return found
 
 
 def _digest(answer: Answer, call: Call) -> str:

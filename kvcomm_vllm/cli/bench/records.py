@@ -39,6 +39,7 @@ class CallRecord:
         cached_tokens: the server's own count of prompt tokens it did not compute.
         repeated_tokens: prompt tokens that lie in a run of 16 tokens or more which an earlier
             request of the column had already in its prompt or answer.
+        repeated_runs: in how many such runs they lie.
         local, reused, computed, corrected: prompt tokens by treatment; None where the server does
             not count them.
         declined: reasons counted by the server during this call.
@@ -63,6 +64,7 @@ class CallRecord:
     repeated_tokens: int | None
     prompt_digest: str
     answer_ids: list[int]
+    repeated_runs: int | None = None
     local: int | None = None
     reused: int | None = None
     computed: int | None = None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,20 +13,31 @@ WINDOW = 16  # tokens
 _FACTORS = np.random.default_rng(0).integers(1, 2**63, WINDOW, dtype=np.uint64) * 2 + 1
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """Tokens that lie in a window seen before, and in how many runs: texts that an earlier request
+    had one behind the other count once, in another order once each.
+    """
+
+    tokens: int
+    runs: int
+
+
 class Repeats:
     """All windows of 16 tokens that one column's requests have contained."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
 
-    def count(self, tokens: Sequence[int]) -> int:
-        """Tokens that lie in a window seen before."""
+    def count(self, tokens: Sequence[int]) -> Repeated:
+        """Of a request's prompt."""
+        found = np.array([window in self._seen for window in _windows(tokens)], np.int64)
         covered = np.zeros(len(tokens) + 1, np.int64)
-        for start, found in enumerate(map(self._seen.__contains__, _windows(tokens))):
-            if found:
-                covered[start] += 1
-                covered[start + WINDOW] -= 1
-        return int(np.count_nonzero(np.cumsum(covered)))
+        covered[: len(found)] += found
+        covered[WINDOW : WINDOW + len(found)] -= found
+        # no window over the seam of two texts was seen, unless they have met before
+        begins = np.diff(found, prepend=0) == 1
+        return Repeated(int(np.count_nonzero(np.cumsum(covered))), int(begins.sum()))
 
     def add(self, tokens: Sequence[int]) -> None:
         """A request's prompt and answer, one behind the other."""

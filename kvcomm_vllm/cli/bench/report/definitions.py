@@ -41,10 +41,9 @@ def definitions(content: Content) -> list[tuple[str, str]]:
         (
             "Reusing all of it",
             f"Not more of these tokens were computed than a seam of {allowed.seam} for each run of "
-            f"text, and up to {allowed.page - 1} in the page where the cached prefix ends. A call "
-            "is taken to hold its number in the task plus two runs (instructions, question, "
-            "earlier answers), so a missed run that is shorter than what all runs may lack "
-            "together is not noticed.",
+            f"text, and up to {allowed.page - 1} in the page where the cached prefix ends. Texts "
+            "in another order than before are a run each. A missed run that is shorter than what "
+            "all runs of the call may lack together is not noticed.",
         ),
         (
             "How the paper counts",

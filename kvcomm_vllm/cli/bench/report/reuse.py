@@ -96,12 +96,11 @@ def reuses_all(call: CallRecord, allowed: Allowance) -> bool:
     """Whether a call reused every run of text that it quotes, but for seams and the rest of the
     page in which its cached prefix ends.
 
-    Records hold no single runs. A call is taken to have ``index + 2`` of them (its own
-    instructions, the question, each earlier answer), so a run that was missed goes unnoticed if
-    it is shorter than what that many runs may lack together.
+    Records hold the number of runs, not the runs, so one that was missed goes unnoticed if it is
+    shorter than what all may lack together.
     """
     missed = quoted_tokens(call) - (call.reused or 0)
-    return bool(call.reused) and missed <= allowed.of(call.index + 2)
+    return bool(call.reused) and missed <= allowed.of(call.repeated_runs or 0)
 
 
 def reuse(run: Run, workload: str, column: str) -> Reuse | None:
