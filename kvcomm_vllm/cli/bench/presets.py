@@ -63,6 +63,6 @@ FULL = Preset(
 )
 # The stream is about the plugin's bookkeeping, which short texts fill as fast as long ones.
 STREAM_WORKLOAD = "synthetic"
-STREAM_OPTIONS = {"agents": 3, "prefix_tokens": 64, "input_tokens": 192, "output_tokens": 8}
+STREAM_OPTIONS = {"agents": 2, "prefix_tokens": 64, "input_tokens": 192, "output_tokens": 8}
 STREAM_COLUMNS = ("plain", "anchor")
 STREAM_FIRST = 100_000  # its tasks are others than those of the same workload in lockstep
