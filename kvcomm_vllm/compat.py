@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,24 @@ def find_model_runner() -> Any | None:
         runner = getattr(frame.f_locals.get("self"), "model_runner", None)
         if runner is not None:
             return runner
+        frame = frame.f_back
+    return None
+
+
+def find_wake_up() -> Callable[[], None] | None:
+    """What ends the sleep of the engine that is just creating its scheduler's connector; may be
+    called from any thread. None where the engine does not sleep (vLLM's ``LLM`` in this process).
+
+    As in :func:`find_model_runner`, the engine is on the call stack.
+    """
+    from vllm.v1.engine import EngineCoreRequestType
+
+    message = getattr(EngineCoreRequestType, "WAKEUP", None)
+    frame = inspect.currentframe()
+    while frame is not None and message is not None:
+        queue = getattr(frame.f_locals.get("self"), "input_queue", None)
+        if queue is not None:
+            return partial(queue.put_nowait, (message, None))
         frame = frame.f_back
     return None
 

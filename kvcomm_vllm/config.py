@@ -77,7 +77,7 @@ class KVCommConfig:
         "Recompute served prompts exactly while the engine is idle, to learn from them.",
     )
     audit_idle_seconds: float = key(
-        1.0,
+        5.0,
         "How long the engine must have been idle before it learns; any request ends that.",
         low=0.0,
         high=3600.0,
@@ -88,8 +88,8 @@ class KVCommConfig:
         low=1,
     )
     audit_share: float = key(
-        0.05,
-        "Largest share of idle time spent learning: the chance that a request arrives in a piece.",
+        1.0,
+        "Largest share of time spent learning, once the engine has been idle for that long.",
         low=0.001,
         high=1.0,
     )

@@ -61,7 +61,9 @@ class KVCommConnector(KVConnectorBase_V1):
             budget = vllm_config.scheduler_config.max_num_batched_tokens
             # until workers report
             off = self._off.reason if self._off else Reason.DISABLED_AT_START
-            self._scheduler = SchedulerHalf(self.config, block_size, budget, off)
+            self._scheduler = SchedulerHalf(
+                self.config, block_size, budget, off, compat.find_wake_up()
+            )
             logger.info("kvcomm: %s", self.config.describe())
         else:
             from kvcomm_vllm.worker.half import WorkerHalf

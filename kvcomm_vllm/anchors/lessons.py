@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
+from collections.abc import Callable
 
+from kvcomm_vllm.anchors.alarm import Alarm
 from kvcomm_vllm.anchors.lesson import HOLDER, Lesson
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import LessonOp, StepReport
@@ -17,18 +19,26 @@ from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.pages import SourcePages
 
 MAX_LESSONS = 64  # waiting; the oldest are dropped, their pages are the first to be gone
-NAP_SECONDS = 2e-3  # vLLM's idle loop spins while lessons wait for the engine to be idle for long
+NAP_SECONDS = 2e-3  # between two looks of an engine that cannot be woken
 
 
 class Lessons:
     """Args:
     pages: vLLM's pages.
+    wake: ends the engine's sleep; without it the engine goes round while lessons wait.
     """
 
-    def __init__(self, config: KVCommConfig, pages: SourcePages, stats: KVCommStats) -> None:
+    def __init__(
+        self,
+        config: KVCommConfig,
+        pages: SourcePages,
+        stats: KVCommStats,
+        wake: Callable[[], None] | None = None,
+    ) -> None:
         self.config = config
         self.pages = pages
         self.stats = stats
+        self.alarm = Alarm(wake) if wake else None
         self._numbers = itertools.count()
         self._waiting: deque[Lesson] = deque()
         self._active: Lesson | None = None
@@ -50,8 +60,22 @@ class Lessons:
 
     @property
     def pending(self) -> bool:
-        """Whether vLLM's loop is to go on although no request is left."""
+        """Whether there is something to learn."""
         return bool(self._waiting) or self._active is not None
+
+    @property
+    def due(self) -> bool:
+        """Whether vLLM's loop is to go on although no request is left."""
+        if not self.pending:
+            return False
+        asleep = self.alarm is not None and self._idle_since is not None and not self._in_flight
+        return not asleep or time.monotonic() >= self._next_at
+
+    @property
+    def _next_at(self) -> float:
+        """When the next piece may be learned, if no request comes."""
+        assert self._idle_since is not None
+        return max(self._idle_since + self.config.audit_idle_seconds, self._ready_at)
 
     def next_op(self, idle: bool) -> LessonOp | None:
         """Called every step; ``idle`` if no request is alive."""
@@ -64,8 +88,8 @@ class Lessons:
         now = time.monotonic()
         if self._idle_since is None:
             self._idle_since = now
-        if now < max(self._idle_since + self.config.audit_idle_seconds, self._ready_at):
-            time.sleep(NAP_SECONDS)
+        if now < self._next_at:
+            self._rest(self._next_at - now)
             return None
         if self._in_flight:
             return None
@@ -77,6 +101,12 @@ class Lessons:
             return None
         self._in_flight, self._sent_at = True, now
         return self._active.next_op(self.config.audit_tokens)
+
+    def _rest(self, seconds: float) -> None:
+        if self.alarm is None:
+            time.sleep(min(seconds, NAP_SECONDS))
+        else:
+            self.alarm.set(seconds)
 
     def _start(self) -> None:
         while self._waiting:

@@ -9,6 +9,7 @@ for each waiting request; ``build_message``; then, when the workers have answere
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvcomm_vllm.anchors.learning import Learning
@@ -40,15 +41,22 @@ class SchedulerHalf:
     block_size: tokens per page; equals the granularity of vLLM's block hashes.
     max_batched_tokens: vLLM's token budget per step, the default cap for tokens computed in holes.
     off: why reuse is off for the whole engine, if it is.
+    wake: ends the engine's sleep, if it ever sleeps.
     """
 
     def __init__(
-        self, config: KVCommConfig, block_size: int, max_batched_tokens: int, off: Reason | None
+        self,
+        config: KVCommConfig,
+        block_size: int,
+        max_batched_tokens: int,
+        off: Reason | None,
+        wake: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.block_size = block_size
         self.max_hole_tokens = config.max_hole_tokens or max_batched_tokens
         self.off = off
+        self.wake = wake
         self.stats = KVCommStats()
         self.states: dict[str, RequestState] = {}
         index = SequenceIndex(block_size, config.window_tokens, config.max_sequences)
@@ -62,7 +70,7 @@ class SchedulerHalf:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
         self.pages = SourcePages(pool, self.block_size)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
-        self.lessons = Lessons(self.config, self.pages, self.stats)
+        self.lessons = Lessons(self.config, self.pages, self.stats, self.wake)
         self.learning = Learning(self.config, self.lessons, self.block_size)
         self.paper = PaperMode(self.config, self.lessons, self.pages)
 
@@ -190,7 +198,7 @@ class SchedulerHalf:
     @property
     def has_idle_work(self) -> bool:
         """Whether vLLM's loop is to go on without requests."""
-        return self.off is None and self.lessons.pending
+        return self.off is None and self.lessons.due
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
