@@ -271,8 +271,16 @@ def test_a_saving_that_decays_over_a_stream_shows(tmp_path: Path) -> None:
     assert found is not None
     assert [(w.first, w.last) for w in found.windows] == [(1, 100), (101, 200), (201, 300)]
     assert [w.saving for w in found.windows] == pytest.approx([0.8, 0.6, 0.4])
+    assert [w.typical for w in found.windows] == pytest.approx([0.8, 0.6, 0.4])
     assert found.lasting is not None
     assert found.lasting.value == pytest.approx(0.5)
+
+
+def test_a_late_call_moves_the_saving_but_not_the_typical_one(tmp_path: Path) -> None:
+    found = stream(run_of(tmp_path, *streamed([0.5] * 199 + [-99.0])), ALL, "anchor")
+    assert found is not None
+    assert found.windows[1].saving < 0
+    assert found.windows[1].typical == 0.5
 
 
 def test_a_short_stream_is_cut_into_thirds(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
+from kvcomm_vllm.cli.bench.records import CallRecord
 from kvcomm_vllm.cli.bench.report.intervals import (
     FEWEST_UNITS,
     PERCENTILES,
@@ -18,6 +20,7 @@ from kvcomm_vllm.cli.bench.report.intervals import (
 from kvcomm_vllm.cli.bench.report.pairs import calls_of, pair_calls, unit
 from kvcomm_vllm.cli.bench.report.read import PLAIN, STREAM, Run
 
+Pair = tuple[CallRecord, CallRecord]  # of the column, of plain
 WINDOW = 100
 FEWEST_WINDOWS = 2
 
@@ -28,14 +31,18 @@ class Window:
 
     Args:
         saving: share of plain's times to first token that was saved, over all calls.
+        typical: the same of the medians of each of a task's calls: single late calls do not count.
         plain_ms, ttft_ms: mean over its tasks of the sum over a task's calls.
+        reused: tokens per task; None where the server does not count them.
     """
 
     first: int
     last: int
     saving: float
+    typical: float
     plain_ms: float
     ttft_ms: float
+    reused: float | None
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,22 @@ class Stream:
 def stream(run: Run, workload: str, column: str) -> Stream | None:
     """None without tasks after warm-up that both columns have served."""
     calls = calls_of(run, workload, column, STREAM)
-    pairs = pair_calls(calls, calls_of(run, workload, PLAIN, STREAM))
-    sums = unit_sums(
-        (unit(call), (call.ttft_ms, other.ttft_ms)) for call, other in pairs if not call.warmup
-    )
+    pairs = [
+        pair
+        for pair in pair_calls(calls, calls_of(run, workload, PLAIN, STREAM))
+        if not pair[0].warmup
+    ]
+    sums = unit_sums((unit(call), (call.ttft_ms, other.ttft_ms)) for call, other in pairs)
     if column == PLAIN or not len(sums):
         return None
     size = WINDOW if len(sums) >= FEWEST_WINDOWS * WINDOW else max(1, len(sums) // 3)
     starts = range(0, max(1, len(sums) - size + 1), size)
     ends = [*starts[1:], len(sums)]
-    windows = [_window(sums, start, end) for start, end in zip(starts, ends, strict=True)]
+    tasks = list(dict.fromkeys(unit(call) for call, _ in pairs))
+    windows = []
+    for start, end in zip(starts, ends, strict=True):
+        inside = set(tasks[start:end])
+        windows.append(_window(sums, start, end, [p for p in pairs if unit(p[0]) in inside]))
     first, last = sums[: ends[0]], sums[-size:]
     return Stream(
         workload,
@@ -82,12 +95,30 @@ def stream(run: Run, workload: str, column: str) -> Stream | None:
     )
 
 
-def _window(sums: Floats, start: int, end: int) -> Window:
+def _window(sums: Floats, start: int, end: int, pairs: list[Pair]) -> Window:
     ours, plain = sums[start:end].sum(axis=0)
     tasks = end - start
+    reused = [call.reused for call, _ in pairs if call.reused is not None]
     return Window(
-        start + 1, end, float(1 - ours / plain), float(plain / tasks), float(ours / tasks)
+        start + 1,
+        end,
+        saving=float(1 - ours / plain),
+        typical=_typical(pairs),
+        plain_ms=float(plain / tasks),
+        ttft_ms=float(ours / tasks),
+        reused=sum(reused) / tasks if reused else None,
     )
+
+
+def _typical(pairs: list[Pair]) -> float:
+    calls: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        calls.setdefault(pair[0].index, []).append(pair)
+    ours, plain = (
+        sum(median(pair[side].ttft_ms for pair in group) for group in calls.values())
+        for side in (0, 1)
+    )
+    return 1 - ours / plain
 
 
 def _lasting(first: Floats, last: Floats) -> Interval | None:

@@ -103,6 +103,8 @@ def stream_table(content: Content) -> Table:
             fixed(window.plain_ms, 0),
             fixed(window.ttft_ms, 0),
             share(window.saving),
+            share(window.typical),
+            fixed(window.reused, 1),
             times(row.lasting) if window is row.windows[-1] else "",
         ]
         for row in content.stream
@@ -110,9 +112,11 @@ def stream_table(content: Content) -> Table:
     ]
     note = (
         "Novel tasks one after the other, after warm-up. Sum of a task's times to first token, "
-        "mean over the window; last line: saving of the last window over that of the first one."
+        "mean over the window; typical: the saving by medians of each of a task's calls; reused: "
+        "tokens a task; last line: saving of the last window over that of the first one."
     )
-    head = ["workload", "column", "tasks", "plain ms", "ms", "saved", "last / first [95%]"]
+    head = ["workload", "column", "tasks", "plain ms", "ms", "saved", "typical", "reused"]
+    head.append("last / first [95%]")
     return Table("stream", "Over a long stream", note, head, rows, labels=3)
 
 
