@@ -116,12 +116,11 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    pairs = enumerate(zip(found["learning"], found["silent"], strict=True))
-    middle = statistics.median(
-        b - a for a, b in zip(found["silent"], found["learning"], strict=True)
-    )
+    pairs = list(zip(found["learning"], found["silent"], strict=True))
+    middle = statistics.median(a - b for a, b in pairs)
     console.print(f"Median of paired differences: {middle:+.1f} ms")
-    ratio = ratio_of_sums((number // 2, a, b) for number, (a, b) in pairs)  # a text's two together
+    # the two requests of a text belong together
+    ratio = ratio_of_sums((number // 2, a, b) for number, (a, b) in enumerate(pairs))
     assert ratio is not None  # there are times
     console.print(f"Added in all: {ratio.value - 1:+.1%}")
     if ratio.low is not None and ratio.high is not None:

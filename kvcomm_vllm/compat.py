@@ -19,37 +19,37 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-def find_model_runner() -> Any | None:
-    """The model runner that is just creating this worker's connector, or None.
+def _from_the_stack(attribute: str) -> Any | None:
+    """An attribute of the nearest object with a method on the call stack that has it, or None.
 
-    vLLM has no way for a connector to reach the model (its pull request 37339 is open), but the
-    worker is on the call stack of the connector's constructor.
+    Whoever makes a connector is on the stack of its constructor, and vLLM has no other way to it
+    (its pull request 37339 is open).
     """
     frame = inspect.currentframe()
     while frame is not None:
-        runner = getattr(frame.f_locals.get("self"), "model_runner", None)
-        if runner is not None:
-            return runner
+        found = getattr(frame.f_locals.get("self"), attribute, None)
+        if found is not None:
+            return found
         frame = frame.f_back
     return None
+
+
+def find_model_runner() -> Any | None:
+    """The model runner that is just creating this worker's connector, or None."""
+    return _from_the_stack("model_runner")
 
 
 def find_wake_up() -> Callable[[], None] | None:
     """What ends the sleep of the engine that is just creating its scheduler's connector; may be
     called from any thread. None where the engine does not sleep (vLLM's ``LLM`` in this process).
-
-    As in :func:`find_model_runner`, the engine is on the call stack.
     """
     from vllm.v1.engine import EngineCoreRequestType
 
     message = getattr(EngineCoreRequestType, "WAKEUP", None)
-    frame = inspect.currentframe()
-    while frame is not None and message is not None:
-        queue = getattr(frame.f_locals.get("self"), "input_queue", None)
-        if queue is not None:
-            return partial(queue.put_nowait, (message, None))
-        frame = frame.f_back
-    return None
+    queue = _from_the_stack("input_queue")
+    if message is None or queue is None:
+        return None
+    return partial(queue.put_nowait, (message, None))
 
 
 def require_load_before_forward(output: SchedulerOutput) -> None:

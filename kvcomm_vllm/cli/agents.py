@@ -2,13 +2,11 @@
 """The demo's agents and the prompts they are given."""
 
 from dataclasses import dataclass
-from importlib import resources
 
 import yaml
 
 from kvcomm_vllm.cli.client import Message
-
-DATA = resources.files("kvcomm_vllm.cli") / "data"
+from kvcomm_vllm.cli.rows import DATA
 
 
 @dataclass(frozen=True)

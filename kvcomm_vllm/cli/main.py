@@ -83,11 +83,10 @@ def demo(
     missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         fail(f"the demo needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
-    from kvcomm_vllm.cli.agents import DATA
     from kvcomm_vllm.cli.client import RequestError
     from kvcomm_vllm.cli.demo import run_demo
     from kvcomm_vllm.cli.machine import is_cpu_build
-    from kvcomm_vllm.cli.rows import DataError
+    from kvcomm_vllm.cli.rows import DATA, DataError
     from kvcomm_vllm.cli.server import ServerError
     from kvcomm_vllm.cli.stage import DemoOptions
     from kvcomm_vllm.config import ConfigError

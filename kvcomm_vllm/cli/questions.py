@@ -4,8 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcomm_vllm.cli.agents import DATA
-from kvcomm_vllm.cli.rows import DataError, Row, read_file
+from kvcomm_vllm.cli.rows import DataError, Row, read_file, read_sample
 
 EXAMPLES_CHARACTERS = 2400
 
@@ -59,5 +58,6 @@ def load_questions(count: int, data: Path | None = None) -> list[Question]:
             file, whose rows come with a task sheet each.
     Errors: DataError if the file is unreadable, malformed, or too short.
     """
-    rows = read_file(data or Path(str(DATA / "questions.jsonl")), {"question": str})
+    fields: dict[str, type] = {"question": str}
+    rows = read_file(data, fields) if data else read_sample("questions.jsonl", fields)
     return _questions(rows, count, str(data) if data else "the packaged questions")

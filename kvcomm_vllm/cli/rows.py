@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files with a JSON object per line."""
+"""Files with a JSON object per line, packaged ones and others."""
 
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+DATA = resources.files("kvcomm_vllm.cli") / "data"
 Row = dict[str, Any]
 
 
@@ -48,3 +50,8 @@ def read_file(path: Path, fields: dict[str, type]) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     return parse_rows(text, str(path), fields)
+
+
+def read_sample(name: str, fields: dict[str, type]) -> list[Row]:
+    """Rows of a packaged file."""
+    return parse_rows((DATA / name).read_text(encoding="utf-8"), name, fields)

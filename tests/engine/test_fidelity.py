@@ -13,10 +13,10 @@ from kvcomm_vllm.cli.fidelity.bench import Bench
 from kvcomm_vllm.cli.fidelity.case import Case, Turn
 from kvcomm_vllm.cli.fidelity.measure import measure
 from kvcomm_vllm.cli.fidelity.report import summarise, write_json
-from kvcomm_vllm.cli.fidelity.source import BESIDE, read_sample
+from kvcomm_vllm.cli.fidelity.source import BESIDE
 from kvcomm_vllm.cli.fidelity.study import Study
 from kvcomm_vllm.cli.fidelity.workloads import gsm8k
-from kvcomm_vllm.cli.rows import read_file
+from kvcomm_vllm.cli.rows import read_file, read_sample
 
 pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.slow]
 

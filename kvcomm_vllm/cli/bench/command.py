@@ -151,7 +151,6 @@ def _only(given: set[str], *allowed: str) -> None:
     Raises:
         DataError: another option was given, which would have no effect.
     """
-
     for name in sorted(given - set(allowed)):
         option = name.replace("_", "-")
         raise DataError(f"--{option} has no place beside --{allowed[0]}")

@@ -114,7 +114,7 @@ def run_task(
                     continue
                 column = one.driver.column
                 step(f"{task.id}, {one.call.agent}, {column.name}")
-                # right behind another one's, the same request takes one or two times as long
+                # right behind another one, a request takes once or twice as long, by chance
                 rest.before(column.server, always=side_by_side)
                 try:
                     one.ask(place)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import kvcomm_vllm
-from kvcomm_vllm.cli.agents import DATA
-from kvcomm_vllm.cli.rows import DataError, Row, parse_rows, read_file
+from kvcomm_vllm.cli.rows import DataError, Row, read_file, read_sample
 
 # Evaluation data that lies beside a checkout; a wheel has none there.
 BESIDE = Path(kvcomm_vllm.__file__).resolve().parents[2] / "shared" / "data"
@@ -26,11 +25,6 @@ def named(name: str, workloads: Mapping[str, Found]) -> Found:
     if name not in workloads:
         raise DataError(f"{name!r} is no workload; there are {', '.join(workloads)}")
     return workloads[name]
-
-
-def read_sample(name: str, fields: dict[str, type]) -> list[Row]:
-    """Rows of a packaged file."""
-    return parse_rows((DATA / name).read_text(encoding="utf-8"), name, fields)
 
 
 def data_file(name: str, folder: Path | None) -> Path | None:
