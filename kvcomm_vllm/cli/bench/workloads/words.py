@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from kvcomm_vllm.cli.agents import DATA
+from kvcomm_vllm.cli.rows import DATA
 
 
 @cache
