@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from kvcomm_vllm.cli.agents import DATA
 from kvcomm_vllm.cli.bench.task import Call, Task
 from kvcomm_vllm.cli.bench.workloads import WORKLOADS, workload
 from kvcomm_vllm.cli.bench.workloads.words import random_words
-from kvcomm_vllm.cli.rows import DataError
+from kvcomm_vllm.cli.rows import DATA, DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PACKAGED = {"mmlu": 48, "coding": 24, "toolcalls": 24, "math": 32, "judge": 64}
