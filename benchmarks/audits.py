@@ -46,8 +46,10 @@ def messages(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def block(client: ChatClient, column: str, texts: int, gap: float, seed: int) -> list[float]:
-    """Times to first token, ms: texts arrive at random, and two agents read each."""
+def block(
+    client: ChatClient, column: str, texts: int, gap: float, tokens: int, seed: int
+) -> list[tuple[float, float]]:
+    """Times to the first and the last token, ms: texts arrive at random, two agents read each."""
     rng = random.Random(seed)
     hints = {"kvcomm": {"mode": COLUMNS[column]}}
     times = []
@@ -55,9 +57,9 @@ def block(client: ChatClient, column: str, texts: int, gap: float, seed: int) ->
         text = " ".join(rng.choice(WORDS) for _ in range(TEXT_WORDS))
         for role in ("writer", "critic"):
             time.sleep(rng.expovariate(1 / gap))
-            answer = client.stream(messages(role, text), 4, cache_salt=column, hints=hints)
+            answer = client.stream(messages(role, text), tokens, cache_salt=column, hints=hints)
             assert answer.ttft_ms is not None  # a stream has one
-            times.append(answer.ttft_ms)
+            times.append((answer.ttft_ms, answer.total_ms))
     return times
 
 
@@ -85,38 +87,27 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
             closing(ChatClient(server.base_url, served_name(model))) as client,
         ):
             meter = TreatmentMeter(server.base_url)
-            times: dict[str, list[float]] = {column: [] for column in COLUMNS}
+            times: dict[str, list[tuple[float, float]]] = {column: [] for column in COLUMNS}
             for number in range(-1, options.blocks):  # the first one warms everything up
                 order = list(COLUMNS)[:: 1 if number % 2 else -1]
                 for column in order:
                     seed = 1000 * options.seed + 1 + number
-                    found = block(client, column, options.texts, options.gap, seed)
+                    found = block(client, column, options.texts, options.gap, options.tokens, seed)
                     if number >= 0:
                         times[column] += found
                     meter.settle(limit=600)
             return {**times, **counted(server.base_url)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--blocks", type=int, default=4, help="of each kind")
-    parser.add_argument("--texts", type=int, default=5, help="in a block; two requests each")
-    parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between requests")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    found = measure(options.model, options)
-    table = Table("", "mean", "median", "p90", title="Time to first token, ms")
-    for column in COLUMNS:
-        times = found[column]
+def show(console: Console, what: str, silent: list[float], learning: list[float]) -> None:
+    table = Table("", "mean", "median", "p90", title=f"{what}, ms")
+    for column, times in zip(COLUMNS, (silent, learning), strict=True):
         p90 = statistics.quantiles(times, n=10)[-1]
         table.add_row(
             column, *(f"{x:.1f}" for x in (statistics.mean(times), statistics.median(times), p90))
         )
-    console = Console()
     console.print(table)
-    pairs = list(zip(found["learning"], found["silent"], strict=True))
+    pairs = list(zip(learning, silent, strict=True))
     middle = statistics.median(a - b for a, b in pairs)
     console.print(f"Median of paired differences: {middle:+.1f} ms")
     # the two requests of a text belong together
@@ -125,10 +116,27 @@ def main() -> None:
     console.print(f"Added in all: {ratio.value - 1:+.1%}")
     if ratio.low is not None and ratio.high is not None:
         console.print(f"95% interval: {ratio.low - 1:+.1%} to {ratio.high - 1:+.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--blocks", type=int, default=4, help="of each kind")
+    parser.add_argument("--texts", type=int, default=5, help="in a block; two requests each")
+    parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between requests")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = measure(options.model, options)
+    console = Console()
+    for index, what in enumerate(("Time to first token", "Time to last token")):
+        silent, learning = ([pair[index] for pair in found[column]] for column in COLUMNS)
+        show(console, what, silent, learning)
     console.print({key: found[key] for key in ("learned", "pieces", "seconds")})
     if options.json:
         conditions = {
-            **{key: getattr(options, key) for key in ("blocks", "texts", "gap", "seed")},
+            **{key: getattr(options, key) for key in ("blocks", "texts", "gap", "tokens", "seed")},
             "machine": describe_machine(),
             "versions": describe_versions(),
         }
