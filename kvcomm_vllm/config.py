@@ -184,7 +184,7 @@ class KVCommConfig:
         low=1,
     )
     min_reuse_tokens: int = key(
-        64,
+        32,
         "Fewest tokens a plan must take from other requests to be carried out.",
         low=1,
     )

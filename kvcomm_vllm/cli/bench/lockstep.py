@@ -15,23 +15,22 @@ from kvcomm_vllm.cli.client import RefusedError
 
 @dataclass
 class Rest:
-    """Lets a server come to rest before another one is asked, or before anybody is.
+    """Lets servers come to rest before one is asked: right behind another request, one takes once
+    or twice as long, by chance.
 
     Args:
         seconds: how long a server's processes are busy after an answer.
     """
 
     seconds: float
-    _server: str = ""
-    _ended: float = 0.0
+    _ended: float | None = None
 
-    def before(self, server: str, *, always: bool = False) -> None:
-        """Wait for the server that was asked last; for ``server`` itself only if ``always``."""
-        if self._server and (always or server != self._server):
+    def before(self) -> None:
+        if self._ended is not None:
             time.sleep(max(0.0, self._ended + self.seconds - time.monotonic()))
 
-    def after(self, server: str) -> None:
-        self._server, self._ended = server, time.monotonic()
+    def after(self) -> None:
+        self._ended = time.monotonic()
 
 
 @dataclass
@@ -114,14 +113,13 @@ def run_task(
                     continue
                 column = one.driver.column
                 step(f"{task.id}, {one.call.agent}, {column.name}")
-                # right behind another one, a request takes once or twice as long, by chance
-                rest.before(column.server, always=side_by_side)
+                rest.before()
                 try:
                     one.ask(place)
                 except RefusedError as error:
                     names = [driver.column.name for driver in drivers]
                     return [skipped(place, column.name, names, error, clock())]
-                rest.after(column.server)
+                rest.after()
                 order.append(one.records[-1])
             # there and back again: whoever was first comes last
             turn = turn[::-1]

@@ -106,7 +106,7 @@ class Runner:
     def _load(self, study: Study, unit: Unit, bar: TaskID) -> list[Record]:
         (name,) = unit.columns
         driver = self.drivers[name]
-        self.rest.before(driver.column.server)
+        self.rest.before()
         records = run_load(
             list(unit.tasks),
             list(unit.times),
@@ -116,7 +116,7 @@ class Runner:
             self._step(study, bar),
         )
         driver.settle()
-        self.rest.after(driver.column.server)
+        self.rest.after()
         memory = self._memory(self._place(study, unit.tasks[-1]), unit.columns)
         return [*records, *(replace(record, column=name) for record in memory)]
 

@@ -35,8 +35,8 @@ def definitions(content: Content) -> list[tuple[str, str]]:
         ),
         (
             "A call that quotes shared text",
-            f"At least {allowed.page} repeated tokens beyond the cached prefix of the call's own "
-            "(less than that is the rest of a KV page).",
+            "More repeated tokens beyond the cached prefix of the call's own than a call that "
+            "reuses all of them may lack (next line). Others repeat a few words of template.",
         ),
         (
             "Reusing all of it",

@@ -88,8 +88,8 @@ def quoted_tokens(call: CallRecord) -> int:
 
 
 def quotes(call: CallRecord, allowed: Allowance) -> bool:
-    """Whether a call quotes shared text: more than what the cached prefix may lack of its page."""
-    return quoted_tokens(call) >= allowed.page
+    """Whether a call quotes shared text: more than a call that reuses all of it may lack."""
+    return quoted_tokens(call) > allowed.of(call.repeated_runs or 0)
 
 
 def reuses_all(call: CallRecord, allowed: Allowance) -> bool:
@@ -100,7 +100,7 @@ def reuses_all(call: CallRecord, allowed: Allowance) -> bool:
     shorter than what all may lack together.
     """
     missed = quoted_tokens(call) - (call.reused or 0)
-    return bool(call.reused) and missed <= allowed.of(call.repeated_runs or 0)
+    return missed <= allowed.of(call.repeated_runs or 0)
 
 
 def reuse(run: Run, workload: str, column: str) -> Reuse | None:
