@@ -58,8 +58,8 @@ format: $(READY) ## put imports and layout in order
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-bench: $(READY) $(MODEL_FILES) ## the benchmarks in benchmarks/
-	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
+bench: $(READY) $(MODEL_FILES) ## workloads on plain vLLM and on kvcomm; ARGS=--full for all of them
+	$(BIN)/kvcomm bench --model $(MODEL) $(ARGS)
 
 clean: ## remove caches and build products; the environment and the models stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

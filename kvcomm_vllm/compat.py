@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -85,6 +85,23 @@ def metadata_builders(runner: Any, private: bool) -> list[tuple[Any, list[str]]]
                 builder = type(builder)(spec, group.layer_names, runner.vllm_config, runner.device)
             found.append((builder, group.layer_names))
     return found
+
+
+def forwards_embeddings(model: ModelConfig) -> bool:
+    """Whether vLLM embeds tokens before it calls the model, text alone included."""
+    return bool(model.enable_prompt_embeds or model.supports_multimodal_inputs)
+
+
+def recovers_failed_loads(config: VllmConfig) -> bool:
+    """Whether vLLM (0.32) computes again what a load did not bring.
+
+    Steps in flight (asynchronous scheduling) and the counters of model runner V2 are ahead of the
+    scheduler by then, and are not set back.
+    """
+    ahead = config.scheduler_config.async_scheduling or getattr(
+        config, "use_v2_model_runner", False
+    )
+    return not ahead
 
 
 def common_metadata(**fields: Any) -> Any:

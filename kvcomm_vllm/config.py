@@ -61,8 +61,8 @@ class KVCommConfig:
     )
     max_anchor_error: float = key(
         0.9,
-        "Largest share of the deviation that correction may leave on the slot's own later anchors, "
-        "each predicted before it was learned; beyond it the slot is served as in mode seam.",
+        "A slot is corrected only while its correction, tested on each new anchor before learning "
+        "it, leaves at most this share of the deviation; otherwise it is served as in mode seam.",
         low=0.0,
         high=1.0,
     )
@@ -89,7 +89,7 @@ class KVCommConfig:
     )
     audit_share: float = key(
         1.0,
-        "Largest share of time spent learning, once the engine has been idle for that long.",
+        "Largest share of the idle time behind audit_idle_seconds that is spent learning.",
         low=0.001,
         high=1.0,
     )
@@ -117,7 +117,7 @@ class KVCommConfig:
     mean_prior: float = key(
         1.0,
         "Anchors' worth by which each of these means is drawn to the mean over all tokens.",
-        low=0.0,
+        low=0.01,
         high=1000.0,
     )
     ridge: float = key(
@@ -180,7 +180,7 @@ class KVCommConfig:
     )
     min_span_tokens: int = key(
         32,
-        "Shortest run of shared tokens that becomes a span of its own; shorter ones are computed.",
+        "Fewest tokens a span must save behind its seam; shorter shared text is computed.",
         low=1,
     )
     min_reuse_tokens: int = key(
@@ -283,11 +283,6 @@ class KVCommConfig:
             found.append(
                 f"min_span_tokens={self.min_span_tokens}: with window_tokens="
                 f"{self.window_tokens} only shared text of {sure} tokens or more is always found"
-            )
-        if self.mode in ("seam", "anchor") and self.seam_tokens >= self.min_span_tokens:
-            found.append(
-                f"seam_tokens={self.seam_tokens}: spans of min_span_tokens="
-                f"{self.min_span_tokens} are all seam and save nothing"
             )
         return tuple(found)
 

@@ -58,6 +58,9 @@ class KVCommConnector(KVConnectorBase_V1):
             from kvcomm_vllm.scheduler.half import SchedulerHalf
 
             self._off = engine_off(vllm_config, kv_cache_config)
+            if not compat.recovers_failed_loads(vllm_config):
+                # read when this returns: an error is better than a wrong answer
+                self._kv_transfer_config.kv_load_failure_policy = "fail"
             budget = vllm_config.scheduler_config.max_num_batched_tokens
             # until workers report
             off = self._off.reason if self._off else Reason.DISABLED_AT_START

@@ -49,7 +49,8 @@ METRICS = {
     "seconds": Metric(
         "vllm:kvcomm_seconds",
         "phase",
-        "Time spent planning (scheduler), loading, in side forwards.",
+        "Time spent planning (scheduler), loading, in side forwards, learning; where kernels run "
+        "asynchronously (CUDA), the time until they are launched.",
     ),
     "lessons": Metric(
         "vllm:kvcomm_lessons",

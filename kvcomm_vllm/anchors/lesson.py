@@ -65,6 +65,7 @@ class Lesson:
 
     Attributes:
         parts: the spans' parts whose base KV is still there; known once it has started.
+        end: true KV is needed up to here, for these parts.
     """
 
     teacher: Teacher
@@ -74,6 +75,7 @@ class Lesson:
     spans: list[TaughtSpan]
     pages: list[int] = field(default_factory=list)
     parts: list[tuple[TaughtSpan, Source]] = field(default_factory=list)
+    end: int = 0
     computed: int = 0
     sent: bool = False
 
@@ -87,7 +89,7 @@ class Lesson:
         self.pages = pages.leading_ids(self.exact_hashes[: -(-end // size)])
         known = len(self.pages)
         self.parts, self.computed = parts, min(known * size, end)
-        self.tokens = self.tokens[:end]
+        self.end = end
         self.sent = False
         scratch = -(-end // size) - known
         if not pages.hold(HOLDER, self._used(), needed=2 * scratch):
@@ -104,9 +106,9 @@ class Lesson:
 
     def next_op(self, max_tokens: int) -> LessonOp:
         """The next piece, of ``max_tokens`` to compute at most; with the last one workers learn."""
-        start, end = self.computed, min(self.computed + max_tokens, len(self.tokens))
+        start, end = self.computed, min(self.computed + max_tokens, self.end)
         hole = HoleOp(start, self.tokens[start:end].tolist()) if start < end else None
-        self.computed, self.sent = end, end == len(self.tokens)
+        self.computed, self.sent = end, end == self.end
         op = LessonOp(self.number, self.pages, hole)
         if self.sent:
             self.teacher.assign(self, op)

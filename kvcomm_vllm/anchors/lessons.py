@@ -132,6 +132,8 @@ class Lessons:
         self._ready_at = now + (now - self._sent_at) * (1 / self.config.audit_share - 1)
         self.pages.release(HOLDER)
         self._in_flight = False
+        if self.alarm and self._idle_since is not None and now < self._next_at:
+            self.alarm.set(self._next_at - now)
         lesson = self._active
         if lesson is None or lesson.number != report.lesson:
             return

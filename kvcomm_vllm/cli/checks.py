@@ -130,7 +130,7 @@ def demo_packages() -> str:
 
     missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise AdviceError(f"missing {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
+        raise AdviceError(f"missing {', '.join(missing)}: pip install '.[demo]' in the checkout")
     return "all there"
 
 

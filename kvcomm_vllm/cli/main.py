@@ -82,7 +82,7 @@ def demo(
     """Five agents work on word problems, with kvcomm and with plain vLLM; prints one table."""
     missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        fail(f"the demo needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
+        fail(f"the demo needs {', '.join(missing)}: pip install '.[demo]' in the checkout")
     from kvcomm_vllm.cli.client import RequestError
     from kvcomm_vllm.cli.demo import run_demo
     from kvcomm_vllm.cli.machine import is_cpu_build

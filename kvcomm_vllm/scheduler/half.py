@@ -75,7 +75,7 @@ class SchedulerHalf:
         self.paper = PaperMode(self.config, self.lessons, self.pages)
 
     def on_new_request(self, request: Request) -> None:
-        state = new_state(request, self.config, self.max_hole_tokens, self.stats)
+        state = new_state(request, self.config, self.max_hole_tokens, self.stats, self.off)
         self.states[request.request_id] = state
         if self._active(state):
             exact = self.pages.leading(request.block_hashes) * self.block_size
@@ -108,6 +108,8 @@ class SchedulerHalf:
     def _plan(self, state: RequestState, local: int) -> int | None:
         limits = state.limits
         assert limits is not None
+        if state.loading:
+            return None  # preempted in the step whose loads are on their way
         if not state.is_private(local, self.block_size):
             state.restore_exact()
         if self.finder.adopt(state, local):
@@ -197,8 +199,11 @@ class SchedulerHalf:
 
     @property
     def has_idle_work(self) -> bool:
-        """Whether vLLM's loop is to go on without requests."""
-        return self.off is None and self.lessons.due
+        """Whether vLLM's loop is to go on without requests.
+
+        Not while requests are alive, which vLLM counts itself: paused ones would never let it rest.
+        """
+        return self.off is None and not self.states and self.lessons.due
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
@@ -214,6 +219,7 @@ class SchedulerHalf:
             state = self.states.get(request_id)
             if state is None:  # aborted meanwhile
                 continue
+            state.loading = False
             if request_id in report.done:
                 state.confirmed = True
                 self.store.loaded(state)

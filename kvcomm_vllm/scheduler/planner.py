@@ -43,9 +43,10 @@ def make_plan(local: int, sources: Iterable[Source], limits: Limits) -> Plan | R
     going on would save too little for what it computes, and is declined where nothing is left that
     pays.
     """
-    spans = reuse_spans(sources, limits)
+    found = list(sources)
+    spans = reuse_spans(found, limits)
     if not spans:
-        return Reason.NO_MATCH
+        return Reason.TOO_SHORT if found else Reason.NO_MATCH
     best: Plan | None = None
     best_value, over_budget = (0.0, 0), False
     for count in range(1, len(spans) + 1):

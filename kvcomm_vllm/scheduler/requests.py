@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def new_state(
-    request: Request, config: KVCommConfig, max_hole_tokens: int, stats: KVCommStats
+    request: Request,
+    config: KVCommConfig,
+    max_hole_tokens: int,
+    stats: KVCommStats,
+    engine_off: Reason | None = None,
 ) -> RequestState:
     """Hints that cannot be used are counted, named in the report, and otherwise as if not given."""
     hints, message = Hints(), ""
@@ -31,7 +35,7 @@ def new_state(
     asked = config.default_on or hints.mode is not None
     mode = hints.mode or (config.mode if asked else "off")
     apart = unshareable(request)
-    off = apart
+    off = engine_off or apart
     if off is None and request.skip_reading_prefix_cache:
         off = Reason.PROMPT_LOGPROBS
     if off is None and mode == "off":

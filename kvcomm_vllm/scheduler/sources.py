@@ -34,7 +34,10 @@ class SourceFinder:
         So a follow-up turn, a retry or a second sample finds the pages of its own conversation by
         vLLM's own lookup: same context, no seam, no copy.
         """
-        if state.adoption_tried or state.hints.learn or not self.config.reuse_approximate:
+        hints = state.hints
+        if state.adoption_tried or hints.learn or hints.spans is not None:
+            return False
+        if not self.config.reuse_approximate:
             return False
         lead = self.index.leading(
             state.namespace, state.tokens(), lambda s: s.ready and s.first_approximate is not None

@@ -67,7 +67,6 @@ class SequenceStore:
         """The workers confirmed this request's loads: not before may its pages be read by
         others.
         """
-        state.loading = False
         if state.id in self._filling:
             self._mark_ready(state, scheduled=0)
 

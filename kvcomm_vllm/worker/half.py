@@ -186,7 +186,7 @@ class WorkerHalf:
                 else:
                     self.anchors.load(entry, mapped, slot_indices(pairs, device), moves)
             self._estimate(requests)
-        self.stats.add_seconds("load", time.perf_counter() - began)
+        self._took("load", began)
 
     def _estimate(self, requests: list[RequestOps]) -> None:
         assert self.paper is not None
@@ -210,7 +210,7 @@ class WorkerHalf:
         began = time.perf_counter()
         assert self.side_forward is not None
         self.side_forward.run(rows)
-        self.stats.add_seconds("side_forward", time.perf_counter() - began)
+        self._took("side_forward", began)
 
     def _learn(self, lesson: LessonOp, report: StepReport) -> None:
         """A piece of a lesson; other ranks wait in the side forward, so it comes first."""
@@ -229,7 +229,13 @@ class WorkerHalf:
         except Exception:
             logger.exception("kvcomm: a lesson failed, its slots start anew")
             report.lesson_failed = True
-        self.stats.add_seconds("learning", time.perf_counter() - began)
+        self._took("learning", began)
+
+    def _took(self, phase: str, began: float) -> None:
+        """Ranks work at the same time, and vLLM adds up what they count."""
+        parallel = self.vllm_config.parallel_config
+        if parallel.rank % parallel.tensor_parallel_size == 0:
+            self.stats.add_seconds(phase, time.perf_counter() - began)
 
     def take_report(self) -> StepReport | None:
         report, self._report = self._report, None

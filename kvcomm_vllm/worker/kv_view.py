@@ -17,7 +17,7 @@ import torch
 from kvcomm_vllm.compat import cpu_isa
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.worker.rope import NO_ROPE, Rope, rope_module, rope_of
+from kvcomm_vllm.worker.rope import Rope, no_rope, rope_module, rope_of
 from kvcomm_vllm.worker.unsupported import Unsupported
 
 CPU_PACKING = {"vec": Packing.VEC, "vec16": Packing.VEC, "amx": Packing.AMX}
@@ -53,18 +53,19 @@ def build_groups(
     Raises:
         Unsupported: if any of them is not understood; reuse is then off for all.
     """
-    ropes: dict[int, Rope] = {}
+    ropes: dict[int | None, Rope] = {}
     members: dict[tuple[Any, ...], list[Any]] = {}
     traits: dict[tuple[Any, ...], tuple[Packing, Rope, Any]] = {}
     for name, layer in layers.items():
         if not hasattr(layer, "kv_cache") or getattr(layer, "kv_sharing_target_layer_name", None):
             continue
         module = None if name in unrotated else rope_module(model, layer)
-        if module is not None and id(module) not in ropes:
-            ropes[id(module)] = rope_of(module)
-        rope = NO_ROPE if module is None else ropes[id(module)]
         packing = packing_of(name, layer)
         cache = layer.kv_cache
+        known = None if module is None else id(module)
+        if known not in ropes:
+            ropes[known] = no_rope(cache.device) if module is None else rope_of(module)
+        rope = ropes[known]
         key = (packing, id(rope), cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype)
         members.setdefault(key, []).append(layer)
         traits[key] = (packing, rope, module)

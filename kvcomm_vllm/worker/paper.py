@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -95,7 +96,7 @@ class PaperArena:
         place = op.base.prompt_start
         for layer, k, v in self._base(op.base):
             dim = layer.group.pages.head_dim
-            per_channel = self._channel_weights(layer, op, torch.cat((k, v), dim=-1))
+            per_channel = self._channel_distances(layer, op, torch.cat((k, v), dim=-1))
             if not layer.first:
                 for a, rows in enumerate(op.anchors):
                     change = layer.change[rows.start : rows.start + op.base.length].float()
@@ -120,7 +121,7 @@ class PaperArena:
         ]
         return weights[0], weights[1]
 
-    def _channel_weights(self, layer: Layer, op: EstimateOp, x: torch.Tensor) -> torch.Tensor:
+    def _channel_distances(self, layer: Layer, op: EstimateOp, x: torch.Tensor) -> torch.Tensor:
         """fp32 ``[anchors, kv_heads, 2 * head_dim]``: the message against each anchor's last
         tokens.
         """
@@ -129,21 +130,24 @@ class PaperArena:
             end = rows.start + rows.tokens
             near = layer.base[end - op.base.length : end].float()
             squares.append((x - near).square().sum(0))
-        return softmax_weights(channel_distances(torch.stack(squares)), self.temperature)
+        return channel_distances(torch.stack(squares))
 
-    def _behind(self, layer: Layer, op: EstimateOp, weights: torch.Tensor) -> torch.Tensor:
-        """fp32 ``[stop - start, kv_heads, 2 * head_dim]``."""
-        count = op.stop - op.start
-        total = torch.zeros(count, *weights.shape[1:], device=self.device)
-        shares = torch.zeros_like(total)
-        for weight, rows, known in zip(weights, op.anchors, op.known, strict=True):
-            first = max(op.start, op.behind_end - known)
-            if first >= op.stop:
-                continue
-            row = rows.end - (op.behind_end - first)
-            total[first - op.start :] += weight * layer.base[row : row + op.stop - first].float()
-            shares[first - op.start :] += weight
-        return total / shares
+    def _behind(self, layer: Layer, op: EstimateOp, distances: torch.Tensor) -> torch.Tensor:
+        """fp32 ``[stop - start, kv_heads, 2 * head_dim]``.
+
+        Each run of tokens is weighted over the anchors that know it: to take weights over all and
+        divide by their sum would be 0 / 0 where one that does not is far nearer than the others.
+        """
+        firsts = [max(op.start, op.behind_end - known) for known in op.known]
+        edges = sorted({first for first in firsts if first < op.stop} | {op.stop})
+        runs = []
+        for start, stop in pairwise(edges):
+            knowing = [a for a, first in enumerate(firsts) if first <= start]
+            rows = [op.anchors[a].end - (op.behind_end - start) for a in knowing]
+            true = torch.stack([layer.base[row : row + stop - start].float() for row in rows])
+            weights = softmax_weights(distances[knowing], self.temperature)
+            runs.append((weights[:, None] * true).sum(0))
+        return torch.cat(runs)
 
     # ---- learning --------------------------------------------------------------------------------
 

@@ -64,7 +64,10 @@ class Rope:
         return self.undo(old).then(self.redo(new))
 
 
-NO_ROPE = Rope(torch.zeros(1, 0), torch.zeros(1, 0), interleaved=False)
+def no_rope(device: torch.device | str = "cpu") -> Rope:
+    """Of layers without any: rotates nothing."""
+    none = torch.zeros(1, 0, device=device)
+    return Rope(none, none, interleaved=False)
 
 
 def rope_of(module: Any) -> Rope:

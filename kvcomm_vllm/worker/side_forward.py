@@ -36,14 +36,16 @@ class Row:
         return self.hole.start + len(self.hole.tokens)
 
 
-def batches(rows: list[Row], max_tokens: int) -> list[list[Row]]:
-    """Rows in order, cut into forwards of at most ``max_tokens``; a longer row is cut itself."""
+def batches(rows: list[Row], max_tokens: int, max_rows: int) -> list[list[Row]]:
+    """Rows in order, cut into forwards of at most ``max_tokens`` and ``max_rows``, for which vLLM's
+    metadata builders have room; a row of more tokens is cut itself.
+    """
     done: list[list[Row]] = [[]]
     room = max_tokens
     for row in rows:
         tokens, start = row.hole.tokens, row.hole.start
         while tokens:
-            if not room:
+            if not room or len(done[-1]) == max_rows:
                 done.append([])
                 room = max_tokens
             piece, tokens = tokens[:room], tokens[room:]
@@ -63,13 +65,17 @@ class SideForward:
         self.runner = runner
         self.block_size = block_size
         self.device: torch.device = runner.device
-        self.max_tokens = int(runner.vllm_config.scheduler_config.max_num_batched_tokens)
+        limits = runner.vllm_config.scheduler_config
+        self.max_tokens = int(limits.max_num_batched_tokens)
+        self.max_rows = int(limits.max_num_seqs)
+        # such models are compiled for embeddings, not for token ids
+        self.always_eager = compat.forwards_embeddings(runner.vllm_config.model_config)
         self._builders = compat.metadata_builders(runner, private=self.device.type != "cpu")
 
     def run(self, rows: list[Row], eager: bool = False) -> None:
         """Writes the rows' K and V into their pages; ``eager`` leaves the compiled model alone."""
-        for batch in batches(rows, self.max_tokens):
-            self._forward(batch, eager)
+        for batch in batches(rows, self.max_tokens, self.max_rows):
+            self._forward(batch, eager or self.always_eager)
 
     def _forward(self, rows: list[Row], eager: bool) -> None:
         lengths = np.array([len(row.hole.tokens) for row in rows], dtype=np.int32)

@@ -57,3 +57,19 @@ def test_a_request_puts_the_moment_off(make_engine: Make) -> None:
     engine.idle()
     assert not lessons.due
     lessons.alarm.stop()
+
+
+def test_an_engine_that_rests_between_two_pieces_is_woken_for_the_next(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR | {"audit_share": 0.001}, audit_tokens=8)
+    lessons = engine.half.lessons
+    hear(engine, 0)
+    hear(engine, 1)
+    rung = threading.Semaphore(0)
+    lessons.alarm = Alarm(rung.release)
+    while not engine.lessons:
+        engine.step()
+    while engine.scheduler.has_requests():
+        engine.step()
+    assert lessons.pending, "the engine sleeps before the next piece"
+    assert rung.acquire(timeout=60)
+    lessons.alarm.stop()

@@ -91,3 +91,11 @@ def test_a_chain_cut_in_the_middle_serves_its_head_and_loads_the_rest(make_engin
     assert follow_up.spans("local") == [(0, 24)]
     assert follow_up.spans("reused") == [(28, 68)]
     assert follow_up.report["seam"] == 0
+
+
+def test_private_pages_are_not_adopted_where_hints_restrict_reuse(make_engine: Make) -> None:
+    engine = make_engine()
+    warm(engine)
+    exact = engine.serve("exact", [*PROMPT, *ANSWER, 1], hints={"spans": []})
+    assert exact.loaded == []
+    assert exact.report["local"] <= 12, "what precedes the first approximate token at most"

@@ -154,6 +154,7 @@ def test_one_rank_that_cannot_reuse_turns_it_off_for_all(make_engine: Make) -> N
     with_source(engine)
     second = engine.serve("second", READER)
     assert second.loaded == []
+    assert second.declined == ["unknown_backend"]
     assert second.spans("computed") == [(0, 56)]
     assert len(engine.half.store.index) == 0, "what is never read need not be remembered"
     check_idle(engine)

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from checks import cached_pages, check_idle
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
+
+from kvcomm_vllm.compat import recovers_failed_loads
 
 Make = Callable[..., EngineWithoutWorker]
 
@@ -107,3 +111,13 @@ def test_reuse_goes_on_after_a_failure(make_engine: Make) -> None:
     with_failure(engine, "second")
     engine.serve("second", READER)
     assert engine.serve("third", [*words("three", 14), *QUESTION, 3]).report["reused"] == 38
+
+
+def test_where_vllm_cannot_compute_again_a_failed_load_ends_its_request(make_engine: Make) -> None:
+    """vLLM 0.32 sets neither steps in flight nor model runner V2's counters back."""
+    assert make_engine().scheduler.recompute_kv_load_failures
+    assert not make_engine(pipeline=2).scheduler.recompute_kv_load_failures
+    scheduler = SimpleNamespace(async_scheduling=False)
+    for newer in (False, True):
+        config: Any = SimpleNamespace(scheduler_config=scheduler, use_v2_model_runner=newer)
+        assert recovers_failed_loads(config) is not newer

@@ -204,3 +204,23 @@ def test_learning_goes_on_under_asynchronous_scheduling(make_engine: Make, pipel
     assert hear(engine, 60).report["corrected"] > 0
     engine.idle()
     check_idle(engine)
+
+
+def test_a_learn_hint_is_served_exactly_where_there_is_nothing_to_learn(make_engine: Make) -> None:
+    full = make_engine(**ANCHOR, max_anchors=2)
+    warm(full)
+    assert hear(full, 9).report["corrected"] > 0
+    for engine in (full, make_engine(mode="seam"), make_engine(**ANCHOR, slots=0)):
+        hear(engine, 10)
+        assert hear(engine, 11, hints={"learn": True}).declined == ["learning"]
+
+
+def test_lessons_leave_a_paused_engine_at_rest(make_engine: Make) -> None:
+    """vLLM waits with a pause until its loop rests, and counts paused requests itself."""
+    engine = make_engine(**ANCHOR)
+    hear(engine, 0)
+    hear(engine, 1)
+    assert engine.half.has_idle_work
+    engine.add("waiting", words("user", 30))
+    assert engine.half.lessons.pending
+    assert not engine.half.has_idle_work

@@ -127,8 +127,6 @@ def test_the_log_line_marks_what_differs_from_the_default() -> None:
 def test_combinations_that_defeat_themselves_are_warned_about() -> None:
     assert KVCommConfig().warnings() == ()
     assert "window_tokens=64" in KVCommConfig(window_tokens=64).warnings()[0]
-    assert "all seam" in KVCommConfig(seam_tokens=32).warnings()[0]
-    assert KVCommConfig(mode="rotate", seam_tokens=32).warnings() == ()
 
 
 @pytest.mark.parametrize(

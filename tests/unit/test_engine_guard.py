@@ -30,9 +30,11 @@ def engine(**changes: Any) -> Any:
         "parallel_config": {
             "pipeline_parallel_size": 1,
             "tensor_parallel_size": 2,
+            "data_parallel_size": 1,
             "decode_context_parallel_size": 1,
             "prefill_context_parallel_size": 1,
         },
+        "model_config": {"is_moe": True},
         "lora_config": None,
         "speculative_config": None,
     }
@@ -67,6 +69,7 @@ SETTINGS = [
     ("parallel_config__pipeline_parallel_size", 2, Reason.PIPELINE_PARALLEL),
     ("parallel_config__decode_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
     ("parallel_config__prefill_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
+    ("parallel_config__data_parallel_size", 2, Reason.EXPERTS_DATA_PARALLEL),
     ("lora_config", {"max_loras": 1}, Reason.LORA_ENABLED),
     ("speculative_config", {"method": "eagle"}, Reason.SPEC_DECODE),
 ]

@@ -12,7 +12,6 @@ import torch
 from kvcomm_vllm.kernels.pages import Packing
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.kv_view import build_groups, packing_of
-from kvcomm_vllm.worker.rope import NO_ROPE
 from kvcomm_vllm.worker.unsupported import Unsupported
 
 HEAD = 32
@@ -162,7 +161,7 @@ def test_layers_with_other_pages_get_another_launch(other: dict[str, Any]) -> No
 def test_a_layer_that_is_known_not_to_rotate_keeps_its_keys() -> None:
     rotary = RotaryEmbedding()
     groups = build((Layer(), rotary), (Layer(), rotary), unrotated={"layer 1"})
-    assert [group.rope is NO_ROPE for group in groups] == [False, True]
+    assert [group.rope.rotary_dim == 0 for group in groups] == [False, True]
     assert groups[1].rotary is None
 
 

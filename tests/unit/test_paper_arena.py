@@ -150,3 +150,16 @@ def test_the_first_layer_is_left_as_it_is(group: LayerGroup, arena: PaperArena) 
 def test_several_ranks_mean_no_anchors(group: LayerGroup) -> None:
     config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
     assert PaperArena([group], config, PAGE, allowed=False).rows == 0
+
+
+def test_text_behind_that_the_nearest_anchor_does_not_know_is_still_a_number(
+    group: LayerGroup, arena: PaperArena
+) -> None:
+    rows, _, trues = taught(group, arena)
+    op = EstimateOp(at(MESSAGE[0], 6, 11), tuple(rows), 33, 40, 40, (3, 7, 6))
+    distances = torch.full((3, HEADS, 2 * DIM), 500.0)
+    distances[0] = 0.0
+    found = arena._behind(arena.layers[1], op, distances)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[0, :, DIM:], trues[1][1][-7, 1])
+    torch.testing.assert_close(found[-1, :, DIM:], trues[0][1][-1, 1])

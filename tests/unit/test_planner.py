@@ -83,7 +83,7 @@ def test_nothing_found_is_no_match() -> None:
 
 def test_text_that_is_all_seam_saves_nothing() -> None:
     seam = limits(seam_tokens=8, min_span_tokens=5, min_reuse_tokens=1)
-    assert make_plan(0, [source(0, 12)], seam) is Reason.NO_MATCH
+    assert make_plan(0, [source(0, 12)], seam) is Reason.TOO_SHORT
     plan = make_plan(0, [source(0, 13)], seam)
     assert isinstance(plan, Plan)
     assert plan.reused_tokens == 5

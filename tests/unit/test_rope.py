@@ -16,7 +16,7 @@ from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_ro
 
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.worker.rope import NO_ROPE, TABLE_ROPES, Rope, rope_module, rope_of
+from kvcomm_vllm.worker.rope import TABLE_ROPES, Rope, no_rope, rope_module, rope_of
 from kvcomm_vllm.worker.unsupported import Unsupported
 
 HEAD, HEADS, POSITIONS = 32, 2, 4096
@@ -142,7 +142,7 @@ def test_a_layer_without_rotary_embedding_keeps_its_keys(old: int, new: int) -> 
     # its table has no channels, so no row of it is ever looked up beyond the first
     keys = random_keys(3)
     p, q = torch.full((3,), old), torch.full((3,), new)
-    assert torch.equal(turn_keys(keys, NO_ROPE.move(p, q), NO_ROPE.interleaved), keys)
+    assert torch.equal(turn_keys(keys, no_rope().move(p, q), no_rope().interleaved), keys)
 
 
 REFUSED = [

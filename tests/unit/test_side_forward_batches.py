@@ -23,6 +23,7 @@ rows = st.lists(
     max_size=6,
 )
 limits = st.integers(1, 50)
+MANY = 1000
 
 
 def tokens_of(pieces: list[Row]) -> list[tuple[list[int], int, int, int]]:
@@ -39,13 +40,13 @@ def test_every_token_is_computed_once_at_its_place_and_in_order(
     given_rows: list[Row], limit: int
 ) -> None:
     """In order: a row's later piece attends to its earlier one, a later hole to an earlier hole."""
-    cut = batches(given_rows, limit)
+    cut = batches(given_rows, limit, MANY)
     assert tokens_of([row for batch in cut for row in batch]) == tokens_of(given_rows)
 
 
 @given(given_rows=rows, limit=limits)
 def test_no_forward_is_larger_than_the_limit_or_empty(given_rows: list[Row], limit: int) -> None:
-    for batch in batches(given_rows, limit):
+    for batch in batches(given_rows, limit, MANY):
         assert 1 <= len(tokens_of(batch)) <= limit
         assert all(row.hole.tokens for row in batch)
 
@@ -53,10 +54,19 @@ def test_no_forward_is_larger_than_the_limit_or_empty(given_rows: list[Row], lim
 @given(given_rows=rows, limit=limits)
 def test_there_are_no_more_forwards_than_needed(given_rows: list[Row], limit: int) -> None:
     total = len(tokens_of(given_rows))
-    assert len(batches(given_rows, limit)) == -(-total // limit)
+    assert len(batches(given_rows, limit, MANY)) == -(-total // limit)
 
 
 @given(given_rows=rows)
 def test_what_fits_is_not_cut(given_rows: list[Row]) -> None:
     total = len(tokens_of(given_rows))
-    assert batches(given_rows, total + 1) == ([given_rows] if given_rows else [])
+    assert batches(given_rows, total + 1, MANY) == ([given_rows] if given_rows else [])
+
+
+@given(given_rows=rows, limit=limits, most=st.integers(1, 5))
+def test_no_forward_has_more_rows_than_vllm_has_requests(
+    given_rows: list[Row], limit: int, most: int
+) -> None:
+    cut = batches(given_rows, limit, most)
+    assert all(len(batch) <= most for batch in cut)
+    assert tokens_of([row for batch in cut for row in batch]) == tokens_of(given_rows)

@@ -70,7 +70,7 @@ def test_absent_vllm_is_answered_with_the_command_that_installs_it(has: Pretend)
     message = vllm_version.check_vllm()
     assert message is not None
     assert "none is installed" in message
-    assert "pip install 'kvcomm-vllm[cuda]'" in message
+    assert "pip install '.[cuda]'" in message
 
 
 @pytest.mark.parametrize(

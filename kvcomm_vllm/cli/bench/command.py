@@ -46,7 +46,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="For the choice and order of tasks, arrivals.")] = 0,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with the workloads' data (default: a packaged sample)."),
+        typer.Option(help="Folder with the data (docs/bench.md; default: a packaged sample)."),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(min=0.0, help="Also under load: tasks arriving per second.")
@@ -88,7 +88,7 @@ def bench(
     """Workloads on plain vLLM and on every mode of the plugin, side by side, in one report."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        fail(f"kvcomm bench needs {', '.join(missing)}: pip install 'kvcomm-vllm[bench]'")
+        fail(f"kvcomm bench needs {', '.join(missing)}: pip install '.[bench]' in the checkout")
     from kvcomm_vllm.cli.bench.options import read_options
     from kvcomm_vllm.cli.bench.resume import options_of
     from kvcomm_vllm.cli.client import RequestError

@@ -10,6 +10,7 @@ from kvcomm_vllm.cli.client import ChatClient, RefusedError
 from kvcomm_vllm.reasons import Reason, Scope
 
 TOKENS = 4
+NO_REPORT = "vLLM runs without the plugin (its log says why), or report is false in --config"
 
 
 def rehearse(columns: list[Column], servers: dict[str, Served]) -> dict[str, str]:
@@ -42,7 +43,9 @@ def _problem(column: Column, client: ChatClient) -> str | None:
             return str(error)
         params = answer.extra.get("kv_transfer_params")
         report = params.get("kvcomm") if isinstance(params, dict) else None
-        for word in (report or {}).get("declined", {}):
+        if report is None:
+            return f"its responses carry no report: {NO_REPORT}"
+        for word in report.get("declined", {}):
             reason = Reason.of(word)
             if reason.scope is Scope.ENGINE or reason is Reason.NO_PAPER_MEMORY:
                 return f"{word}: {reason.explanation}"

@@ -43,7 +43,7 @@ def fidelity(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with the workloads' data (default: a packaged sample)."),
+        typer.Option(help="Folder with the data (docs/bench.md; default: a packaged sample)."),
     ] = None,
     exact_sources: Annotated[
         bool,
@@ -64,7 +64,7 @@ def fidelity(
     """How far are answers with reused KV from dense ones? One engine, any modes, one table."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        fail(f"kvcomm fidelity needs {', '.join(missing)}: pip install 'kvcomm-vllm[demo]'")
+        fail(f"kvcomm fidelity needs {', '.join(missing)}: pip install '.[demo]' in the checkout")
     from kvcomm_vllm.cli.fidelity.options import read_options
 
     try:

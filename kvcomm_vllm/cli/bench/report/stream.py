@@ -79,11 +79,14 @@ def stream(run: Run, workload: str, column: str) -> Stream | None:
     size = WINDOW if len(sums) >= FEWEST_WINDOWS * WINDOW else max(1, len(sums) // 3)
     starts = range(0, max(1, len(sums) - size + 1), size)
     ends = [*starts[1:], len(sums)]
-    tasks = list(dict.fromkeys(unit(call) for call, _ in pairs))
-    windows = []
-    for start, end in zip(starts, ends, strict=True):
-        inside = set(tasks[start:end])
-        windows.append(_window(sums, start, end, [p for p in pairs if unit(p[0]) in inside]))
+    tasks: dict[object, list[Pair]] = {}
+    for pair in pairs:
+        tasks.setdefault(unit(pair[0]), []).append(pair)
+    rows = list(tasks.values())  # in the order of sums
+    windows = [
+        _window(start + 1, sums[start:end], rows[start:end])
+        for start, end in zip(starts, ends, strict=True)
+    ]
     first, last = sums[: ends[0]], sums[-size:]
     return Stream(
         workload,
@@ -95,13 +98,13 @@ def stream(run: Run, workload: str, column: str) -> Stream | None:
     )
 
 
-def _window(sums: Floats, start: int, end: int, pairs: list[Pair]) -> Window:
-    ours, plain = sums[start:end].sum(axis=0)
-    tasks = end - start
+def _window(first: int, sums: Floats, rows: list[list[Pair]]) -> Window:
+    ours, plain = sums.sum(axis=0)
+    tasks, pairs = len(rows), [pair for row in rows for pair in row]
     reused = [call.reused for call, _ in pairs if call.reused is not None]
     return Window(
-        start + 1,
-        end,
+        first,
+        first + tasks - 1,
         saving=float(1 - ours / plain),
         typical=_typical(pairs),
         plain_ms=float(plain / tasks),
