@@ -124,7 +124,10 @@ def render_table(rows: list[AgentRow], questions: int, answer_tokens: int) -> Ta
 
 def sooner(speedup: float) -> str:
     """A ratio of times in words, also where it is no gain."""
-    return f"{speedup:.1f}x sooner" if speedup >= 1 else f"{1 / speedup:.1f}x later"
+    factor = f"{max(speedup, 1 / speedup):.1f}x"
+    if factor == "1.0x":
+        return "as soon"
+    return f"{factor} sooner" if speedup > 1 else f"{factor} later"
 
 
 def headline(rows: list[AgentRow]) -> str:

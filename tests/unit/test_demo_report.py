@@ -110,6 +110,7 @@ def test_the_headline_compares_with_prefix_caching_and_not_with_the_weaker_basel
 def test_a_loss_is_not_called_a_gain() -> None:
     assert sooner(2.0) == "2.0x sooner"
     assert sooner(0.5) == "2.0x later"
+    assert sooner(0.99) == sooner(1.01) == "as soon"
 
 
 def test_json_holds_the_settings_the_rows_and_every_call(tmp_path: Path) -> None:
