@@ -116,8 +116,8 @@ def checked(config: KVTransferConfig) -> KVCommConfig:
 def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     """Validate our configuration in ``args``; drop it, with one warning, if reuse cannot work.
 
-    A load that fails is always computed again: vLLM's default is to answer such a request with an
-    error, and a default cannot be told from a wish.
+    A load that fails is computed again where vLLM can (the connector sees to the others): vLLM's
+    default is to answer such a request with an error, and a default cannot be told from a wish.
 
     Raises:
         ConfigError: see :func:`checked`.
@@ -146,7 +146,9 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     if transfer.kv_load_failure_policy != "recompute":
         args.kv_transfer_config = dataclasses.replace(transfer, kv_load_failure_policy="recompute")
         if not quiet:
-            logger.info("kv_load_failure_policy is recompute: KV that cannot be loaded is computed")
+            logger.info(
+                "kv_load_failure_policy is set: failed loads are computed where vLLM can"
+            )
     if not quiet:
         for warning in config.warnings():
             logger.warning("%s", warning)

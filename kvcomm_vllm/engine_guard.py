@@ -39,7 +39,7 @@ def engine_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
         return EngineOff(Reason.CONTEXT_PARALLEL, "--decode-context-parallel-size")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         return EngineOff(Reason.CONTEXT_PARALLEL, "--prefill-context-parallel-size")
-    if parallel.data_parallel_size > 1 and config.model_config.is_moe:
+    if parallel.data_parallel_size > 1 and getattr(config.model_config, "is_moe", True):
         return EngineOff(Reason.EXPERTS_DATA_PARALLEL, f"{parallel.data_parallel_size} ranks")
     if config.lora_config is not None:
         return EngineOff(Reason.LORA_ENABLED, "--enable-lora")

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kvcomm_vllm.cli import machine, serve_command
+from kvcomm_vllm.cli.extras import lacking
 
 MIN_PYTHON = (3, 11)
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -128,9 +129,8 @@ def kernels() -> str:
 def demo_packages() -> str:
     from kvcomm_vllm.cli.main import DEMO_PACKAGES
 
-    missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise AdviceError(f"missing {', '.join(missing)}: pip install '.[demo]' in the checkout")
+    if lack := lacking(DEMO_PACKAGES, "demo"):
+        raise AdviceError(f"missing {lack}")
     return "all there"
 
 

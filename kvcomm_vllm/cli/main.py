@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `kvcomm` command."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from kvcomm_vllm import __version__
 from kvcomm_vllm.cli.bench.command import bench
+from kvcomm_vllm.cli.extras import lacking
 from kvcomm_vllm.cli.failure import errors, fail
 from kvcomm_vllm.cli.fidelity.command import fidelity
 
@@ -80,9 +80,8 @@ def demo(
     ] = None,
 ) -> None:
     """Five agents work on word problems, with kvcomm and with plain vLLM; prints one table."""
-    missing = [name for name in DEMO_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"the demo needs {', '.join(missing)}: pip install '.[demo]' in the checkout")
+    if lack := lacking(DEMO_PACKAGES, "demo"):
+        fail(f"the demo needs {lack}")
     from kvcomm_vllm.cli.client import RequestError
     from kvcomm_vllm.cli.demo import run_demo
     from kvcomm_vllm.cli.machine import is_cpu_build

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`kvcomm bench` on the command line; what is heavy is imported once it is needed."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from kvcomm_vllm.cli.extras import lacking
 from kvcomm_vllm.cli.failure import errors, fail
 from kvcomm_vllm.cli.rows import DataError
 
@@ -86,9 +86,8 @@ def bench(
     ] = None,
 ) -> None:
     """Workloads on plain vLLM and on every mode of the plugin, side by side, in one report."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"kvcomm bench needs {', '.join(missing)}: pip install '.[bench]' in the checkout")
+    if lack := lacking(PACKAGES, "bench"):
+        fail(f"kvcomm bench needs {lack}")
     from kvcomm_vllm.cli.bench.options import read_options
     from kvcomm_vllm.cli.bench.resume import options_of
     from kvcomm_vllm.cli.client import RequestError

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`kvcomm fidelity` on the command line; what is heavy is imported once the options are good."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from kvcomm_vllm.cli.extras import lacking
 from kvcomm_vllm.cli.failure import errors, fail
 from kvcomm_vllm.cli.rows import DataError
 
@@ -62,9 +62,8 @@ def fidelity(
     ),
 ) -> None:
     """How far are answers with reused KV from dense ones? One engine, any modes, one table."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"kvcomm fidelity needs {', '.join(missing)}: pip install '.[demo]' in the checkout")
+    if lack := lacking(PACKAGES, "demo"):
+        fail(f"kvcomm fidelity needs {lack}")
     from kvcomm_vllm.cli.fidelity.options import read_options
 
     try:
