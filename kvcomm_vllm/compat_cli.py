@@ -146,9 +146,7 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     if transfer.kv_load_failure_policy != "recompute":
         args.kv_transfer_config = dataclasses.replace(transfer, kv_load_failure_policy="recompute")
         if not quiet:
-            logger.info(
-                "kv_load_failure_policy is set: failed loads are computed where vLLM can"
-            )
+            logger.info("kv_load_failure_policy is set: failed loads are computed where vLLM can")
     if not quiet:
         for warning in config.warnings():
             logger.warning("%s", warning)
