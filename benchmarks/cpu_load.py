@@ -28,7 +28,7 @@ from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 SOURCE_OFFSET = 5
 HEAD_TOKENS = 8  # tokens of a slot with a mean of their own
-RANK = 16  # of the map's factors
+RANK = 32  # numbers of a code
 FIRST = "load, naive torch"  # the first version of this load
 
 
@@ -80,9 +80,7 @@ def deviations(case: Case, anchors: int) -> dict[str, Deviation]:
     layers, heads, dim = len(group.layers) - 1, group.kv_heads, group.head_dim  # layer 0 has none
     mean_k, mean_v = (0.1 * torch.randn(layers, HEAD_TOKENS + 1, heads, dim) for _ in range(2))
     index = torch.arange(tokens, dtype=torch.int32)
-    linear = 0.02 * torch.randn(layers, heads, 2 * dim, 2 * dim)
-    down, up = (0.02 * torch.randn(layers, heads, *s) for s in ((2 * dim, RANK), (RANK, 2 * dim)))
-    centre = torch.randn(layers, heads, 2 * dim)
+    code, up = torch.randn(tokens, layers, RANK), 0.02 * torch.randn(layers, heads, RANK, 2 * dim)
 
     def blend(count: int) -> AnchorSum:
         shape = (4 * tokens, layers, heads, dim)  # beyond the caches, whatever the anchors' number
@@ -93,8 +91,7 @@ def deviations(case: Case, anchors: int) -> dict[str, Deviation]:
 
     return {
         "mean": MeanMap(mean_k, mean_v, index, skip_layers=1),
-        f"mean + rank {RANK} map": MeanMap(mean_k, mean_v, index, down, centre, 1, up),
-        "mean + map": MeanMap(mean_k, mean_v, index, linear, centre, 1),
+        f"mean + rank {RANK} code": MeanMap(mean_k, mean_v, index, code, up, 1),
         "1 anchor": blend(1),
         f"{anchors} anchors": blend(anchors),
     }

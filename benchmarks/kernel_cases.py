@@ -14,7 +14,7 @@ from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 ANCHORS = 5
 HEAD_TOKENS = 8  # tokens of a slot with a mean of their own
-RANK = 16  # of the map's factors
+RANK = 32  # numbers of a code
 Run = Callable[[], object]
 
 
@@ -98,30 +98,18 @@ class Workload:
         weights = torch.full((ANCHORS, self.tokens), 1 / ANCHORS, device=self.device)
         return AnchorSum(dk, dv, table, weights, weights.clone())
 
-    def means(self, columns: int) -> MeanMap:
-        """The ``residual`` deviation.
-
-        Args:
-            columns: of the map's first factor: RANK, 2 * head_dim for a whole map, 0 for none.
-        """
+    def means(self, rank: int) -> MeanMap:
+        """The ``residual`` deviation; rank 0: without codes."""
         s = self.shape
         mean_k, mean_v = (
             self._random(s.layers, HEAD_TOKENS + 1, s.heads, s.head_dim) for _ in "kv"
         )
         index = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
-        if not columns:
+        if not rank:
             return MeanMap(mean_k, mean_v, index)
-        width = 2 * s.head_dim
-        first = self._random(s.layers, s.heads, width, columns) / width**0.5
-        centre = torch.zeros(first.shape[:-1]).to(first)
-        if columns == width:
-            if self.device == "cpu" and cpu_correct.supports(self.group):
-                first = first.to(cpu_correct.map_dtype(self.group))
-            return MeanMap(mean_k, mean_v, index, first, centre)
-        up = self._random(s.layers, s.heads, columns, width)
-        if self.device == "cpu":  # as the estimator keeps them
-            first, up = first.float(), up.float()
-        return MeanMap(mean_k, mean_v, index, first, centre, up=up)
+        code = self._random(self.tokens, s.layers, rank).float()
+        up = self._random(s.layers, s.heads, rank, 2 * s.head_dim)
+        return MeanMap(mean_k, mean_v, index, code, up.float() if self.device == "cpu" else up)
 
     def copy(self) -> Operation:
         """A plain copy of as many bytes: what memory allows."""
@@ -135,13 +123,9 @@ class Workload:
         yield self._corrected("load + anchors", self.anchors(), ANCHORS * self.arena_bytes)
         head = min(1.0, HEAD_TOKENS / self.tokens) * self.arena_bytes
         yield self._corrected("load + mean", self.means(0), int(head))
-        for name, columns in (
-            (f"load + mean + map of rank {RANK}", RANK),
-            ("load + mean + map", 2 * self.shape.head_dim),
-        ):
-            means = self.means(columns)
-            factors = [part for part in (means.map, means.up) if part is not None]
-            yield self._corrected(name, means, int(head) + sum(f.nbytes for f in factors))
+        coded = self.means(RANK)
+        extra = int(head) + sum(part.nbytes for part in (coded.code, coded.up) if part is not None)
+        yield self._corrected(f"load + mean + code of rank {RANK}", coded, extra)
         yield from self._triton_only()
 
     def _load(self) -> Operation:

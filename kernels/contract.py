@@ -193,7 +193,7 @@ def check_anchor_sum(group: PageGroup, deviation: AnchorSum, tokens: int) -> Non
 
 
 def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
-    """Means, index, map and centre fit the group and the tokens."""
+    """Means, index, codes and their factor fit the group and the tokens."""
     d = deviation
     check_arena(group, "mean", d.mean_k.transpose(0, 1), d.mean_v.transpose(0, 1), d.skip_layers)
     require(d.mean_k.shape[1] > 0, "a mean needs at least the global row")
@@ -201,15 +201,11 @@ def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
         d.index.shape == (tokens,) and d.index.dtype == torch.int32,
         f"index is int32 [tokens={tokens}], got {d.index.dtype} {list(d.index.shape)}",
     )
+    require((d.code is None) == (d.up is None), "code and up are given together")
     layers, heads, dim = len(group.layers) - d.skip_layers, group.kv_heads, group.head_dim
-    require(
-        d.up is None or (d.map is not None and d.up.ndim == 4 and d.rank > 0),
-        "up is the second factor of a map: [layers, heads, rank, 2 * head_dim], rank at least 1",
-    )
     for name, table, shape in (
-        ("map", d.map, (layers, heads, 2 * dim, d.rank or 2 * dim)),
+        ("code", d.code, (tokens, layers, d.rank)),
         ("up", d.up, (layers, heads, d.rank, 2 * dim)),
-        ("x_mean", d.x_mean, (layers, heads, 2 * dim)),
     ):
         if table is not None:
             require(
@@ -219,7 +215,8 @@ def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
                 f"{name} is a contiguous float tensor {list(shape)}, "
                 f"got {table.dtype} {list(table.shape)}",
             )
-    require(
-        d.up is None or d.map is None or d.up.dtype == d.map.dtype,
-        "both factors of a map have one dtype",
-    )
+            require(
+                table.device == group.layers[0].device,
+                f"{name} is on {table.device}, the cache on {group.layers[0].device}",
+            )
+    require(d.code is None or d.rank > 0, "a code has at least one number")

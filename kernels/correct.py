@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kvcomm_vllm.kernels import blocks
+from kvcomm_vllm.kernels.coded import load_coded
 from kvcomm_vllm.kernels.contract import (
     check_deviation,
     check_rotation,
@@ -24,7 +25,6 @@ from kvcomm_vllm.kernels.launch import (
     layers_per_program,
     tokens_per_block,
 )
-from kvcomm_vllm.kernels.linear_map import load_mapped
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 NO_WEIGHTS, TOKEN_WEIGHTS, CHANNEL_WEIGHTS = 0, 1, 2
@@ -157,7 +157,7 @@ def load_sum_kernel(
 
 @dataclass(frozen=True)
 class _Sum:
-    """An AnchorSum, or a MeanMap without map seen as one anchor of weight 1."""
+    """An AnchorSum, or a MeanMap without codes seen as one anchor of weight 1."""
 
     dk: torch.Tensor
     dv: torch.Tensor
@@ -192,13 +192,14 @@ def load_corrected(
         group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
         src_slots, dst_slots: int64 ``[tokens]``; overlap rules as in ``load``.
         undo, redo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-old)`` and ``R(new)``.
-        deviation: where dK and dV come from (paper Eq. 6 and 7, or mean plus map).
+        deviation: where dK and dV come from (paper Eq. 6 and 7, or mean plus code).
 
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
 
     One launch. Moves at least ``4 * head_dim * itemsize`` bytes per token, layer and head, plus
-    ``2 * head_dim * itemsize`` of the arena per anchor (or of the mean), plus the map once.
+    ``2 * head_dim * itemsize`` of the arena per anchor (or of the mean); codes and their factor
+    once.
     """
     a = group_arguments(group)
     check_slots(group, src_slots, dst_slots)
@@ -208,8 +209,9 @@ def load_corrected(
     tokens, layers = len(src_slots), len(group.layers)
     if tokens == 0:
         return
-    if isinstance(deviation, MeanMap) and deviation.map is not None:
-        load_mapped(group, a, src_slots, dst_slots, undo, redo, deviation)
+    # Codes of no layer, where all are left out, have no factor to read.
+    if isinstance(deviation, MeanMap) and deviation.code is not None and deviation.code.numel():
+        load_coded(group, a, src_slots, dst_slots, undo, redo, deviation)
         return
     s = _Sum.of(deviation)
     # Channel weights are read once per block: a block twice as tall halves what they add.

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corrected load on the CPU: same signature and contract as ``reference.load_corrected``.
-
-A map of low rank is part of the compiled pass. A whole one is a matrix product per layer and head
-and goes to torch (oneDNN), in chunks of tokens whose input and output stay in the last-level cache.
-"""
+"""Corrected load on the CPU: same signature and contract as ``reference.load_corrected``."""
 
 from __future__ import annotations
 
@@ -25,8 +21,7 @@ from kvcomm_vllm.kernels.cpu_runs import Cut, Ints, Tokens, split
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
-_CHUNK_BYTES = 4 << 20  # input of the map per chunk; its output is as large
-# Of a map of low rank: factors of so many layers and turns of so many pages share a cache.
+# With codes: factors of so many layers and turns of so many pages share a cache.
 _LAYERS_PER_ITEM, _PAGES_PER_ITEM = 2, 8
 
 
@@ -36,26 +31,15 @@ def supports(group: PageGroup) -> bool:
     return whole_lanes and cpu_load.supports(group)
 
 
-def map_dtype(group: PageGroup) -> torch.dtype:
-    """In what the map is multiplied (sums are fp32): bf16 for a bf16 cache if the CPU has it.
-
-    That rounds a deviation to about 2^-9 of itself; storing the result rounds all of K and V so.
-    """
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native and group.layers[0].dtype is torch.bfloat16 else torch.float32
-
-
 def warm_up(group: PageGroup, deviation: Deviation) -> None:
     """Compile what ``load_corrected`` needs for this group and this kind of deviation (seconds)."""
     cpu_load.warm_up(group)
     if not supports(group):
         return
-    if isinstance(deviation, MeanMap) and deviation.rank:
-        _low_rank_kernels(group, deviation.rank)
+    if isinstance(deviation, MeanMap) and deviation.code is not None:
+        _coded_kernels(group, deviation.rank, deviation.code.dtype)
         return
     _finish_kernel(group, deviation)
-    if isinstance(deviation, MeanMap) and deviation.map is not None:
-        _input_kernel(group)
 
 
 def load_corrected(
@@ -103,30 +87,20 @@ def _finish_kernel(group: PageGroup, deviation: Deviation) -> Any:
     kind = KINDS[group.layers[0].dtype]
     if isinstance(deviation, AnchorSum):
         return finish_kernel(kind, ("anchors", KINDS[deviation.dk.dtype], deviation.per_channel))
-    return finish_kernel(kind, ("mean", KINDS[map_dtype(group)] if _mapped(deviation) else None))
-
-
-def _mapped(deviation: MeanMap) -> bool:
-    return deviation.map is not None
-
-
-def _input_kernel(group: PageGroup) -> Any:
-    from kvcomm_vllm.kernels.cpu_correct_kernels import input_kernel
-
-    return input_kernel(KINDS[group.layers[0].dtype], KINDS[map_dtype(group)])
+    return finish_kernel(kind, ("mean",))
 
 
 def _padded(rank: int) -> int:
     return -(-rank // 16) * 16
 
 
-def _low_rank_kernels(group: PageGroup, rank: int) -> tuple[Any, Any]:
+def _coded_kernels(group: PageGroup, rank: int, code: torch.dtype) -> tuple[Any, Any]:
     """The kernel, and the one that packs its factors where it needs that."""
-    from kvcomm_vllm.kernels.cpu_low_rank import low_rank_kernel, pack_kernel, paired
+    from kvcomm_vllm.kernels.cpu_coded import coded_kernel, pack_kernel, paired
 
     kind, rank = KINDS[group.layers[0].dtype], _padded(rank)
     pack = pack_kernel(group.head_dim, rank) if paired(kind) else None
-    return low_rank_kernel(kind, group.head_dim, rank), pack
+    return coded_kernel(kind, KINDS[code], group.head_dim, rank), pack
 
 
 class _Correction:
@@ -169,35 +143,23 @@ class _Correction:
         return int(array.ctypes.data)
 
     def apply(self, deviation: Deviation) -> None:
-        if isinstance(deviation, MeanMap) and deviation.rank:
-            self._low_rank(deviation)
-            return
-        finish = _finish_kernel(self.group, deviation)
         if isinstance(deviation, AnchorSum):
-            self.job |= self._anchors(deviation)
+            self._finish(deviation, self._anchors(deviation))
+        elif deviation.code is None or deviation.up is None:
+            self._finish(deviation, self._means(deviation))
         else:
-            self.job |= self._means(deviation)
-            if deviation.map is not None:
-                self.job["x_mean"] = self._centre(deviation)
-                self._map(deviation.map, finish)
-                return
-        self._launch(finish, 0, len(self.bounds) - 1)
+            self._coded(deviation, deviation.code, deviation.up)
 
-    def _launch(self, kernel: Any, begin: int, end: int) -> None:
-        """Run over the groups ``begin..end`` (destination pages) and all layers."""
+    def _finish(self, deviation: Deviation, fields: dict[str, int]) -> None:
         from kvcomm_vllm.kernels.cpu_correct_kernels import JOB
         from kvcomm_vllm.kernels.cpu_threads import run, share
 
-        groups, layers = end - begin, self.job["layers"]
+        groups, layers = len(self.bounds) - 1, self.job["layers"]
         step = share(groups, layers)
-        self.job |= {
-            "groups": groups,
-            "layer_step": step,
-            "block_bounds": self.bounds.ctypes.data + begin * self.bounds.itemsize,
-        }
-        tokens = int(self.first[self.bounds[end]] - self.first[self.bounds[begin]])
-        work_bytes = tokens * self.token_bytes
-        fields = dict.fromkeys((JOB.names or ())[2:], 0) | self.job
+        fields = dict.fromkeys((JOB.names or ())[2:], 0) | self.job | fields
+        fields |= {"groups": groups, "layer_step": step, "block_bounds": self.keep(self.bounds)}
+        work_bytes = len(self.index) * self.token_bytes
+        kernel = _finish_kernel(self.group, deviation)
         run(kernel, JOB, groups * -(-layers // step), work_bytes=work_bytes, **fields)
 
     def _anchors(self, deviation: AnchorSum) -> dict[str, int]:
@@ -227,64 +189,32 @@ class _Correction:
             "index": self.keep(index),
         }
 
-    def _low_rank(self, deviation: MeanMap) -> None:
-        from kvcomm_vllm.kernels.cpu_low_rank import JOB
+    def _coded(self, deviation: MeanMap, code: torch.Tensor, up: torch.Tensor) -> None:
+        from kvcomm_vllm.kernels.cpu_coded import JOB
         from kvcomm_vllm.kernels.cpu_threads import run
 
-        kernel, pack = _low_rank_kernels(self.group, deviation.rank)
-        assert deviation.map is not None
-        assert deviation.up is not None
-        rank = deviation.rank
-        wider = _padded(rank) - rank
-        down, up = deviation.map.float(), deviation.up.float()
+        kernel, pack = _coded_kernels(self.group, deviation.rank, code.dtype)
+        up = up.float()
+        wider = _padded(deviation.rank) - deviation.rank
         if wider:
-            down = torch.nn.functional.pad(down, (0, wider))
+            code = torch.nn.functional.pad(code, (0, wider))
             up = torch.nn.functional.pad(up, (0, 0, 0, wider))
         groups, layers = len(self.bounds) - 1, len(self.group.layers)
         parts = -(-layers // _LAYERS_PER_ITEM)
         pages = max(1, min(_PAGES_PER_ITEM, groups * parts // (4 * torch.get_num_threads())))
+        self.kept.append(code)
         self.job |= self._means(deviation) | {
-            "x_mean": self._centre(deviation),
-            "down": self.keep(down.numpy()),
+            "code": code.data_ptr(),
+            "code_rows": self.keep(self.index),
             "up": self.keep(up.numpy()),
             "groups": groups,
             "group_step": pages,
             "layer_step": _LAYERS_PER_ITEM,
-            "block_bounds": self.bounds.ctypes.data,
-            "packed": self.keep(torch.empty_like(down).numpy()),
+            "block_bounds": self.keep(self.bounds),
+            "packed": self.keep(torch.empty(up.numel() // 2).numpy()) if pack else 0,
+            "most_tiles": int(np.diff(self.bounds).max()),
         }
         if pack is not None:
-            run(pack, JOB, layers * self.group.kv_heads, work_bytes=4 * down.nbytes, **self.job)
+            run(pack, JOB, layers * self.group.kv_heads, work_bytes=2 * up.nbytes, **self.job)
         work_bytes = len(self.index) * self.token_bytes
         run(kernel, JOB, parts * -(-groups // pages), work_bytes=work_bytes, **self.job)
-
-    def _centre(self, deviation: MeanMap) -> int:
-        """Address of the map's centre, fp32 ``[layers, heads, 2 * dim]``."""
-        if deviation.x_mean is None:
-            shape = (len(self.group.layers), self.group.kv_heads, 2 * self.group.head_dim)
-            return self.keep(np.zeros(shape, np.float32))
-        return self.keep(deviation.x_mean.float().numpy())
-
-    def _map(self, weights: torch.Tensor, finish: Any) -> None:
-        group, dtype, width = self.group, map_dtype(self.group), 2 * self.group.head_dim
-        matrices = len(group.layers) * group.kv_heads
-        weights = weights.reshape(matrices, width, width).to(dtype)
-        inputs = _input_kernel(group)
-        limit = max(1, _CHUNK_BYTES // (matrices * width * dtype.itemsize))
-        starts = self.first[self.bounds]  # first token of every group
-        largest = min(limit + group.tokens_per_page, int(starts[-1]))
-        space = torch.empty(2, matrices * largest * width, dtype=dtype)
-        begin = 0
-        while begin < len(starts) - 1:
-            end = int(np.searchsorted(starts, starts[begin] + limit, side="right")) - 1
-            end = max(end, begin + 1)
-            count = int(starts[end] - starts[begin])
-            size = matrices * count * width
-            x, y = (part[:size].view(matrices, count, width) for part in space)
-            self.job |= {"mapped_start": int(starts[begin]), "mapped_count": count}
-            self.job["mapped"] = x.data_ptr()
-            self._launch(inputs, begin, end)
-            torch.bmm(x, weights, out=y)
-            self.job["mapped"] = y.data_ptr()
-            self._launch(finish, begin, end)
-            begin = end

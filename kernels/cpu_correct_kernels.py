@@ -3,8 +3,8 @@
 
     K_new = redo * (undo * K + dK)        V_new = V + dV
 
-Deviations and the map's input are token-major, K in the page is channel-major: a tile of 16 tokens
-meets the other order in a scratch that stays in the first-level cache.
+Deviations are token-major, K in the page is channel-major: a tile of 16 tokens meets the other
+order in a scratch that stays in the first-level cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ JOB = job_type(
     *("bases", "layers", "layer_step", "heads", "head_bytes", "groups"),
     *("blocks", "block_count", "block_bounds", "first_token", "token_values", "tokens"),
     *("undo", "redo", "head_dim", "pairs", "first_step", "second_step", "row_bytes", "stream"),
-    *("mapped", "mapped_start", "mapped_count", "x_mean"),
     *("mean_k", "mean_v", "mean_rows", "index"),
     *(
         "dk",
@@ -40,28 +39,11 @@ JOB = job_type(
 
 
 @cache
-def _tile_functions(kind: str) -> tuple[Any, Any]:
-    """(unrotate tile t into fp32 ``[head_dim, 16]``, finish tiles t and u with deviations)."""
+def _finish(kind: str) -> Any:
+    """Turns K of tiles t and u back, adds their deviations, turns it to its place and writes it."""
     fetch, put = block_access(kind)
-    words, line = lane.MEMORY["fp32"], 4 * lane.WIDTH
-    factor, store = words.read, words.write
+    factor, line = lane.MEMORY["fp32"].read, 4 * lane.WIDTH
     add, fused, multiply, negate = lane.add, lane.fused, lane.multiply, lane.negate
-
-    @njit
-    def unrotate(job, base, t, ahead, scratch):  # type: ignore[no-untyped-def]
-        block = entry(table(job.blocks, job.block_count, 6), t)
-        pairs, row, factors = job.pairs, job.row_bytes, job.undo + t * job.pairs * 2 * line
-        first_step, second_step, dim = job.first_step, job.second_step, job.head_dim
-        for pair in range(pairs):
-            a = pair * first_step
-            b = a + second_step
-            x, y = fetch(base, a * row, block, ahead), fetch(base, b * row, block, ahead)
-            c, s = factor(factors), factor(factors + line)
-            store(scratch + a * line, fused(x, c, negate(multiply(y, s))))
-            store(scratch + b * line, fused(y, c, multiply(x, s)))
-            factors += 2 * line
-        for channel in range(2 * pairs, dim):
-            store(scratch + channel * line, fetch(base, channel * row, block, ahead))
 
     @njit
     def turn(base, a, b, block, undo, redo, da, db, ahead):  # type: ignore[no-untyped-def]
@@ -98,7 +80,7 @@ def _tile_functions(kind: str) -> tuple[Any, Any]:
             if t < u:
                 shift(base, i * row, q, dev_u + i * line, ahead)
 
-    return unrotate, finish
+    return finish
 
 
 @njit
@@ -119,79 +101,17 @@ def _ahead(job, layer, end, head):  # type: ignore[no-untyped-def]
 
 
 @cache
-def input_kernel(kind: str, map_kind: str) -> Any:
-    """``mapped[layer, head, token] = (undo * K, V) - x_mean`` for the tokens of some groups."""
-    unrotate, _ = _tile_functions(kind)
-    read, size = lane.MEMORY[kind].read, lane.MEMORY[kind].size
-    words, narrow = lane.MEMORY["fp32"], lane.MEMORY[map_kind].write
-    factor, line, narrow_size = words.read, 4 * lane.WIDTH, lane.MEMORY[map_kind].size
-    add, negate, transpose, layers_of = lane.add, lane.negate, lane.transpose, _layers
-    ahead_of, prefetch = _ahead, lane.prefetch
-
-    @njit
-    def body(job, item):  # type: ignore[no-untyped-def]
-        bases, bounds = table(job.bases, job.layers, 1), table(job.block_bounds, job.groups + 1, 1)
-        firsts, values = (
-            table(job.first_token, job.block_count + 1, 1),
-            table(job.token_values, job.tokens, 2),
-        )
-        group, begin, end = layers_of(job, item)
-        dim, mapped = job.head_dim, job.mapped
-        space = np.empty(2 * 16 * dim + 16, np.float32)
-        keys = (space.ctypes.data + line - 1) // line * line
-        rows = keys + dim * line
-        for layer in range(begin, end):
-            for head in range(job.heads):
-                base, place = bases[layer, 0] + head * job.head_bytes, layer * job.heads + head
-                mean = job.x_mean + place * 2 * dim * 4
-                ahead, count, start = (
-                    ahead_of(job, layer, end, head),
-                    job.mapped_count,
-                    job.mapped_start,
-                )
-                for t in range(bounds[group, 0], bounds[group + 1, 0]):
-                    unrotate(job, base, t, ahead, keys)
-                    for c in range(0, dim, 16):
-                        transpose(keys + c * line, line, rows + c * 4, dim * 4)
-                    for token in range(firsts[t, 0], firsts[t + 1, 0]):
-                        at = place * count + token - start
-                        out = mapped + at * 2 * dim * narrow_size
-                        key = rows + (token - firsts[t, 0]) * dim * 4
-                        value = base + values[token, 0]
-                        for c in range(0, dim, 16):
-                            x = add(factor(key + c * 4), negate(factor(mean + c * 4)))
-                            narrow(out + c * narrow_size, x)
-                            prefetch(value + c * size + ahead)
-                            y = add(read(value + c * size), negate(factor(mean + (dim + c) * 4)))
-                            narrow(out + (dim + c) * narrow_size, y)
-
-    return compile_kernel(body, JOB)
-
-
-@cache
-def _mean_fill(map_kind: str | None) -> Any:
+def _mean_fill() -> Any:
     words = lane.MEMORY["fp32"]
-    factor, store, add = words.read, words.write, lane.add
-    mapped = map_kind is not None
-    mapped_memory = lane.MEMORY[map_kind or "fp32"]
-    widen, size = mapped_memory.read, mapped_memory.size
+    factor, store = words.read, words.write
 
     @njit
     def fill(job, layer, head, token, out):  # type: ignore[no-untyped-def]
         dim, index = job.head_dim, table(job.index, job.tokens, 1)
         row = (layer * job.mean_rows + index[token, 0]) * job.heads + head
-        at = (layer * job.heads + head) * job.mapped_count + token - job.mapped_start
-        linear = job.mapped + at * 2 * dim * size
         for c in range(0, dim, 16):
-            k, v = (
-                factor(job.mean_k + (row * dim + c) * 4),
-                factor(job.mean_v + (row * dim + c) * 4),
-            )
-            if mapped:
-                k = add(k, widen(linear + c * size))
-                v = add(v, widen(linear + (dim + c) * size))
-            store(out + c * 4, k)
-            store(out + (dim + c) * 4, v)
+            store(out + c * 4, factor(job.mean_k + (row * dim + c) * 4))
+            store(out + (dim + c) * 4, factor(job.mean_v + (row * dim + c) * 4))
 
     return fill
 
@@ -233,11 +153,10 @@ def _anchor_fill(arena_kind: str, per_channel: bool) -> Any:
 def finish_kernel(kind: str, deviation: tuple[Any, ...]) -> Any:
     """Writes the corrected pages.
 
-    ``deviation``: ``("mean", kind of the mapped part or None)`` or ``("anchors", kind,
-    per_channel)``.
+    ``deviation``: ``("mean",)`` or ``("anchors", kind, per_channel)``.
     """
-    fill = _mean_fill(deviation[1]) if deviation[0] == "mean" else _anchor_fill(*deviation[1:])
-    _, finish = _tile_functions(kind)
+    fill = _mean_fill() if deviation[0] == "mean" else _anchor_fill(*deviation[1:])
+    finish = _finish(kind)
     memory, factor, line = lane.MEMORY[kind], lane.MEMORY["fp32"].read, 4 * lane.WIDTH
     read, write, size = memory.read, memory.write, memory.size
     add, transpose, layers_of = lane.add, lane.transpose, _layers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deviations as kernels consume them: a weighted sum over anchors, or a mean plus a linear map.
+"""Deviations as kernels consume them: a weighted sum over anchors, or a mean plus a code.
 
 Both live in the unrotated frame: anchors sit at other absolute positions than the span they correct
 (paper section 3.1, "positional alignment"). Layer 0 of a model has no deviation (its K and V depend
@@ -64,35 +64,30 @@ class AnchorSum:
 
 @dataclass(frozen=True)
 class MeanMap:
-    """``(dK, dV) = mean[min(index, M)] + ((K, V) - x_mean) @ map [@ up]`` (``residual``).
-
-    K is the unrotated base key, V the base value.
+    """``(dK, dV) = mean[min(index, M)] + code @ up`` (``residual``).
 
     Args:
         mean_k, mean_v: ``[layers, M + 1, kv_heads, head_dim]``; row i < M is the mean deviation of
             token i of the slot, row M the mean over all later tokens.
         index: int32 ``[tokens]``, each token's index inside its slot (clamped to M by the reader).
-        map: ``[layers, kv_heads, 2 * head_dim, 2 * head_dim]``, row = input channel of (K, V),
-            column = output channel of (dK, dV); None = the mean alone. With ``up`` the first factor
-            of a map of low rank, ``[layers, kv_heads, 2 * head_dim, rank]``.
-        x_mean: ``[layers, kv_heads, 2 * head_dim]``, centre of the map's input; None = zero.
+        code: ``[tokens, layers, rank]``, any float dtype, contiguous: what a layer's deviation is
+            predicted from, the same for all heads; None = the mean alone.
+        up: ``[layers, kv_heads, rank, 2 * head_dim]``, any float dtype, contiguous: from a code
+            (row) to the channels of (dK, dV) (column); given with ``code`` and only then.
         skip_layers: leading layers of the group that have no deviation and no place in the tensors.
-        up: second factor ``[layers, kv_heads, rank, 2 * head_dim]`` in the map's dtype; None = the
-            map is whole.
     """
 
     mean_k: torch.Tensor
     mean_v: torch.Tensor
     index: torch.Tensor
-    map: torch.Tensor | None = None
-    x_mean: torch.Tensor | None = None
-    skip_layers: int = 0
+    code: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    skip_layers: int = 0
 
     @property
     def rank(self) -> int:
-        """Columns of a map's first factor; 0 where the map is whole or missing."""
-        return 0 if self.up is None else int(self.up.shape[2])
+        """Numbers of a token's code in one layer; 0 without codes."""
+        return 0 if self.code is None else int(self.code.shape[-1])
 
 
 Deviation = AnchorSum | MeanMap

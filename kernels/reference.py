@@ -74,9 +74,9 @@ def rotate(group: PageGroup, slots: torch.Tensor, turn: Rotation) -> None:
 
 
 def deviate(
-    deviation: Deviation, layer: int, keep: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    deviation: Deviation, layer: int, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dK, dV) of one layer for unrotated k and v ``[tokens, heads, head_dim]``."""
+    """(dK, dV) of one layer for the tokens ``keep``, unrotated: ``[tokens, heads, head_dim]``."""
     if isinstance(deviation, AnchorSum):
         rows = deviation.rows[:, keep]
         covered = (rows >= 0)[..., None, None]
@@ -89,15 +89,11 @@ def deviate(
         return blend(deviation.dk, deviation.wk), blend(deviation.dv, deviation.wv)
     index = deviation.index[keep].long().clamp(max=deviation.mean_k.shape[1] - 1)
     dk, dv = deviation.mean_k[layer, index].float(), deviation.mean_v[layer, index].float()
-    if deviation.map is None:
+    if deviation.code is None or deviation.up is None:
         return dk, dv
-    x = torch.cat((k, v), dim=-1)
-    if deviation.x_mean is not None:
-        x = x - deviation.x_mean[layer].float()
-    linear = torch.einsum("thi,hij->thj", x, deviation.map[layer].float())
-    if deviation.up is not None:
-        linear = torch.einsum("thr,hrj->thj", linear, deviation.up[layer].float())
-    return dk + linear[..., : k.shape[-1]], dv + linear[..., k.shape[-1] :]
+    code, up = deviation.code[keep, layer].float(), deviation.up[layer].float()
+    more_k, more_v = torch.einsum("tr,hrj->thj", code, up).chunk(2, dim=-1)
+    return dk + more_k, dv + more_v
 
 
 def load_corrected(
@@ -121,7 +117,7 @@ def load_corrected(
         k, v = packing.read(group, layer, src_slots[keep])
         k = turn_keys(k, undo, group.interleaved)
         if layer >= deviation.skip_layers:
-            dk, dv = deviate(deviation, layer - deviation.skip_layers, keep, k, v)
+            dk, dv = deviate(deviation, layer - deviation.skip_layers, keep)
             k, v = k + dk, v + dv
         packing.write(group, layer, dst_slots[keep], turn_keys(k, redo, group.interleaved), v)
 

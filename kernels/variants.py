@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvcomm_vllm.kernels import channel_distance, collect, correct, distance, linear_map, load
+from kvcomm_vllm.kernels import channel_distance, coded, collect, correct, distance, load
 from kvcomm_vllm.kernels.compiled import Launch
 from kvcomm_vllm.kernels.launch import (
     layers_per_program,
@@ -21,6 +21,7 @@ from kvcomm_vllm.kernels.launch import (
 TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+RANK = 32  # numbers of a code
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Variant:
         minimum: bytes per (token, layer, head) that any implementation reads and writes once.
         rows: (token, layer, head) rows one program handles.
         trips: iterations of loops whose bounds are known only at run time, outermost first.
-        shared: bytes per row read on top of that through L2, by all programs of a head (the map).
-        repeated: bytes per row that a program reads again, from L1, or that all heads and layers
-            share (rotation factors), where this is not hidden in a few per cent.
+        shared: bytes per row read on top of that through L2, by all programs of a layer (a code's
+            factor).
+        repeated: bytes per row that a program reads again, from L1, or that all layers share
+            (rotation factors), where this is not hidden in a few per cent.
         products: multiply-adds per row in matrix products.
     """
 
@@ -85,7 +87,7 @@ def _variant(
     shared: float = 0.0,
     repeated: float = 0.0,
     num_warps: int = 4,
-    map_rank: int | None = None,
+    rank: int = 0,
     products: int = 0,
 ) -> Variant:
     base = shape_constants(
@@ -96,9 +98,9 @@ def _variant(
         page=shape.page,
         dtype=shape.dtype,
     )
-    base = base if map_rank is None else linear_map.map_constants(base, map_rank)
+    base = coded.code_constants(base, rank) if rank else base
     of_arena: tuple[str, ...] = ("p_base_k", "p_base_v", "p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
-    of_arena += ("p_mean_k", "p_mean_v", "p_map", "p_up")
+    of_arena += ("p_mean_k", "p_mean_v", "p_up")
     of_arena += ("p_out_k", "p_out_v") if name.startswith("collect") else ()
     types = {}
     for argument in kernel.arg_names:
@@ -156,24 +158,25 @@ def sum_variant(
     )
 
 
-def map_variant(shape: Shape, rank: int = 0, *, arena: torch.dtype = BF16) -> Variant:
-    """``load_corrected`` with mean and map, a whole one or one of low rank."""
-    tokens, dim = linear_map.block_tokens(shape.head_dim), shape.head_dim
-    numbers = 2 * (2 * dim) * rank if rank else (2 * dim) ** 2
+def code_variant(shape: Shape, rank: int = RANK, *, arena: torch.dtype = BF16) -> Variant:
+    """``load_corrected`` with mean and codes (fp32)."""
+    tokens, dim = coded.block_tokens(shape.head_dim), shape.head_dim
+    numbers, code = 2 * dim * rank, 4 * rank / shape.heads
+    again = 2 * 4 * rank - code if rank > coded.BLOCK_RANK else 0
     exact = " in fp32" if arena is FP32 else ""
     return _variant(
-        f"load + mean + map of rank {rank}{exact}" if rank else "load + mean + map",
+        f"load + mean + code of rank {rank}{exact}",
         shape,
-        linear_map.load_map_kernel,
+        coded.load_coded_kernel,
         arena=arena,
-        constants={"CENTRED": True, "BT": tokens, "BK": linear_map.BLOCK_INPUTS},
-        minimum=2 * dim * (2 * shape.dtype.itemsize + arena.itemsize),
-        rows=tokens,
+        constants={"BT": tokens},
+        minimum=2 * dim * (2 * shape.dtype.itemsize + arena.itemsize) + code,
+        rows=tokens * shape.heads,
         shared=numbers * arena.itemsize / tokens,
-        # The page once more, and undo, undo again, redo: cos and sin in fp32 for each pair.
-        repeated=2 * dim * shape.dtype.itemsize + 3 * 4 * shape.rotary_dim,
+        # Undo and redo: cos and sin in fp32 for each pair. A long code is read for K and V anew.
+        repeated=2 * 4 * shape.rotary_dim / shape.heads + again,
         num_warps=8,
-        map_rank=rank,
+        rank=rank,
         products=numbers,
     )
 
@@ -248,9 +251,10 @@ def all_variants() -> Iterator[Variant]:
     for shape in (shapes[0], shapes[8]):
         yield sum_variant(shape, correct.CHANNEL_WEIGHTS, 4, arena=FP32)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[6], shapes[8], shapes[9]):
-        yield map_variant(shape)
-        yield map_variant(shape, 16)
-    yield map_variant(shapes[0], 16, arena=FP32)
+        yield code_variant(shape)
+    for rank in (RANK // 2, 2 * RANK):
+        yield code_variant(shapes[0], rank)
+    yield code_variant(shapes[0], arena=FP32)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
         yield distance_variant(shape)
         yield distance_variant(shape, 32, per_channel=True)

@@ -121,7 +121,7 @@ class KVCommConfig:
         high=1000.0,
     )
     ridge: float = key(
-        0.8,
+        0.5,
         "Penalty on the map from base KV to deviation, per token seen; inputs are standardised.",
         low=0.01,
         high=1000.0,
@@ -131,12 +131,18 @@ class KVCommConfig:
         "Tokens counted for that penalty beside those seen: few anchors correct little.",
         low=0,
     )
+    map_inputs: int = key(
+        640,
+        "Numbers by which that map is told of a token, of its base KV in a few layers; a slot's "
+        "memory grows with them.",
+        low=16,
+        high=8192,
+    )
     map_rank: int = key(
-        16,
-        "Rank of the two factors that map is stored as: a low one loses little and loads faster.",
-        low=0,
+        32,
+        "Numbers per layer the map makes of them, a token's code: few lose little and load faster.",
+        low=1,
         high=512,
-        when_zero="the whole map",
     )
     paper_memory_mb: int = key(
         0,

@@ -30,7 +30,8 @@ class LoadOp:
         length: number of tokens.
         entry: place of the slot's correction in the workers' arenas; negative = move them as they
             are.
-        slot_index: index of the run's first token in its slot.
+        slot_index: index of the run's first token in its slot; tokens before the slot count as its
+            first.
         mapped: correct by means and map; False = by means alone.
     """
 

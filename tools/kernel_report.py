@@ -26,10 +26,10 @@ from kvcomm_vllm.kernels.variants import (
     Shape,
     Variant,
     all_variants,
+    code_variant,
     collect_variant,
     distance_variant,
     load_variant,
-    map_variant,
     sum_variant,
 )
 
@@ -64,7 +64,6 @@ MODELS = (Model("8B", 32, 8), Model("70B", 80, 8), Model("70B, TP 8", 80, 1))
 TOKENS = 2048
 REACHED = 0.85  # share of the data-sheet rate that a plain copy reaches
 REACHED_FLOPS = 0.3  # of small products that wait for their operands
-RANK = 16
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -102,17 +101,17 @@ def resources() -> str:
 
 
 def estimate(variant: Variant, model: Model, gpu: Gpu) -> tuple[float, str]:
-    """Milliseconds for TOKENS tokens and what limits them: device memory, L2 where a map is read,
+    """Milliseconds for TOKENS tokens and what limits them: device memory, L2 where codes are read,
     or arithmetic.
 
-    Device memory moves each row's own bytes, what all programs of a head share once, and the
+    Device memory moves each row's own bytes, what all programs of a layer share once, and the
     rotation factors once; L2 moves all that programs request.
     """
     rows = TOKENS * model.layers * model.heads
     code = compile_for(variant.launch, gpu.capability)
     requested = bytes_per_row(variant, code)
     own = requested - variant.shared - variant.repeated
-    once = variant.shared * variant.rows / TOKENS
+    once = variant.shared * variant.rows / (model.heads * TOKENS)
     limits = {
         "memory": rows * (own + once) / (REACHED * gpu.memory_tb_s * 1e12),
         "L2": rows * requested / (gpu.l2_tb_s * 1e12),
@@ -132,8 +131,7 @@ def roofline() -> str:
             load_variant(shape, keys_only=True),
             sum_variant(shape, correct.TOKEN_WEIGHTS),
             sum_variant(shape, correct.NO_WEIGHTS),
-            map_variant(shape, RANK),
-            map_variant(shape),
+            code_variant(shape),
             collect_variant(shape),
             distance_variant(shape),
             distance_variant(shape, 32, per_channel=True),

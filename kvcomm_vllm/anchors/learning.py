@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from kvcomm_vllm.anchors.lesson import Lesson, TaughtSpan, base_load
 from kvcomm_vllm.anchors.lessons import Lessons
+from kvcomm_vllm.anchors.places import Place, places
 from kvcomm_vllm.anchors.slot_table import SlotTable
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import LessonOp, StepReport
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.scheduler.slots import slot_keys
 from kvcomm_vllm.scheduler.spans import Plan, Source
 from kvcomm_vllm.scheduler.state import RequestState
 
@@ -35,28 +35,33 @@ class Learning:
         """The plan with warm slots' spans corrected; or none, so that the request is served exactly
         and slots learn from it.
         """
-        if self._note(state, plan) or state.hints.learn:
+        found = places(plan, state.tokens(), state.namespace, self._anchors)
+        state.planned_slots = [place.key for place in found]
+        if self._note(state, plan, found) or state.hints.learn:
             return Reason.LEARNING
-        return self._corrected(state, plan)
+        return self._corrected(state, plan, found)
 
-    def _note(self, state: RequestState, plan: Plan) -> bool:
-        """Name a plan's slots, keep it as a lesson where they have something to learn from it, and
-        say whether the request must be served exactly for that (hint ``learn``, cold slots).
+    def _anchors(self, key: str) -> int:
+        slot = self.table.get(key)
+        return 0 if slot is None else slot.anchors
+
+    def _note(self, state: RequestState, plan: Plan, found: list[Place]) -> bool:
+        """Keep a plan as a lesson where its slots have something to learn from it, and say whether
+        the request must be served exactly for that (hint ``learn``, cold slots).
         """
-        tokens = state.tokens()
-        state.planned_slots, state.lesson = slot_keys(plan, tokens, state.namespace), None
+        tokens, state.lesson = state.tokens(), None
         if not self.table.capacity or state.mode != "anchor":
             return False
         must = state.hints.learn
         taught = []
-        for key, span in zip(state.planned_slots, plan.spans, strict=True):
+        for place, span in zip(found, plan.spans, strict=True):
             if span.source.same_context or not self._may_teach(span.source):
                 continue
-            slot = self.table.get(key)
+            slot = self.table.get(place.key)
             seen, anchors = (slot.seen, slot.anchors) if slot else (0, 0)
             must = must or seen < self.config.bootstrap_requests
             if anchors < self.config.max_anchors and (must or seen):
-                taught.append(TaughtSpan(key, span.start - span.seam, span.source))
+                taught.append(TaughtSpan(place.key, place.start, span.source))
         if taught and (must or self.config.audits):
             end = max(span.source.end for span in taught)
             hashes = state.taint.exact_hashes(-(-end // self.block_size))
@@ -69,20 +74,25 @@ class Learning:
         exact = first is None or first >= source.sequence_start + source.length
         return exact or self.config.learn_from_approximate
 
-    def _corrected(self, state: RequestState, plan: Plan) -> Plan:
+    def _corrected(self, state: RequestState, plan: Plan, found: list[Place]) -> Plan:
         """The plan with warm slots' spans corrected, behind their shorter seam."""
         limits = state.limits
         assert limits is not None
         if state.mode != "anchor":
             return plan
         spans = []
-        for key, span in zip(state.planned_slots, plan.spans, strict=True):
-            slot = self.table.get(key)
+        for place, span in zip(found, plan.spans, strict=True):
+            slot = self.table.get(place.key)
             if slot is not None and self.table.warm(slot) and not span.source.same_context:
                 seam = min(span.seam, limits.anchor_seam_tokens)
-                start = span.start - span.seam + seam
-                entry, mapped = slot.entry, slot.mapped
-                span = replace(span, start=start, seam=seam, entry=entry, mapped=mapped)
+                span = replace(
+                    span,
+                    start=span.start - span.seam + seam,
+                    seam=seam,
+                    entry=slot.entry,
+                    mapped=slot.mapped,
+                    slot_start=place.start,
+                )
             spans.append(span)
         return Plan(plan.local, tuple(spans))
 

@@ -35,16 +35,27 @@ def slot_keys(plan: Plan, tokens: np.ndarray, namespace: bytes) -> list[str]:
     Slots with the same lead in one prompt ("Passage:") are one slot.
     """
     keys: list[str] = []
-    position = 0
+    gap_start, agent_end = 0, None
     for span in plan.spans:
         start = span.start - span.seam
-        if not keys:
-            agent = _bytes(tokens[: max(0, start - EDGE_TOKENS)][:LEAD_TOKENS])
-        lead = tokens[position:start][EDGE_TOKENS:-EDGE_TOKENS][-GAP_TOKENS:]
-        text = b"|".join((namespace, agent, _bytes(lead), span_kind(span).encode()))
-        keys.append(xxhash.xxh3_64_hexdigest(text))
-        position = span.end
+        agent_end = start if agent_end is None else agent_end
+        keys.append(slot_key(tokens, namespace, agent_end, gap_start, start, span_kind(span)))
+        gap_start = span.end
     return keys
+
+
+def slot_key(
+    tokens: np.ndarray, namespace: bytes, agent_end: int, gap_start: int, start: int, kind: str
+) -> str:
+    """The key of the slot that begins at ``start``, in hexadecimal.
+
+    Args:
+        agent_end: where the prompt's first slot begins; ``gap_start``: end of the span before.
+    """
+    agent = tokens[: max(0, agent_end - EDGE_TOKENS)][:LEAD_TOKENS]
+    lead = tokens[gap_start:start][EDGE_TOKENS:-EDGE_TOKENS][-GAP_TOKENS:]
+    text = b"|".join((namespace, _bytes(agent), _bytes(lead), kind.encode()))
+    return xxhash.xxh3_64_hexdigest(text)
 
 
 def _bytes(tokens: np.ndarray) -> bytes:

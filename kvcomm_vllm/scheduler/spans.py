@@ -68,7 +68,8 @@ class Estimate:
 class ReuseSpan:
     """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match,
     too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm,
-    and ``mapped`` whether that is more than means; ``estimate``: the same for mode ``paper``.
+    and ``mapped`` whether that is more than means; ``slot_start``: position of the slot's first
+    token; ``estimate``: the correction of mode ``paper``.
     """
 
     start: int
@@ -77,6 +78,7 @@ class ReuseSpan:
     source: Source
     entry: int | None = None
     mapped: bool = True
+    slot_start: int = 0
     estimate: Estimate | None = None
 
     @property

@@ -15,6 +15,8 @@ from kvcomm_vllm.anchors.estimators.residual import (
 )
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.kernels.deviation import MeanMap
+from kvcomm_vllm.kernels.pages import Rotation
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.messages import LessonOp, LoadOp
 from kvcomm_vllm.worker.kv_view import LayerGroup
@@ -40,6 +42,7 @@ class Anchors:
             config.mean_prior,
             config.ridge,
             config.ridge_tokens,
+            config.map_inputs,
             config.map_rank,
         )
         # the model's first layer has no deviation: its K and V follow from token and position
@@ -57,12 +60,11 @@ class Anchors:
                 ResidualArena(group, self.slots, settings, skip)
                 for group, skip in zip(pages, skips, strict=True)
             ]
-            first = torch.zeros(1, dtype=torch.int32, device=pages[0].layers[0].device)
             self.kernel = correct_kernel(
                 [
-                    (group, arena.deviation(0, first, mapped))
+                    (group, example)
                     for group, arena in zip(pages, self.arenas, strict=True)
-                    for mapped in (False, True)
+                    for example in _examples(arena)
                 ]
             )
 
@@ -70,13 +72,18 @@ class Anchors:
         """Load tokens of one slot with its correction; ``slot_index`` int32 ``[tokens]``."""
         assert self.kernel is not None
         for group, arena in zip(self.groups, self.arenas, strict=True):
+            undo = group.rope.undo(moves.source_positions)
+            code = None
+            if mapped:
+                raw = arena.features.raw(moves.source_slots, undo)
+                code = arena.code(entry, slot_index, raw)
             self.kernel(
                 group.pages,
                 moves.source_slots,
                 moves.slots,
-                group.rope.undo(moves.source_positions),
+                undo,
                 group.rope.redo(moves.positions),
-                arena.deviation(entry, slot_index, mapped),
+                arena.deviation(entry, slot_index, code),
             )
 
     def learn(self, op: LessonOp) -> list[list[float]]:
@@ -95,32 +102,45 @@ class Anchors:
         true_slots = torch.from_numpy(true).to(device)
         total = ErrorSums().as_list()
         for group, arena in zip(self.groups, self.arenas, strict=True):
-            pairs = _deviations(
-                group,
-                (base_slots, span.source_start + tokens),
-                (true_slots, span.prompt_start + tokens),
-                arena.skip_layers,
+            undo = group.rope.undo(span.source_start + tokens)
+            sums = arena.learn(
+                span.entry,
+                (span.slot_index + tokens).clamp(min=0),
+                arena.features.raw(base_slots, undo),
+                _deviations(
+                    group,
+                    (base_slots, undo),
+                    (true_slots, group.rope.undo(span.prompt_start + tokens)),
+                    arena.skip_layers,
+                ),
+                self.judged_from,
             )
-            sums = arena.learn(span.entry, span.slot_index + tokens, pairs, self.judged_from)
             total = [a + b for a, b in zip(total, sums.as_list(), strict=True)]
         return total
 
 
+def _examples(arena: ResidualArena) -> list[MeanMap]:
+    """One correction of each kind, of one token."""
+    index = torch.zeros(1, dtype=torch.int32, device=arena.device)
+    raw = torch.zeros(1, arena.features.raw_width, device=arena.device)
+    codes = (None, arena.code(0, index, raw))
+    return [arena.deviation(0, index, code) for code in codes]
+
+
 def _deviations(
     group: LayerGroup,
-    base: tuple[torch.Tensor, torch.Tensor],
-    true: tuple[torch.Tensor, torch.Tensor],
+    base: tuple[torch.Tensor, Rotation],
+    true: tuple[torch.Tensor, Rotation],
     skip_layers: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer base (K, V) and true minus base, both unrotated: fp32 ``[tokens, heads, 2 * dim]``.
+) -> Iterator[torch.Tensor]:
+    """Per layer true minus base (K, V), both unrotated: fp32 ``[tokens, heads, 2 * dim]``.
 
     Args:
-        base, true: slots and positions, int64 ``[tokens]`` each.
+        base, true: slots, int64 ``[tokens]``, and what takes the rotation off their keys.
     """
-    places = [(slots, group.rope.undo(positions)) for slots, positions in (base, true)]
     for layer in range(skip_layers, len(group.layers)):
         found = []
-        for slots, undo in places:
+        for slots, undo in (base, true):
             k, v = packing.read(group.pages, layer, slots)
             found.append(torch.cat((turn_keys(k, undo, group.pages.interleaved), v), dim=-1))
-        yield found[0], found[1] - found[0]
+        yield found[1] - found[0]

@@ -94,7 +94,8 @@ def token_moves(
 def slot_indices(ops: Iterable[tuple[list[int], LoadOp]], device: torch.device) -> torch.Tensor:
     """Each token's index in its slot, in the order of :func:`token_moves`: int32 ``[tokens]``."""
     runs = [np.arange(op.slot_index, op.slot_index + op.length, dtype=np.int32) for _, op in ops]
-    return torch.from_numpy(np.concatenate(runs)).to(device, non_blocking=True)
+    index = np.maximum(np.concatenate(runs), 0)
+    return torch.from_numpy(index).to(device, non_blocking=True)
 
 
 def run_loads(groups: list[LayerGroup], moves: TokenMoves, kernel: LoadKernel) -> None:

@@ -139,8 +139,8 @@ def rotation(case: Case, seed: int = 2) -> Rotation:
 
 
 def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
-    """``token``, ``channel`` (anchors), ``mean``, ``map`` or ``low`` (rank 12), layer 0 left out if
-    there are more.
+    """``token``, ``channel`` (anchors), ``mean``, ``code`` (rank 12) or ``long`` (a rank of more
+    than one block, factors in another dtype), layer 0 left out if there are more.
     """
     rng = generator(seed)
     skip = 1 if case.layers > 1 else 0
@@ -161,14 +161,12 @@ def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
     index = torch.arange(case.tokens, dtype=torch.int32, device=DEVICE)
     if kind == "mean":
         return MeanMap(mean_k, mean_v, index, skip_layers=skip)
-    width = 2 * case.head_dim
-    centre = random(shape[0], case.heads, width)
-    if kind == "low":
-        down = random(shape[0], case.heads, width, 12) / width**0.5
-        up = random(shape[0], case.heads, 12, width) / 12**0.5
-        return MeanMap(mean_k, mean_v, index, down, centre, skip, up)
-    ridge = random(shape[0], case.heads, width, width) / width**0.5
-    return MeanMap(mean_k, mean_v, index, ridge, centre, skip)
+    rank = 12 if kind == "code" else 40
+    # Numbers of 8 bits, whose products are exact in any dtype that a device multiplies in.
+    code = random(case.tokens, shape[0], rank, dtype=torch.bfloat16).float()
+    up = random(shape[0], case.heads, rank, 2 * case.head_dim, dtype=torch.bfloat16) / 4
+    up = up.float() if kind == "code" else up.half()
+    return MeanMap(mean_k, mean_v, index, code, up, skip)
 
 
 def on_cpu(value: Any) -> Any:

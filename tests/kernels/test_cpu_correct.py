@@ -13,8 +13,8 @@ from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 PAGES, HEADS, LAYERS, TOKENS = 9, 3, 4, 75
-DEVIATIONS = ["mean", "mean+map", "map-from-zero", "anchors", "anchors-bf16", "anchors-per-channel"]
-DEVIATIONS += ["low-rank-16", "low-rank-5-from-zero"]
+DEVIATIONS = ["mean", "anchors", "anchors-bf16", "anchors-per-channel"]
+DEVIATIONS += ["code-16", "code-5", "code-32-fp16", "code-20-bf16"]
 SHAPES = [
     (torch.bfloat16, 32, 64, 64, False),
     (torch.bfloat16, 16, 80, 32, True),
@@ -22,7 +22,8 @@ SHAPES = [
     (torch.float32, 24, 64, 0, False),
 ]
 # RMS of the error relative to the RMS of the result: one rounding of the cache's dtype, and for
-# the map in bf16 the rounding of its input and output besides (a fifth of the result here).
+# a code in bf16 its rounding and its factor's besides (of a quarter of the result here).
+CODE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONE_ROUNDING = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6}
 
 
@@ -69,14 +70,11 @@ def make_deviation(kind: str, dim: int, tokens: int, skip: int) -> Deviation:
     index = torch.arange(tokens, dtype=torch.int32) + 3
     if kind == "mean":
         return MeanMap(mean_k, mean_v, index, skip_layers=skip)
-    centre = None if kind.endswith("from-zero") else random(layers, HEADS, 2 * dim)
-    if kind.startswith("low-rank"):
-        rank = int(kind.split("-")[2])
-        down = 0.3 / dim**0.5 * random(layers, HEADS, 2 * dim, rank)
-        up = 0.7 / rank**0.5 * random(layers, HEADS, rank, 2 * dim)
-        return MeanMap(mean_k, mean_v, index, down, centre, skip, up)
-    linear = 0.2 / dim**0.5 * random(layers, HEADS, 2 * dim, 2 * dim)
-    return MeanMap(mean_k, mean_v, index, linear, centre, skip)
+    _, rank, *dtype = kind.split("-")
+    stored = CODE_DTYPES[dtype[0] if dtype else "fp32"]
+    code = random(tokens, layers, int(rank)).to(stored)
+    up = 0.25 / int(rank) ** 0.5 * random(layers, HEADS, int(rank), 2 * dim)
+    return MeanMap(mean_k, mean_v, index, code, up.to(stored), skip)
 
 
 def error(actual: PageGroup, expected: PageGroup, layer: int) -> float:
@@ -118,47 +116,39 @@ def run_both(group: PageGroup, kind: str, src: torch.Tensor, dst: torch.Tensor) 
 
 def test_a_rank_beyond_one_vector_is_served() -> None:
     group = make_group(torch.float32, 32, 64, 64, False)
-    errors = run_both(group, "low-rank-20", *make_slots(32))
+    errors = run_both(group, "code-20", *make_slots(32))
     assert max(errors) < ONE_ROUNDING[torch.float32]
 
 
 def test_tokens_may_be_corrected_where_they_are() -> None:
     group = make_group(torch.bfloat16, 32, 64, 64, False)
     slots = torch.arange(7, 7 + 100)
-    assert max(run_both(group, "low-rank-16", slots, slots)) < ONE_ROUNDING[torch.bfloat16]
+    assert max(run_both(group, "code-16", slots, slots)) < ONE_ROUNDING[torch.bfloat16]
+
+
+def test_every_token_of_a_page_in_pieces_gets_its_own_code() -> None:
+    group = make_group(torch.bfloat16, 32, 64, 64, False)
+    dst = torch.arange(3 * 32, 5 * 32, 2)  # pieces of one token, 16 of them a page
+    src = torch.arange(32, 64).flip(0)
+    assert max(run_both(group, "code-16", src, dst)) < ONE_ROUNDING[torch.bfloat16]
 
 
 def test_a_cpu_without_bf16_products_multiplies_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     if not cpu_load.available():
         pytest.skip("numba cannot compile kernels on this machine")
-    from kvcomm_vllm.kernels import cpu_lanes, cpu_low_rank
+    from kvcomm_vllm.kernels import cpu_coded, cpu_lanes
 
     def forget() -> None:
-        for function in ("low_rank_kernel", "_readers", "_mapper", "_writers"):
-            getattr(cpu_low_rank, function).cache_clear()
+        for function in ("coded_kernel", "_code_reader", "_readers", "_adder", "_writers"):
+            getattr(cpu_coded, function).cache_clear()
 
     monkeypatch.setattr(cpu_lanes, "HAS_BF16", False)
     forget()
     try:
         group = make_group(torch.bfloat16, 32, 64, 64, False)
-        assert max(run_both(group, "low-rank-16", *make_slots(32))) < ONE_ROUNDING[torch.bfloat16]
+        assert max(run_both(group, "code-16", *make_slots(32))) < ONE_ROUNDING[torch.bfloat16]
     finally:
         forget()
-
-
-def test_chunks_of_the_map_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    for chunk_bytes in (1, 5000, 8 << 20):
-        monkeypatch.setattr(cpu_correct, "_CHUNK_BYTES", chunk_bytes)
-        group = make_group(torch.float32, 32, 64, 64, False)
-        src, dst = make_slots(32)
-        undo, redo = (make_rotation(len(src), 64, seed) for seed in (1, 2))
-        deviation = make_deviation("mean+map", 64, len(src), 1)
-        cpu_correct.load_corrected(group, src, dst, undo, redo, deviation)
-        results.append(group)
-    for other in results[1:]:
-        for now, then in zip(results[0].layers, other.layers, strict=True):
-            torch.testing.assert_close(now, then, rtol=1e-5, atol=1e-5)
 
 
 def test_a_deviation_of_zero_is_rotation_alone() -> None:

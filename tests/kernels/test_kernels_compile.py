@@ -47,7 +47,7 @@ def test_no_register_spills_and_full_width_accesses(
 def test_bytes_moved_are_at_most_a_tenth_above_the_minimum(
     variant: Variant, compiled: Callable[[Variant, int], Compiled]
 ) -> None:
-    """The map variant shares its map and repeats reads in L1; both are taken out by formula."""
+    """What programs share or read again, from L2 and L1, is taken out by formula."""
     moved = bytes_per_row(variant, compiled(variant, 90))
     assert moved >= variant.minimum, "the count misses accesses"
     assert moved - variant.shared - variant.repeated <= 1.1 * variant.minimum

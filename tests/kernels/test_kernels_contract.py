@@ -103,10 +103,11 @@ def test_deviations_that_do_not_fit_are_refused() -> None:
     def run(change: AnchorSum | MeanMap) -> None:
         correct.load_corrected(group, SRC, DST, turn, turn, change)
 
-    anchors, means = deviation("token", CASE), deviation("map", CASE)
+    anchors, means = deviation("token", CASE), deviation("code", CASE)
     assert isinstance(anchors, AnchorSum)
     assert isinstance(means, MeanMap)
-    assert means.map is not None
+    assert means.code is not None
+    assert means.up is not None
     with pytest.raises(ContractError, match="outside an arena"):
         run(dataclasses.replace(anchors, rows=torch.full_like(anchors.rows, 150)))
     with pytest.raises(ContractError, match="deviation arena is"):
@@ -115,19 +116,24 @@ def test_deviations_that_do_not_fit_are_refused() -> None:
         run(dataclasses.replace(anchors, wk=anchors.wk[:, :3]))
     with pytest.raises(ContractError, match="index is int32"):
         run(dataclasses.replace(means, index=means.index.long()))
-    with pytest.raises(ContractError, match="map is a contiguous float tensor"):
-        run(dataclasses.replace(means, map=means.map.transpose(2, 3)))
-    low = deviation("low", CASE)
-    assert isinstance(low, MeanMap)
-    assert low.up is not None
-    with pytest.raises(ContractError, match="map is a contiguous float tensor"):
-        run(dataclasses.replace(low, map=means.map))
+    with pytest.raises(ContractError, match="code is a contiguous float tensor"):
+        run(dataclasses.replace(means, code=means.code[:3]))
+    with pytest.raises(ContractError, match="code is a contiguous float tensor"):
+        run(dataclasses.replace(means, code=means.code.int()))
+    with pytest.raises(ContractError, match="code is a contiguous float tensor"):
+        run(dataclasses.replace(means, code=means.code.repeat(1, 1, 2)[..., ::2]))
     with pytest.raises(ContractError, match="up is a contiguous float tensor"):
-        run(dataclasses.replace(low, up=low.up[..., :64].contiguous()))
-    with pytest.raises(ContractError, match="second factor of a map"):
-        run(dataclasses.replace(low, map=None))
-    with pytest.raises(ContractError, match="have one dtype"):
-        run(dataclasses.replace(low, up=low.up.half()))
+        run(dataclasses.replace(means, up=means.up[..., :64].contiguous()))
+    with pytest.raises(ContractError, match="up is a contiguous float tensor"):
+        run(dataclasses.replace(means, code=means.code[..., :5].contiguous()))
+    for alone in ({"code": None}, {"up": None}):
+        with pytest.raises(ContractError, match="given together"):
+            run(dataclasses.replace(means, **alone))
+    none = means.code[..., :0].contiguous(), means.up[:, :, :0].contiguous()
+    with pytest.raises(ContractError, match="at least one number"):
+        run(dataclasses.replace(means, code=none[0], up=none[1]))
+    with pytest.raises(ContractError, match="code is on meta"):
+        run(dataclasses.replace(means, code=means.code.to("meta")))
 
 
 def test_arenas_that_do_not_fit_are_refused() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_caches import (
@@ -23,9 +25,10 @@ from kernel_caches import (
 )
 
 from kvcomm_vllm.kernels import collect, correct, distance, load, reference
+from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
-KINDS = ("token", "channel", "mean", "map", "low")
+KINDS = ("token", "channel", "mean", "code", "long")
 CORRECTED = [
     (kind, case) for i, kind in enumerate(KINDS) for case in matrix(step=len(KINDS))[i % 2 :]
 ]
@@ -141,6 +144,27 @@ def test_addresses_reach_beyond_32_bits() -> None:
     assert torch.equal(layer[1].view(torch.uint8), layer[0].view(torch.uint8))
 
 
+@pytest.mark.parametrize("kind", ["mean", "code"])
+def test_layers_that_are_all_left_out_are_only_turned(kind: str) -> None:
+    case = Case("fp32")
+    group, (src, dst), undo, redo = (
+        poisoned_group(case),
+        slot_pairs(case),
+        rotation(case),
+        rotation(case, seed=5),
+    )
+    change = deviation(kind, case)
+    assert isinstance(change, MeanMap)
+    empty = {"mean_k": change.mean_k[:0], "mean_v": change.mean_v[:0]}
+    if change.code is not None and change.up is not None:
+        empty |= {"code": change.code[:, :0], "up": change.up[:0]}
+    none = dataclasses.replace(change, **empty, skip_layers=case.layers)
+    before, want = copy_of(group), copy_of(group)
+    correct.load_corrected(group, src, dst, undo, redo, none)
+    reference.load_corrected(want, src.cpu(), dst.cpu(), on_cpu(undo), on_cpu(redo), on_cpu(none))
+    assert_same_cache(group, want, before, written_by(src, dst), BOUNDS["fp32"])
+
+
 def test_no_tokens_and_only_skipped_tokens_change_nothing() -> None:
     case = Case("bf16", tokens=5)
     group, before = poisoned_group(case), copy_of(poisoned_group(case))
@@ -150,6 +174,6 @@ def test_no_tokens_and_only_skipped_tokens_change_nothing() -> None:
     skipped = torch.full((5,), -1, device=DEVICE)
     load.load(group, skipped, skipped, rotation(case))
     correct.load_corrected(
-        group, skipped, skipped, rotation(case), rotation(case), deviation("map", case)
+        group, skipped, skipped, rotation(case), rotation(case), deviation("code", case)
     )
     assert_same_cache(group, before, before, none, 0.0)

@@ -102,24 +102,26 @@ def test_stacked_anchors_are_the_papers_weighted_sum() -> None:
     change = AnchorSum.stacked(dk, dv, wk, wv)
     keep = torch.ones(tokens, dtype=torch.bool)
     for layer in range(layers):
-        got_k, got_v = reference.deviate(change, layer, keep, dk[0, layer], dv[0, layer])
+        got_k, got_v = reference.deviate(change, layer, keep)
         torch.testing.assert_close(got_k, torch.einsum("at,athd->thd", wk, dk[:, layer]))
         torch.testing.assert_close(got_v, torch.einsum("at,athd->thd", wv, dv[:, layer]))
 
 
-def test_two_factors_deviate_as_their_product_does() -> None:
+def test_a_code_adds_its_sum_of_channels_to_the_mean_of_its_tokens_index() -> None:
     rng = torch.Generator().manual_seed(4)
     layers, heads, dim, tokens, rank = 2, 3, 16, 7, 5
-    mean_k, mean_v = torch.randn(2, layers, 4, heads, dim, generator=rng)
-    index = torch.arange(tokens, dtype=torch.int32)
-    down = torch.randn(layers, heads, 2 * dim, rank, generator=rng)
+    mean = torch.randn(2, layers, 4, heads, dim, generator=rng)
+    index = torch.arange(tokens, dtype=torch.int32) + 1
+    code = torch.randn(tokens, layers, rank, generator=rng)
     up = torch.randn(layers, heads, rank, 2 * dim, generator=rng)
-    centre = torch.randn(layers, heads, 2 * dim, generator=rng)
-    k, v = torch.randn(2, tokens, heads, dim, generator=rng)
-    keep = torch.ones(tokens, dtype=torch.bool)
-    factors = MeanMap(mean_k, mean_v, index, down, centre, up=up)
-    whole = MeanMap(mean_k, mean_v, index, down @ up, centre)
-    assert (factors.rank, whole.rank) == (rank, 0)
+    change = MeanMap(mean[0], mean[1], index, code, up)
+    assert (change.rank, MeanMap(mean[0], mean[1], index).rank) == (rank, 0)
+    keep = torch.tensor([True, False, True, True, False, True, True])
     for layer in range(layers):
-        got = reference.deviate(factors, layer, keep, k, v)
-        torch.testing.assert_close(got, reference.deviate(whole, layer, keep, k, v))
+        got = torch.cat(reference.deviate(change, layer, keep), dim=-1)
+        for row, token in zip(got, keep.nonzero().flatten().tolist(), strict=True):
+            for head in range(heads):
+                want = mean[:, layer, min(token + 1, 3), head].flatten()
+                for r in range(rank):
+                    want = want + code[token, layer, r] * up[layer, head, r]
+                torch.testing.assert_close(row[head], want)

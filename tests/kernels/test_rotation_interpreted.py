@@ -86,7 +86,7 @@ def test_it_does_not_matter_which_pages_hold_the_tokens(
 
 
 @EXAMPLES
-@given(PAIRS, st.sampled_from(["token", "channel", "mean", "map"]), SHIFTS, SHIFTS)
+@given(PAIRS, st.sampled_from(["token", "channel", "mean", "code"]), SHIFTS, SHIFTS)
 def test_zero_deviation_is_rotation_alone(
     pairs: tuple[int, int, bool], kind: str, old: int, new: int
 ) -> None:
@@ -96,7 +96,7 @@ def test_zero_deviation_is_rotation_alone(
     change = deviation(kind, case)
     zeros = {
         name: torch.zeros_like(value)
-        for name in ("dk", "dv", "mean_k", "mean_v", "map")
+        for name in ("dk", "dv", "mean_k", "mean_v", "code")
         if (value := getattr(change, name, None)) is not None
     }
     zero = dataclasses.replace(change, **zeros)

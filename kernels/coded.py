@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load with the ``residual`` deviation: ``mean[index] + code @ up``, codes shared by all heads."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcomm_vllm.kernels import blocks
+from kvcomm_vllm.kernels.deviation import MeanMap
+from kvcomm_vllm.kernels.launch import GroupArguments, cdiv, next_power
+from kvcomm_vllm.kernels.pages import PageGroup, Rotation
+
+# Numbers of a code per step of the matrix product.
+BLOCK_RANK = 32
+
+
+def block_tokens(head_dim: int) -> int:
+    """Tokens per program: what keeps a row, its deviation and its turns in registers."""
+    return max(16, min(64, 4096 // next_power(head_dim)))
+
+
+@triton.jit
+def load_code(p_row, m_row, first, TYPE: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr):
+    """BR numbers of each token's code, from number ``first`` on."""
+    o_r = first + tl.arange(0, BR)
+    m = m_row[:, None] & (o_r < RANK)[None, :]
+    return tl.load(p_row[:, None] + o_r[None, :], mask=m, other=0).to(TYPE)
+
+
+@triton.jit
+def load_coded_kernel(
+    p_layers,
+    p_src,
+    p_dst,
+    p_undo_cos,
+    p_undo_sin,
+    p_redo_cos,
+    p_redo_sin,
+    p_k_scales,
+    p_v_scales,
+    p_mean_k,
+    p_mean_v,
+    p_index,
+    p_code,
+    p_up,
+    T,
+    L,
+    M,
+    SKIP,
+    stride_page,
+    stride_head,
+    stride_token,
+    stride_m_layer,
+    stride_m_row,
+    stride_m_head,
+    H: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    D_P: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    REST: tl.constexpr,
+    REST_P: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    FP8: tl.constexpr,
+    RANK: tl.constexpr,
+    BT: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Program (i_t, i_l): BT tokens of one layer, head by head; codes of up to BR numbers and the
+    rotations are read once for all of them.
+
+    ``up`` is read in a key's channel order, so that each block of K meets a product of its own
+    shape. V is stored before K is begun, which halves what lies in registers. Layers before SKIP
+    have no deviation: their code is 0, whatever is read of ``up`` (which must have a layer).
+    """
+    o_t = tl.program_id(0) * BT + tl.arange(0, BT)
+    i_l = tl.program_id(1)
+    m_t = o_t < T
+    b_src = tl.load(p_src + o_t, mask=m_t, other=-1)
+    b_dst = tl.load(p_dst + o_t, mask=m_t, other=-1)
+    m = (b_src >= 0) & (b_dst >= 0)
+    m_d = m & (o_t * 0 + i_l >= SKIP)
+    p_layer = blocks.layer_pointer(p_layers, i_l, ELEMENT)
+    o_src = blocks.slot_offsets(b_src, PAGE, stride_page, stride_token)
+    o_dst = blocks.slot_offsets(b_dst, PAGE, stride_page, stride_token)
+    b_ks = tl.load(p_k_scales + i_l)
+    b_vs = tl.load(p_v_scales + i_l)
+    i_d = tl.cast(tl.maximum(i_l - SKIP, 0), tl.int64)
+    b_i = tl.minimum(tl.load(p_index + o_t, mask=m, other=0), M).to(tl.int64)
+    o_mean = b_i * stride_m_row + i_d * stride_m_layer
+    p_row = p_code + (o_t.to(tl.int64) * (L - SKIP) + i_d) * RANK
+    if HALF > 0:
+        b_ucos, b_usin = blocks.load_factors(p_undo_cos, p_undo_sin, o_t, m, HALF, HALF_P)
+        b_rcos, b_rsin = blocks.load_factors(p_redo_cos, p_redo_sin, o_t, m, HALF, HALF_P)
+    if RANK <= BR:
+        b_code = load_code(p_row, m_d, 0, p_up.dtype.element_ty, RANK, BR)
+    for head in range(H):
+        i_h = tl.cast(head, tl.int64)
+        p_head = p_up + (i_d * H + i_h) * (2 * D * RANK)
+        p_from = p_layer + o_src + i_h * stride_head
+        p_to = p_layer + o_dst + i_h * stride_head
+        o_m = o_mean + i_h * stride_m_head
+        b_y = tl.zeros((BT, D_P), tl.float32)
+        for first in range(0, RANK, BR):
+            if RANK > BR:
+                b_code = load_code(p_row, m_d, first, p_up.dtype.element_ty, RANK, BR)
+            o_r = first + tl.arange(0, BR)
+            b_up = blocks.load_row(p_head + o_r * (2 * D), o_r < RANK, D, D, D_P)
+            b_y = tl.dot(b_code, b_up, b_y)
+        b_v = blocks.decode(blocks.load_row(p_from, m, D, D, D_P), FP8) * b_vs
+        b_v += blocks.load_row(p_mean_v + o_m, m_d, 0, D, D_P).to(tl.float32) + b_y
+        blocks.store_row(p_to, blocks.encode(b_v / b_vs, ELEMENT, FP8), m, D, D, D_P)
+        b_ya = tl.zeros((BT, HALF_P), tl.float32)
+        b_yb = tl.zeros((BT, HALF_P), tl.float32)
+        b_yc = tl.zeros((BT, REST_P), tl.float32)
+        for first in range(0, RANK, BR):
+            if RANK > BR:
+                b_code = load_code(p_row, m_d, first, p_up.dtype.element_ty, RANK, BR)
+            o_r = first + tl.arange(0, BR)
+            b_a, b_b, b_c = blocks.load_key(
+                p_head + o_r * (2 * D), o_r < RANK, HALF, HALF_P, REST, REST_P, INTERLEAVED
+            )
+            if HALF > 0:
+                b_ya = tl.dot(b_code, b_a, b_ya)
+                b_yb = tl.dot(b_code, b_b, b_yb)
+            if REST > 0:
+                b_yc = tl.dot(b_code, b_c, b_yc)
+        b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+        b_a = blocks.decode(b_a, FP8) * b_ks
+        b_b = blocks.decode(b_b, FP8) * b_ks
+        b_c = blocks.decode(b_c, FP8) * b_ks
+        if HALF > 0:
+            b_a, b_b = blocks.turn(b_a, b_b, b_ucos, b_usin)
+        b_da, b_db, b_dc = blocks.load_key(
+            p_mean_k + o_m, m_d, HALF, HALF_P, REST, REST_P, INTERLEAVED
+        )
+        b_a += b_da.to(tl.float32) + b_ya
+        b_b += b_db.to(tl.float32) + b_yb
+        b_c += b_dc.to(tl.float32) + b_yc
+        if HALF > 0:
+            b_a, b_b = blocks.turn(b_a, b_b, b_rcos, b_rsin)
+        b_a = blocks.encode(b_a / b_ks, ELEMENT, FP8)
+        b_b = blocks.encode(b_b / b_ks, ELEMENT, FP8)
+        b_c = blocks.encode(b_c / b_ks, ELEMENT, FP8)
+        blocks.store_key(p_to, b_a, b_b, b_c, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+
+
+def code_constants(constants: dict[str, object], rank: int) -> dict[str, object]:
+    """Shape constants with blocks at least 16 wide, the least a matrix product takes."""
+    widths = {key: max(16, int(str(constants[key]))) for key in ("D_P", "HALF_P", "REST_P")}
+    return {**constants, **widths, "RANK": rank, "BR": max(16, min(BLOCK_RANK, next_power(rank)))}
+
+
+def load_coded(
+    group: PageGroup,
+    arguments: GroupArguments,
+    src_slots: torch.Tensor,
+    dst_slots: torch.Tensor,
+    undo: Rotation,
+    redo: Rotation,
+    deviation: MeanMap,
+) -> None:
+    """Launch for :func:`kvcomm_vllm.kernels.correct.load_corrected`, which has checked everything.
+
+    The products run in the dtype of ``up`` (fp32 as TF32 on tensor cores) with fp32 sums.
+    """
+    a, d, tokens, layers = arguments, deviation, len(src_slots), len(group.layers)
+    rows = block_tokens(group.head_dim)
+    load_coded_kernel[(cdiv(tokens, rows), layers)](
+        a.pointers, src_slots.contiguous(), dst_slots.contiguous(),
+        undo.cos, undo.sin, redo.cos, redo.sin, a.k_scales, a.v_scales,
+        d.mean_k, d.mean_v, d.index.contiguous(), d.code, d.up,
+        tokens, layers, d.mean_k.shape[1] - 1, d.skip_layers, *a.strides, *d.mean_k.stride()[:3],
+        **code_constants(a.constants, d.rank), BT=rows, num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
