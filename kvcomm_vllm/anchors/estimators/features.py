@@ -12,7 +12,9 @@ import dataclasses
 
 import torch
 
+from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
+from kvcomm_vllm.kernels.reference import turn_keys
 
 _LAYERS = 6
 _DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens: contexts fade with the distance from the slot's start
@@ -59,11 +61,14 @@ class Features:
         shape = (len(slots), len(pages.layers), pages.kv_heads, 2 * pages.head_dim)
         found = torch.empty(shape, device=slots.device)
         k, v = found[..., : pages.head_dim], found[..., pages.head_dim :]
-        if slots.device.type == "cpu":
-            from kvcomm_vllm.kernels.reference import collect
-        else:
+        if slots.device.type != "cpu":
             from kvcomm_vllm.kernels.collect import collect
-        collect(pages, slots, undo, None, None, k, v)
+
+            collect(pages, slots, undo, None, None, k, v)
+            return found.flatten(1)
+        for layer in range(len(pages.layers)):
+            key, v[:, layer] = packing.read(pages, layer, slots)
+            k[:, layer] = turn_keys(key, undo, pages.interleaved)
         return found.flatten(1)
 
     def spread(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,8 +87,16 @@ class Features:
         Args:
             centre, factor: from :meth:`spread`; ``index``: ``[tokens]``, each token's index.
         """
-        standard = (raw - centre) * factor
+        found = torch.empty(len(raw), self.width, device=raw.device)
+        folded, fading = found[:, : self.inputs], found[:, self.inputs :]
+        folded.copy_(-self._fold(centre * factor))
+        for part in range(self.folds):
+            some = slice(part * self.inputs, (part + 1) * self.inputs)
+            width = len(factor[some])
+            folded[:, :width].addcmul_(raw[:, some], factor[some])
+        torch.expm1(-index[:, None] / self._decays, out=fading)
+        return found
+
+    def _fold(self, row: torch.Tensor) -> torch.Tensor:
         missing = self.folds * self.inputs - self.raw_width
-        standard = torch.nn.functional.pad(standard, (0, missing))
-        folded = standard.view(len(raw), self.folds, self.inputs).sum(1)
-        return torch.cat((folded, torch.expm1(-index[:, None] / self._decays)), dim=-1)
+        return torch.nn.functional.pad(row, (0, missing)).view(self.folds, self.inputs).sum(0)

@@ -81,19 +81,25 @@ def _shapes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> S
         "mean_v": (layers, rows, heads, dim),
         "alone_k": (layers, rows, heads, dim),
         "alone_v": (layers, rows, heads, dim),
-        "down": (width, layers, rank),
     }
     shapes: Shapes = {name: (shape, torch.float32) for name, shape in single.items()}
-    shapes["up"] = ((layers, heads, rank, 2 * dim), _up_dtype(group))
+    down, up = _factor_dtypes(group)
+    shapes["down"] = ((width, layers, rank), down)
+    shapes["up"] = ((layers, heads, rank, 2 * dim), up)
     return shapes
 
 
-def _up_dtype(group: PageGroup) -> torch.dtype:
+def _factor_dtypes(group: PageGroup) -> tuple[torch.dtype, torch.dtype]:
+    """In what codes are computed, and what they are multiplied by: the cache's precision, where
+    that is fast.
+    """
     cache = group.layers[0]
-    # The CPU's kernel rounds factors itself, where that is faster; there are few.
-    if cache.device.type == "cpu":
-        return torch.float32
-    return cache.dtype if cache.dtype.itemsize > 1 else torch.bfloat16
+    if cache.device.type != "cpu":
+        fast = cache.dtype if cache.dtype.itemsize > 1 else torch.bfloat16
+        return fast, fast
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # The CPU's kernel rounds the second factor itself.
+    return cache.dtype if native and cache.dtype is torch.bfloat16 else torch.float32, torch.float32
 
 
 def slot_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> int:
@@ -132,7 +138,7 @@ class ResidualArena:
             part[entry].zero_()
 
     def code(self, entry: int, index: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-        """What the map makes of tokens: fp32 ``[tokens, layers, rank]``.
+        """What the map makes of tokens: ``[tokens, layers, rank]`` in the first factor's dtype.
 
         Args:
             index: ``[tokens]``, each token's index in the slot.
@@ -184,7 +190,9 @@ class ResidualArena:
             whole += self._squares(rest)
             means += self._squares(rest - self._means(part, "alone", layer)[row[judged]])
             if known:
-                mapped = torch.einsum("tr,hrj->thj", code[:, layer], part["up"][layer].float())
+                mapped = torch.einsum(
+                    "tr,hrj->thj", code[:, layer].float(), part["up"][layer].float()
+                )
                 rest = rest - self._means(part, "mean", layer)[row[judged]] - mapped
             left += self._squares(rest)
             part["sum_d"][layer].index_add_(0, row, d.flatten(1))
@@ -200,7 +208,8 @@ class ResidualArena:
         return {name: part[entry] for name, part in self._parts.items()}
 
     def _code(self, part: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return (x @ part["down"].flatten(1)).view(len(x), self.layers, self.rank)
+        down = part["down"].flatten(1)
+        return (x.to(down.dtype) @ down).view(len(x), self.layers, self.rank)
 
     def _means(self, part: dict[str, torch.Tensor], name: str, layer: int) -> torch.Tensor:
         return torch.cat((part[f"{name}_k"][layer], part[f"{name}_v"][layer]), dim=-1)
@@ -226,11 +235,11 @@ class ResidualArena:
             cross = part["cross"][layer] - about(sum_x, mean_x, sum_d, mean_d, count)
             cross = cross * scale[:, None]
             down, up = reduced_rank(torch.cholesky_solve(cross, lower), cross, self.rank)
-            down = down * scale[:, None]
-            part["down"][:, layer] = down
+            part["down"][:, layer] = down * scale[:, None]
             part["up"][layer] = up.view(self.rank, self.heads, -1).transpose(0, 1)
             self._put(part, "alone", layer, mean_d)
-            self._put(part, "mean", layer, mean_d - mean_x @ down @ up)
+            mapped = mean_x @ part["down"][:, layer].float() @ up  # as it is stored
+            self._put(part, "mean", layer, mean_d - mapped)
 
     def _put(
         self, part: dict[str, torch.Tensor], name: str, layer: int, means: torch.Tensor
