@@ -32,8 +32,7 @@ class Place:
 def places(
     plan: Plan, tokens: np.ndarray, namespace: bytes, anchors: Callable[[str], int]
 ) -> list[Place]:
-    """The place of each REUSE span: where several are possible, that with the most anchors, then
-    the nearest.
+    """The place of each REUSE span: the nearest slot that has anchors, or where it begins.
 
     Args:
         anchors: how many a slot has, by its key.
@@ -51,7 +50,8 @@ def places(
                     agent_end = found[0].start if found else at
                     key = slot_key(tokens, namespace, agent_end, gap_start, at, kind)
                     possible.append(Place(key, at))
-            found.append(max(possible, key=lambda place: anchors(place.key)))
+            known = [place for place in possible if anchors(place.key)]
+            found.append((known or possible)[0])
         gap_start, before = span.end, span
     return found
 

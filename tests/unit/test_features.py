@@ -84,3 +84,13 @@ def test_the_index_fades_and_stays_bounded_however_long_a_slot_is():
     assert not of[0].any()
     assert torch.equal(of[2], -torch.ones(4))
     assert bool((of[1].diff() > 0).all())
+
+
+def test_what_was_equal_in_the_first_anchor_does_not_outweigh_all_else_later():
+    features = Features(group(2), 10_000)
+    raw = torch.randn(4, features.raw_width, generator=torch.Generator().manual_seed(2))
+    raw[:, 5] = raw[0, 5]
+    for first in (raw, raw[:1]):
+        centre, factor = features.spread(first)
+        assert bool((factor[5] <= 100 * factor.median()).all())
+        assert bool(features.of(raw, centre, factor, torch.arange(4)).isfinite().all())

@@ -56,11 +56,12 @@ def test_the_first_slot_of_a_short_prompt_is_found_as_well(shift: int) -> None:
     assert [place.key for place in find(moved, dict.fromkeys(usual, 3))] == usual
 
 
-def test_of_several_slots_the_one_that_knows_most_is_taken() -> None:
+def test_of_several_slots_the_nearest_that_knows_anything_is_taken() -> None:
+    """Another slot whose lead ends in the same words must not take what belongs here."""
     near = slot_keys(plan(FIRST, (SECOND[0] + 2, SECOND[1])), TOKENS, b"")[1]
     here = slot_keys(plan(FIRST, SECOND), TOKENS, b"")[1]
-    assert find(plan(FIRST, SECOND), {near: 2, here: 1})[1] == Place(near, SECOND[0] + 2)
-    assert find(plan(FIRST, SECOND), {near: 2, here: 2})[1] == Place(here, SECOND[0])
+    assert find(plan(FIRST, SECOND), {near: 20, here: 1})[1] == Place(here, SECOND[0])
+    assert find(plan(FIRST, SECOND), {near: 20})[1] == Place(near, SECOND[0] + 2)
 
 
 def test_a_slot_further_away_is_another_one() -> None:

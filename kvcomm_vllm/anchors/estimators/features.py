@@ -17,6 +17,7 @@ from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 from kvcomm_vllm.kernels.reference import turn_keys
 
 _LAYERS = 6
+_LEAST = 0.01  # of the mean spread of an anchor's numbers: none counts as more even than that
 _DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens: contexts fade with the distance from the slot's start
 
 
@@ -77,7 +78,9 @@ class Features:
         """
         centre = raw.mean(0)
         deviation = (raw - centre).square().mean(0).sqrt()
-        return centre, self._signs / (deviation.clamp(min=1e-6) * self.folds**0.5)
+        # Of few tokens some numbers are equal by chance; they must not outweigh all others later.
+        deviation = deviation.clamp(min=float(deviation.mean()) * _LEAST + 1e-6)
+        return centre, self._signs / (deviation * self.folds**0.5)
 
     def of(
         self, raw: torch.Tensor, centre: torch.Tensor, factor: torch.Tensor, index: torch.Tensor
