@@ -60,7 +60,7 @@ class KVCommConfig:
         low=2,
     )
     max_anchor_error: float = key(
-        0.9,
+        0.8,
         "A slot is corrected only while its correction, tested on each new anchor before learning "
         "it, leaves at most this share of the deviation; otherwise it is served as in mode seam.",
         low=0.0,
@@ -127,7 +127,7 @@ class KVCommConfig:
         high=1000.0,
     )
     ridge_tokens: int = key(
-        500,
+        2000,
         "Tokens counted for that penalty beside those seen: few anchors correct little.",
         low=0,
     )

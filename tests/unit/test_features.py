@@ -69,7 +69,7 @@ def test_kv_that_fits_is_kept_and_kv_that_does_not_is_folded_to_less_than_was_as
 def test_folding_keeps_distances_on_average():
     features = Features(group(6), 48)
     draw = torch.Generator().manual_seed(3)
-    raw = torch.randn(200, 192, generator=draw) * torch.logspace(-2, 2, 192)
+    raw = torch.randn(200, 192, generator=draw) * torch.logspace(-1, 1, 192)
     centre, factor = features.spread(raw)
     of = features.of(raw, centre, factor, torch.zeros(200))[:, : features.inputs]
     squares = of.square().sum(1).mean() * features.folds / 192
