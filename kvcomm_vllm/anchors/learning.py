@@ -35,15 +35,15 @@ class Learning:
         """The plan with warm slots' spans corrected; or none, so that the request is served exactly
         and slots learn from it.
         """
-        found = places(plan, state.tokens(), state.namespace, self._anchors)
+        found = places(plan, state.tokens(), state.namespace, self._known)
         state.planned_slots = [place.key for place in found]
         if self._note(state, plan, found) or state.hints.learn:
             return Reason.LEARNING
         return self._corrected(state, plan, found)
 
-    def _anchors(self, key: str) -> int:
+    def _known(self, key: str) -> bool:
         slot = self.table.get(key)
-        return 0 if slot is None else slot.anchors
+        return slot is not None and slot.anchors > 0
 
     def _note(self, state: RequestState, plan: Plan, found: list[Place]) -> bool:
         """Keep a plan as a lesson where its slots have something to learn from it, and say whether

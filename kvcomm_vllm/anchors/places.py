@@ -30,12 +30,12 @@ class Place:
 
 
 def places(
-    plan: Plan, tokens: np.ndarray, namespace: bytes, anchors: Callable[[str], int]
+    plan: Plan, tokens: np.ndarray, namespace: bytes, known: Callable[[str], bool]
 ) -> list[Place]:
     """The place of each REUSE span: the nearest slot that has anchors, or where it begins.
 
     Args:
-        anchors: how many a slot has, by its key.
+        known: whether a slot has anchors, by its key.
     """
     found: list[Place] = []
     gap_start, before = 0, None
@@ -43,17 +43,28 @@ def places(
         if before is not None and _goes_on(before, span):
             found.append(found[-1])
         else:
-            first, kind = span.start - span.seam, span_kind(span)
-            possible = []
-            for at in (first + shift for shift in _SHIFTS):
-                if gap_start <= at <= span.end:
-                    agent_end = found[0].start if found else at
-                    key = slot_key(tokens, namespace, agent_end, gap_start, at, kind)
-                    possible.append(Place(key, at))
-            known = [place for place in possible if anchors(place.key)]
-            found.append((known or possible)[0])
+            agent_end = found[0].start if found else None
+            found.append(_nearest(span, agent_end, gap_start, tokens, namespace, known))
         gap_start, before = span.end, span
     return found
+
+
+def _nearest(
+    span: ReuseSpan,
+    agent_end: int | None,
+    gap_start: int,
+    tokens: np.ndarray,
+    namespace: bytes,
+    known: Callable[[str], bool],
+) -> Place:
+    first, kind = span.start - span.seam, span_kind(span)
+
+    def place(at: int) -> Place:
+        end = at if agent_end is None else agent_end
+        return Place(slot_key(tokens, namespace, end, gap_start, at, kind), at)
+
+    near = (first + shift for shift in _SHIFTS if gap_start <= first + shift <= span.end)
+    return next((p for p in map(place, near) if known(p.key)), None) or place(first)
 
 
 def _goes_on(before: ReuseSpan, span: ReuseSpan) -> bool:

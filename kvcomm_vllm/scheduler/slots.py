@@ -15,9 +15,8 @@ import xxhash
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 EDGE_TOKENS = 2
-LEAD_TOKENS = (
-    32  # the prompt's first ones tell agents apart; more would reach into what they are told
-)
+# The prompt's first ones tell agents apart; more would reach into what they are told.
+LEAD_TOKENS = 32
 # Of the text before a slot only the last ones are surely template: a source's last partial page is
 # gone with its request, so the tail of one message may be computed in front of "the other said".
 GAP_TOKENS = 4

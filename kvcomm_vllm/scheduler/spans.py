@@ -68,7 +68,7 @@ class Estimate:
 class ReuseSpan:
     """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match,
     too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm,
-    and ``mapped`` whether that is more than means; ``slot_start``: position of the slot's first
+    and ``mapped`` whether that is more than means; ``slot_start``: position of that slot's first
     token; ``estimate``: the correction of mode ``paper``.
     """
 

@@ -61,17 +61,17 @@ def test_kv_that_fits_is_kept_and_kv_that_does_not_is_folded_to_less_than_was_as
     assert (folded.folds, folded.inputs) == (2, 96)
     assert Features(pages, 50).inputs == 48
     raw, index = torch.randn(7, 192), torch.arange(7)
-    centre, factor = torch.zeros(192), torch.ones(192)
-    assert torch.equal(whole.of(raw, centre, factor, index)[:, :192], raw)
-    assert torch.equal(folded.of(raw, centre, factor, index)[:, :96], raw[:, :96] + raw[:, 96:])
+    factor, none = torch.ones(192), torch.zeros(192)
+    assert torch.equal(whole.of(raw, factor, none, index)[:, :192], raw)
+    assert torch.equal(folded.of(raw, factor, none[:96], index)[:, :96], raw[:, :96] + raw[:, 96:])
 
 
 def test_folding_keeps_distances_on_average():
     features = Features(group(6), 48)
     draw = torch.Generator().manual_seed(3)
     raw = torch.randn(200, 192, generator=draw) * torch.logspace(-1, 1, 192)
-    centre, factor = features.spread(raw)
-    of = features.of(raw, centre, factor, torch.zeros(200))[:, : features.inputs]
+    factor, offset = features.spread(raw)
+    of = features.of(raw, factor, offset, torch.zeros(200))[:, : features.inputs]
     squares = of.square().sum(1).mean() * features.folds / 192
     assert 0.9 < float(squares) < 1.1
 
@@ -80,7 +80,7 @@ def test_the_index_fades_and_stays_bounded_however_long_a_slot_is():
     features = Features(group(2), 10_000)
     raw = torch.zeros(3, features.raw_width)
     index = torch.tensor([0, 100, 100_000])
-    of = features.of(raw, raw[0], raw[0], index)[:, -4:]
+    of = features.of(raw, raw[0], raw[0, : features.inputs], index)[:, -4:]
     assert not of[0].any()
     assert torch.equal(of[2], -torch.ones(4))
     assert bool((of[1].diff() > 0).all())
@@ -91,6 +91,6 @@ def test_what_was_equal_in_the_first_anchor_does_not_outweigh_all_else_later():
     raw = torch.randn(4, features.raw_width, generator=torch.Generator().manual_seed(2))
     raw[:, 5] = raw[0, 5]
     for first in (raw, raw[:1]):
-        centre, factor = features.spread(first)
+        factor, offset = features.spread(first)
         assert bool((factor[5] <= 200 * factor.median()).all())
-        assert bool(features.of(raw, centre, factor, torch.arange(4)).isfinite().all())
+        assert bool(features.of(raw, factor, offset, torch.arange(4)).isfinite().all())

@@ -73,10 +73,10 @@ def predict(a: ResidualArena, entry: int, raw: torch.Tensor, layer: int) -> torc
 
 def fit_at_once(a: ResidualArena, anchors: list[Anchor], layer: int, raw: torch.Tensor):
     """Means and ridge map from the tokens of all anchors, in fp64."""
-    centre, factor = a.features.spread(anchors[0].raw)
+    factor, offset = a.features.spread(anchors[0].raw)
 
     def features(raw: torch.Tensor) -> torch.Tensor:
-        return a.features.of(raw, centre, factor, torch.arange(len(raw))).double()
+        return a.features.of(raw, factor, offset, torch.arange(len(raw))).double()
 
     rows = torch.cat([given.index for given in anchors]).clamp(max=4)
     base = torch.cat([features(given.raw) for given in anchors])

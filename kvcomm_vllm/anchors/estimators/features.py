@@ -12,9 +12,7 @@ import dataclasses
 
 import torch
 
-from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
-from kvcomm_vllm.kernels.reference import turn_keys
 
 _LAYERS = 6
 _LEAST = 0.01  # of the mean spread of an anchor's numbers: none counts as more even than that
@@ -62,44 +60,38 @@ class Features:
         shape = (len(slots), len(pages.layers), pages.kv_heads, 2 * pages.head_dim)
         found = torch.empty(shape, device=slots.device)
         k, v = found[..., : pages.head_dim], found[..., pages.head_dim :]
-        if slots.device.type != "cpu":
+        if slots.device.type == "cpu":
+            from kvcomm_vllm.kernels.reference import collect
+        else:
             from kvcomm_vllm.kernels.collect import collect
-
-            collect(pages, slots, undo, None, None, k, v)
-            return found.flatten(1)
-        for layer in range(len(pages.layers)):
-            key, v[:, layer] = packing.read(pages, layer, slots)
-            k[:, layer] = turn_keys(key, undo, pages.interleaved)
+        collect(pages, slots, undo, None, None, k, v)
         return found.flatten(1)
 
     def spread(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centre and factor ``[raw_width]`` by which :meth:`of` standardises raw features, from
-        those of one anchor.
+        """Factor ``[raw_width]`` and offset ``[inputs]`` by which :meth:`of` standardises raw
+        features, from those of one anchor.
         """
         centre = raw.mean(0)
         deviation = (raw - centre).square().mean(0).sqrt()
         # Of few tokens some numbers are equal by chance; they must not outweigh all others later.
         deviation = deviation.clamp(min=float(deviation.mean()) * _LEAST + 1e-6)
-        return centre, self._signs / (deviation * self.folds**0.5)
+        factor = self._signs / (deviation * self.folds**0.5)
+        return factor, self._folded(centre[None], factor)[0]
 
     def of(
-        self, raw: torch.Tensor, centre: torch.Tensor, factor: torch.Tensor, index: torch.Tensor
+        self, raw: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor, index: torch.Tensor
     ) -> torch.Tensor:
         """What the map is given: fp32 ``[tokens, width]``.
 
         Args:
-            centre, factor: from :meth:`spread`; ``index``: ``[tokens]``, each token's index.
+            factor, offset: from :meth:`spread`; ``index``: ``[tokens]``, each token's index.
         """
-        found = torch.empty(len(raw), self.width, device=raw.device)
-        folded, fading = found[:, : self.inputs], found[:, self.inputs :]
-        folded.copy_(-self._fold(centre * factor))
-        for part in range(self.folds):
-            some = slice(part * self.inputs, (part + 1) * self.inputs)
-            width = len(factor[some])
-            folded[:, :width].addcmul_(raw[:, some], factor[some])
-        torch.expm1(-index[:, None] / self._decays, out=fading)
-        return found
+        fading = torch.expm1(-index[:, None] / self._decays)
+        return torch.cat((self._folded(raw, factor) - offset, fading), dim=-1)
 
-    def _fold(self, row: torch.Tensor) -> torch.Tensor:
-        missing = self.folds * self.inputs - self.raw_width
-        return torch.nn.functional.pad(row, (0, missing)).view(self.folds, self.inputs).sum(0)
+    def _folded(self, raw: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        folded = torch.zeros(len(raw), self.inputs, device=raw.device)
+        pieces = zip(raw.split(self.inputs, dim=1), factor.split(self.inputs), strict=True)
+        for piece, weights in pieces:
+            folded[:, : len(weights)].addcmul_(piece, weights)
+        return folded

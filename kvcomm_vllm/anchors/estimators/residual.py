@@ -22,6 +22,7 @@ from kvcomm_vllm.anchors.estimators.features import Features
 from kvcomm_vllm.anchors.estimators.ridge import about, reduced_rank, row_means
 from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import PageGroup
+from kvcomm_vllm.kernels.reference import deviate
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,17 @@ class ErrorSums:
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def _shapes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> Shapes:
+def _shapes(
+    group: PageGroup, features: Features, skip_layers: int, settings: ResidualSettings
+) -> Shapes:
     """Shape and dtype of everything that is kept of one slot: its sums, and what they say."""
     layers, heads, dim = len(group.layers) - skip_layers, group.kv_heads, group.head_dim
-    features, rows = Features(group, settings.map_inputs), settings.head_tokens + 1
-    outputs, width = heads * 2 * dim, features.width
+    rows, outputs, width = settings.head_tokens + 1, heads * 2 * dim, features.width
     rank = min(settings.map_rank, outputs, width)
     single = {
         "count": (rows,),
-        "centre": (features.raw_width,),
         "factor": (features.raw_width,),
+        "offset": (features.inputs,),
         "sum_x": (rows, width),
         "sum_d": (layers, rows, outputs),
         "square": (width, width),
@@ -104,8 +106,8 @@ def _factor_dtypes(group: PageGroup) -> tuple[torch.dtype, torch.dtype]:
 
 def slot_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> int:
     """Bytes of one slot. Nearly all of them are the sums that lead to the map."""
-    shapes = _shapes(group, skip_layers, settings).values()
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
+    shapes = _shapes(group, Features(group, settings.map_inputs), skip_layers, settings)
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
 
 
 class ResidualArena:
@@ -128,7 +130,7 @@ class ResidualArena:
         self.device = group.layers[0].device
         self._parts = {
             name: torch.zeros(capacity, *shape, dtype=dtype, device=self.device)
-            for name, (shape, dtype) in _shapes(group, skip_layers, settings).items()
+            for name, (shape, dtype) in _shapes(group, self.features, skip_layers, settings).items()
         }
         self.layers, _, self.rank, _ = self._parts["up"].shape[1:]
 
@@ -145,7 +147,7 @@ class ResidualArena:
             raw: ``[tokens, raw_width]``, from ``features.raw``.
         """
         part = self._of(entry)
-        return self._code(part, self.features.of(raw, part["centre"], part["factor"], index))
+        return self._code(part, self.features.of(raw, part["factor"], part["offset"], index))
 
     def deviation(self, entry: int, index: torch.Tensor, code: torch.Tensor | None) -> MeanMap:
         """The correction of one slot for tokens ``index`` (int32 ``[tokens]``) of it, by means and
@@ -176,25 +178,19 @@ class ResidualArena:
                 computed anyway).
         """
         part, row = self._of(entry), index.clamp(max=self.settings.head_tokens)
-        known = bool(part["count"].sum() > 0)
-        if not known:
-            centre, factor = self.features.spread(raw)
-            part["centre"].copy_(centre)
-            part["factor"].copy_(factor)
-        x = self.features.of(raw, part["centre"], part["factor"], index)
+        if not bool(part["count"].any()):
+            for name, value in zip(("factor", "offset"), self.features.spread(raw), strict=True):
+                part[name].copy_(value)
+        x = self.features.of(raw, part["factor"], part["offset"], index)
         judged = index >= judged_from
-        code = self._code(part, x[judged])
+        both = self.deviation(entry, index, self._code(part, x))
+        alone = self.deviation(entry, index, None)
         left, means, whole = torch.zeros(3, 2, device=index.device)
         for layer, d in enumerate(deviations):
             rest = d[judged]
             whole += self._squares(rest)
-            means += self._squares(rest - self._means(part, "alone", layer)[row[judged]])
-            if known:
-                mapped = torch.einsum(
-                    "tr,hrj->thj", code[:, layer].float(), part["up"][layer].float()
-                )
-                rest = rest - self._means(part, "mean", layer)[row[judged]] - mapped
-            left += self._squares(rest)
+            means += self._squares(rest - torch.cat(deviate(alone, layer, judged), dim=-1))
+            left += self._squares(rest - torch.cat(deviate(both, layer, judged), dim=-1))
             part["sum_d"][layer].index_add_(0, row, d.flatten(1))
             part["cross"][layer].addmm_(x.mT, d.flatten(1))
         part["sum_x"].index_add_(0, row, x)
@@ -210,9 +206,6 @@ class ResidualArena:
     def _code(self, part: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         down = part["down"].flatten(1)
         return (x.to(down.dtype) @ down).view(len(x), self.layers, self.rank)
-
-    def _means(self, part: dict[str, torch.Tensor], name: str, layer: int) -> torch.Tensor:
-        return torch.cat((part[f"{name}_k"][layer], part[f"{name}_v"][layer]), dim=-1)
 
     def _squares(self, d: torch.Tensor) -> torch.Tensor:
         squares: torch.Tensor = d.square().unflatten(-1, (2, self.dim))
