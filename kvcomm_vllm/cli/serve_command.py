@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from kvcomm_vllm.cli.machine import serving_dtype
+
 MAX_MODEL_TOKENS = 8192
 CPU_BLOCK_TOKENS = 32
 CPU_ENV = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -66,6 +68,7 @@ def serve_command(
     command += ["--served-model-name", served_name(model), "--enable-prompt-tokens-details"]
     if not on_gpu:
         command += ["--enforce-eager", "--block-size", str(CPU_BLOCK_TOKENS)]
+        command += ["--dtype", serving_dtype()]
     tokens = max_model_tokens(model)
     if tokens:
         command += ["--max-model-len", str(tokens)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvcomm_vllm.cli import machine
 from kvcomm_vllm.cli.main import app
 from kvcomm_vllm.cli.serve_command import max_model_tokens, serve_command, serve_env, served_name
 
@@ -39,6 +40,27 @@ def test_small_machine_flags_stay_off_a_gpu() -> None:
     assert "--enforce-eager" not in arguments(connector=True, on_gpu=True)
     assert "VLLM_CPU_KVCACHE_SPACE" in serve_env("org/model", on_gpu=False, base={})
     assert "VLLM_CPU_KVCACHE_SPACE" not in serve_env("org/model", on_gpu=True, base={})
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu avx2 fma", "float32"),
+        ("fpu avx2 avx512f avx512_bf16", "auto"),
+        ("fp asimd bf16", "auto"),
+        ("", "auto"),
+    ],
+)
+def test_a_cpu_that_would_emulate_bf16_serves_in_float32(
+    monkeypatch: pytest.MonkeyPatch, flags: str, dtype: str
+) -> None:
+    """On one with AVX2 alone, bf16 takes five times as long."""
+    monkeypatch.setattr(machine, "_cpuinfo", lambda *keys: flags)
+    monkeypatch.setattr(machine, "is_cpu_build", lambda: True)
+    command = arguments(connector=False)
+    assert command[command.index("--dtype") + 1] == dtype
+    assert "--dtype" not in arguments(connector=False, on_gpu=True)
+    assert machine.serving_dtype("bfloat16") == "bfloat16"
 
 
 def test_what_the_user_has_set_in_the_environment_wins(tmp_path: Path) -> None:

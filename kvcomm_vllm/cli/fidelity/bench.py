@@ -16,7 +16,7 @@ from kvcomm_vllm.cli.fidelity.case import Case, fill
 from kvcomm_vllm.cli.fidelity.modes import DENSE
 from kvcomm_vllm.cli.fidelity.prompt import chat_prompt
 from kvcomm_vllm.cli.fidelity.tape import Tape
-from kvcomm_vllm.cli.machine import is_cpu_build
+from kvcomm_vllm.cli.machine import is_cpu_build, serving_dtype
 from kvcomm_vllm.cli.serve_command import CPU_BLOCK_TOKENS, max_model_tokens
 from kvcomm_vllm.reasons import Reason, Scope
 
@@ -73,6 +73,7 @@ class Bench:
         defaults["max_num_batched_tokens"] = limit
         if is_cpu_build():
             defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS}
+        defaults["dtype"] = serving_dtype()
         transfer = KVTransferConfig(
             kv_connector="kvcomm", kv_role="kv_both", kv_connector_extra_config={**PLUGIN, **plugin}
         )

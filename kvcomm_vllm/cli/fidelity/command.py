@@ -54,7 +54,10 @@ def fidelity(
     ] = 0.3,
     dtype: Annotated[
         str,
-        typer.Option(help="vLLM's --dtype; float32 takes rounding out of the comparison."),
+        typer.Option(
+            help="vLLM's --dtype; float32 takes rounding out of the comparison (auto: the model's "
+            "own, but float32 on CPUs without bf16 instructions)."
+        ),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="For shuffled orders.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path(

@@ -9,6 +9,7 @@ from kvcomm_vllm.cli.fidelity.modes import anchor_points, points
 from kvcomm_vllm.cli.fidelity.study import Study, choose
 from kvcomm_vllm.cli.fidelity.user_file import user_cases
 from kvcomm_vllm.cli.fidelity.workloads import WORKLOADS, workload
+from kvcomm_vllm.cli.machine import serving_dtype
 from kvcomm_vllm.cli.rows import DataError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -104,5 +105,14 @@ def read_options(
             found, source = workload(name).cases(data, seed)
             chosen.append(choose(name, source, found, prompts, most, first))
     return Options(
-        model, measured, chosen, tokens, seed, out, exact_sources, paper_gamma, first, dtype
+        model,
+        measured,
+        chosen,
+        tokens,
+        seed,
+        out,
+        exact_sources,
+        paper_gamma,
+        first,
+        serving_dtype(dtype),
     )
