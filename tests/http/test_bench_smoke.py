@@ -25,10 +25,13 @@ AGENTS, TASKS, STREAM = 2, 3, 1
 
 def command(model: str, out: Path) -> list[str]:
     sizes = {"agents": AGENTS, "prefix-tokens": 48, "input-tokens": 160, "output-tokens": 12}
+    config = out.with_suffix(".yaml")
+    # three tasks of random words teach little; here it is enough that they are corrected at all
+    config.write_text("max_anchor_error: 1.0\n")
     return [
         *[sys.executable, "-m", "kvcomm_vllm.cli.main", "bench", "--model", model],
         *["--workload", "synthetic", "--tasks", str(TASKS), "--stream", str(STREAM)],
-        *["--columns", ",".join(COLUMNS), "--out", str(out)],
+        *["--columns", ",".join(COLUMNS), "--config", str(config), "--out", str(out)],
         *(part for name, size in sizes.items() for part in (f"--{name}", str(size))),
     ]
 
@@ -81,8 +84,9 @@ def test_the_servers_did_what_the_columns_say(whole: Path) -> None:
         assert row["local"] + row["reused"] + row["computed"] == row["prompt_tokens"]
         assert bool(row["reused"]) == (row["index"] > 0), "the first agent has nobody to quote"
         assert row["repeated_tokens"] <= row["prompt_tokens"]
-    assert any(row["corrected"] for row in of_column(whole, "anchor")), "nothing was learned"
     memory = [row for row in rows(whole) if row["kind"] == "memory"]
+    assert any(row["anchors"] for row in memory if row["column"] == "anchor"), "nothing was learned"
+    assert any(row["corrected"] for row in of_column(whole, "anchor")), "what was learned is unused"
     assert {row["column"] for row in memory} == {"plain", "anchor"}
     assert all(row["resident_mb"] > 100 for row in memory)
     assert all(row["kv_usage"] == 0 for row in memory), "pages are held while nobody is served"
