@@ -105,18 +105,15 @@ class Learning:
     # ---- what comes of lessons -------------------------------------------------------------------
 
     def assign(self, lesson: Lesson, op: LessonOp) -> None:
-        slots = {taught.key: self.table.see(taught.key) for taught, _ in lesson.parts}
-        for slot in slots.values():
-            self.table.give_entry(slot)
-        # one of many slots may have lost its entry to a later one
-        entries = {key: slot.entry for key, slot in slots.items() if slot.entry is not None}
-        op.fresh = [entry for key, entry in entries.items() if not slots[key].anchors]
-        lesson.parts = [(taught, part) for taught, part in lesson.parts if taught.key in entries]
-        op.spans = [base_load(taught, part, entries[taught.key]) for taught, part in lesson.parts]
+        slot = self.table.see(lesson.taught[0][0].key)
+        self.table.give_entry(slot)
+        assert slot.entry is not None
+        op.fresh = [] if slot.anchors else [slot.entry]
+        op.spans = [base_load(taught, part, slot.entry) for taught, part in lesson.taught]
 
     def learned(self, lesson: Lesson, report: StepReport) -> None:
-        for (taught, _), errors in zip(lesson.parts, report.errors, strict=True):
-            slot = self.table.get(taught.key)
+        slot = self.table.get(lesson.taught[0][0].key)
+        for errors in report.errors:
             if slot is not None:
                 self.table.learned(slot, errors)
 

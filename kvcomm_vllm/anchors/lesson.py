@@ -6,8 +6,10 @@ served without reuse); what is missing is computed by side forward into scratch 
 idle step: an *audit*. The base KV is read from the pages the request was, or would have been,
 served from.
 
+Then the spans are learned, one per idle step: learning takes longer than computing a piece does.
+
 Between two steps a lesson holds no page: its scratch pages are free, and stay as they are as long
-as nothing is allocated, which is what cancels it.
+as nothing is allocated, which is what cancels it. It starts again with what it has not taught yet.
 """
 
 from __future__ import annotations
@@ -45,11 +47,14 @@ class TaughtSpan:
         return Match(s.sequence, s.prompt_start, s.sequence_start, s.length)
 
 
+Part = tuple[TaughtSpan, Source]
+
+
 class Teacher(Protocol):
     """The mode a lesson is for: it knows what workers are to keep, and hears how it went."""
 
     def assign(self, lesson: Lesson, op: LessonOp) -> None:
-        """Put into the last piece what is to be learned from ``lesson.parts``."""
+        """Put into a piece what is to be learned from ``lesson.taught``."""
 
     def learned(self, lesson: Lesson, report: StepReport) -> None: ...
 
@@ -63,9 +68,12 @@ class Lesson:
     tokens: the prompt up to the end of what is taught, int32.
     exact_hashes: hashes of its full pages on vLLM's exact chain.
 
+        spans: what it has not taught yet.
+
     Attributes:
         parts: the spans' parts whose base KV is still there; known once it has started.
-        end: true KV is needed up to here, for these parts.
+        taught: those of one span, which the last piece teaches.
+        end: true KV is needed up to here, for all parts.
     """
 
     teacher: Teacher
@@ -74,10 +82,10 @@ class Lesson:
     exact_hashes: list[bytes]
     spans: list[TaughtSpan]
     pages: list[int] = field(default_factory=list)
-    parts: list[tuple[TaughtSpan, Source]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    taught: list[Part] = field(default_factory=list)
     end: int = 0
     computed: int = 0
-    sent: bool = False
 
     def start(self, pages: SourcePages) -> bool:
         """Find its pages; False if there is nothing left to learn from, or no room."""
@@ -88,9 +96,8 @@ class Lesson:
         end = max(max(part.end, taught.stop) for taught, part in parts)
         self.pages = pages.leading_ids(self.exact_hashes[: -(-end // size)])
         known = len(self.pages)
-        self.parts, self.computed = parts, min(known * size, end)
-        self.end = end
-        self.sent = False
+        self.parts, self.taught = parts, []
+        self.end, self.computed = end, min(known * size, end)
         scratch = -(-end // size) - known
         if not pages.hold(HOLDER, self._used(), needed=2 * scratch):
             return False
@@ -105,14 +112,26 @@ class Lesson:
         return self.pages + [block for _, part in self.parts for block in part.blocks]
 
     def next_op(self, max_tokens: int) -> LessonOp:
-        """The next piece, of ``max_tokens`` to compute at most; with the last one workers learn."""
+        """The next piece: ``max_tokens`` to compute at most or, once all are, a span to learn."""
         start, end = self.computed, min(self.computed + max_tokens, self.end)
-        hole = HoleOp(start, self.tokens[start:end].tolist()) if start < end else None
-        self.computed, self.sent = end, end == self.end
-        op = LessonOp(self.number, self.pages, hole)
-        if self.sent:
-            self.teacher.assign(self, op)
+        if start < end:
+            self.computed = end
+            return LessonOp(self.number, self.pages, HoleOp(start, self.tokens[start:end].tolist()))
+        span = self.parts[0][0]
+        self.taught = [part for part in self.parts if part[0] is span]
+        op = LessonOp(self.number, self.pages, None)
+        self.teacher.assign(self, op)
         return op
+
+    def done(self, report: StepReport) -> bool:
+        """The last piece has succeeded; whether it was the lesson's last one."""
+        if self.taught:
+            self.teacher.learned(self, report)
+            span = self.taught[0][0]
+            self.spans = [other for other in self.spans if other is not span]
+            self.parts = [part for part in self.parts if part[0] is not span]
+            self.taught = []
+        return not self.parts
 
 
 def base_load(taught: TaughtSpan, part: Source, entry: int = -1) -> LoadOp:

@@ -137,16 +137,15 @@ class Lessons:
         lesson = self._active
         if lesson is None or lesson.number != report.lesson:
             return
-        if not lesson.sent and not report.lesson_failed:
-            if self._idle_since is None:
-                self._cancel()
-            return
-        self._active = None
-        self.stats.count_lesson("failed" if report.lesson_failed else "learned")
         if report.lesson_failed:
+            self._active = None
+            self.stats.count_lesson("failed")
             lesson.teacher.failed(lesson)
-        else:
-            lesson.teacher.learned(lesson, report)
+        elif lesson.done(report):
+            self._active = None
+            self.stats.count_lesson("learned")
+        elif self._idle_since is None:
+            self._cancel()
 
     def clear(self) -> None:
         """Weights or caches were reset: what waits is about KV that is gone."""

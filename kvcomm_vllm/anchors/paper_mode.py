@@ -249,7 +249,7 @@ class PaperMode:
     # ---- what comes of lessons -------------------------------------------------------------------
 
     def assign(self, lesson: Lesson, op: LessonOp) -> None:
-        for taught, part in lesson.parts:
+        for taught, part in lesson.taught:
             if (part.prompt_start, part.end) != (taught.slot_start, taught.source.end):
                 continue  # a page of it is gone
             message = _digest(lesson.tokens[taught.slot_start : part.end])

@@ -114,6 +114,38 @@ def test_a_request_ends_a_lesson_at_once_and_it_begins_anew(make_engine: Make) -
     check_idle(engine)
 
 
+def hear_two(engine: EngineWithoutWorker, number: int, **options):
+    """Two agents are told something new, then this one hears both texts."""
+    said = [words(f"{name} {number}", 40) for name in ("question", "answer")]
+    for text in said:
+        engine.serve(f"first {number} {text[0]}", [*words("one", 20), *text, 5], **options)
+    prompt = [*AGENT, *said[0], *words("between", 6), *said[1], 7, 8]
+    return engine.serve(f"second {number}", prompt, **options)
+
+
+def test_a_request_waits_for_one_span_of_a_lesson_and_none_is_taught_twice(
+    make_engine: Make,
+) -> None:
+    engine = make_engine(**ANCHOR, num_blocks=256)
+    hear_two(engine, 0)
+    hear_two(engine, 1)
+    while not any(op.spans for op in engine.lessons):
+        engine.step()
+    assert engine.scheduler.has_requests(), "the lesson has another span to teach"
+    engine.serve("user", words("user", 30))
+    engine.idle()
+    assert [len(op.spans) for op in engine.lessons if op.spans] == [1, 1]
+    entries = [op.spans[0].entry for op in engine.lessons if op.spans]
+    assert entries[0] != entries[1]
+    for number in range(2, 4):
+        hear_two(engine, number)
+        engine.idle()
+    heard = hear_two(engine, 9)
+    assert heard.report["corrected"] == heard.report["reused"] > 0
+    engine.idle()
+    check_idle(engine)
+
+
 def test_nothing_is_learned_before_the_engine_has_been_idle_for_long(make_engine: Make) -> None:
     engine = make_engine(**ANCHOR | {"audit_idle_seconds": 3600})
     warm(engine)

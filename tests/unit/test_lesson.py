@@ -49,8 +49,6 @@ def test_a_second_start_with_more_sources_computes_all_that_they_need() -> None:
         pages.there = there
         assert lesson.start(pages)
         computed: list[int] = []
-        while not lesson.sent:
-            op = lesson.next_op(5)
-            assert op.hole is not None
+        while (op := lesson.next_op(5)).hole is not None:
             computed += op.hole.tokens
         assert computed == list(range(end))
