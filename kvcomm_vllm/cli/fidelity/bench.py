@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -113,16 +113,8 @@ class Bench:
         Raises:
             BenchError: the prompt is too long, or the plugin is off in this engine.
         """
-        if len(prompt) + tokens > self.max_tokens:
-            need = f"{len(prompt)} tokens and {tokens} for the answer"
-            raise BenchError(f"a prompt has {need}, the engine takes {self.max_tokens} in all")
         Tape.rewind(listen, force)
-        extra = {"kv_transfer_params": {"kvcomm": hints}}
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, extra_args=extra, ignore_eos=force is not None
-        )
-        request: Any = {"prompt_token_ids": prompt, "cache_salt": salt}
-        output = self.llm.generate([request], params, use_tqdm=False)[0]
+        (output,) = self._generate([prompt], hints, salt, tokens, force is not None)
         report = (output.kv_transfer_params or {}).get("kvcomm")
         if report is None:
             raise BenchError("reuse is off: vLLM runs without the plugin with this model")
@@ -130,6 +122,38 @@ class Bench:
             if Reason.of(word).scope is Scope.ENGINE:
                 raise BenchError(f"reuse is off: {Reason.of(word).explanation}")
         return Run(list(output.outputs[0].token_ids), list(Tape.steps), report)
+
+    def answers(
+        self, prompts: list[list[int]], hints: dict[str, Any], salt: str, tokens: int
+    ) -> list[list[int]]:
+        """Greedy answers to prompts that are sent at once, which takes little longer than one.
+
+        Raises:
+            BenchError: a prompt is too long.
+        """
+        Tape.rewind(0, None)
+        outputs = self._generate(prompts, hints, salt, tokens)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        hints: dict[str, Any],
+        salt: str,
+        tokens: int,
+        ignore_eos: bool = False,
+    ) -> list[Any]:
+        longest = max(map(len, prompts))
+        if longest + tokens > self.max_tokens:
+            need = f"{longest} tokens and {tokens} for the answer"
+            raise BenchError(f"a prompt has {need}, the engine takes {self.max_tokens} in all")
+        extra = {"kv_transfer_params": {"kvcomm": hints}}
+        params = SamplingParams(
+            temperature=0, max_tokens=tokens, extra_args=extra, ignore_eos=ignore_eos
+        )
+        requests: Any = [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in prompts]
+        outputs: list[Any] = self.llm.generate(requests, params, use_tqdm=False)
+        return outputs
 
     def settle(self) -> None:
         """Let the plugin learn until nothing waits to be learned.
@@ -146,20 +170,23 @@ class Bench:
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
+    def rehearse(self, cases: Sequence[Case]) -> None:
+        """Write the scripts of these cases: messages are the model's own dense answers."""
+        drafts = [(case, Script([], [])) for case in cases if case not in self._scripts]
+        while drafts:
+            for case, script in drafts:
+                turn = case.turns[len(script.prompts)]
+                user = fill(turn.user, [self.decode(message) for message in script.messages])
+                script.prompts.append(chat_prompt(self.tokenizer, turn.system, user))
+                if len(script.prompts) == len(case.turns):
+                    self._scripts[case] = script
+            drafts = [(case, script) for case, script in drafts if case not in self._scripts]
+            prompts = [script.prompts[-1] for _, script in drafts]
+            said = self.answers(prompts, DENSE, "messages", MESSAGE_TOKENS) if drafts else []
+            for (_, script), message in zip(drafts, said, strict=True):
+                script.messages.append(message)
+
     def script(self, case: Case) -> Script:
-        """The prompts of all agents; messages are the model's own dense answers. Kept, as every
-        mode is given the same.
-        """
-        if case not in self._scripts:
-            prompts: list[list[int]] = []
-            messages: list[list[int]] = []
-            said: list[str] = []
-            for turn in case.turns:
-                if prompts:
-                    run = self.run(prompts[-1], DENSE, "messages", tokens=MESSAGE_TOKENS)
-                    messages.append(run.tokens)
-                    said.append(self.decode(run.tokens))
-                user = fill(turn.user, said)
-                prompts.append(chat_prompt(self.tokenizer, turn.system, user))
-            self._scripts[case] = Script(prompts, messages)
+        """The prompts of all agents. Kept, as every mode is given the same."""
+        self.rehearse([case])
         return self._scripts[case]

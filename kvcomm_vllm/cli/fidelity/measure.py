@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 
 from kvcomm_vllm.cli.fidelity.bench import Bench
+from kvcomm_vllm.cli.fidelity.case import Case
 from kvcomm_vllm.cli.fidelity.modes import hints_of
-from kvcomm_vllm.cli.fidelity.score import Score, dense_answer, score, teach
+from kvcomm_vllm.cli.fidelity.score import Dense, Score, dense_answers, scores, teach
 from kvcomm_vllm.cli.fidelity.study import Study
 
+BATCH = 8  # cases whose answers are asked for at once
 _salts = count()
 
 
 def steps(study: Study, points: list[tuple[str, int]]) -> int:
     """How often :func:`measure` reports progress."""
-    return len(study.scored) * (1 + len(points)) + sum(anchors for _, anchors in points)
+    return (
+        len(_rehearsed(study, points))
+        + len(study.scored) * (1 + len(points))
+        + sum(anchors for _, anchors in points)
+    )
 
 
 def measure(
@@ -32,14 +38,23 @@ def measure(
     Args:
         points: (mode, anchors); each has a cache of its own, hence anchors of its own.
         tokens: of the dense greedy answer, along which distributions are compared.
-        done: called after each lesson and each prompt.
+        done: called once for each rehearsal, lesson and prompt.
         exact_sources: only the last agent reuses; what it reads is dense.
     """
-    dense = []
-    for case in study.scored:
-        dense.append(dense_answer(bench, case, tokens))
-        done()
-    scores = []
+
+    def batches(cases: list[Case]) -> Iterator[slice]:
+        for start in range(0, len(cases), BATCH):
+            yield slice(start, start + BATCH)
+            for _ in cases[start : start + BATCH]:
+                done()
+
+    rehearsed = _rehearsed(study, points)
+    for some in batches(rehearsed):
+        bench.rehearse(rehearsed[some])
+    dense: list[Dense] = []
+    for some in batches(study.scored):
+        dense += dense_answers(bench, study.scored[some], tokens)
+    found: list[Score] = []
     for point in points:
         mode, anchors = point
         hints = hints_of(mode)
@@ -48,9 +63,12 @@ def measure(
         for case in study.lessons[:anchors]:
             teach(bench, case, hints, salt)
             done()
-        for case, exact in zip(study.scored, dense, strict=True):
-            scores.append(
-                score(bench, study.workload, case, exact, point, hints, salt, exact_sources)
-            )
-            done()
-    return scores
+        for some in batches(study.scored):
+            cases, exact = study.scored[some], dense[some]
+            found += scores(bench, study.workload, cases, exact, point, hints, salt, exact_sources)
+    return found
+
+
+def _rehearsed(study: Study, points: list[tuple[str, int]]) -> list[Case]:
+    """Cases whose messages are needed."""
+    return [*study.scored, *study.lessons[: max(anchors for _, anchors in points)]]

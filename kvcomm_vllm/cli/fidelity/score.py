@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,12 +60,32 @@ class Score:
     corrected: int
 
 
-def dense_answer(bench: Bench, case: Case, tokens: int) -> Dense:
-    """The exact greedy answer: ``tokens`` for comparison, more where its meaning is asked for."""
-    prompt = bench.script(case).prompts[-1]
-    length = tokens if case.answer is Answer.TEXT else max(tokens, MESSAGE_TOKENS)
-    run = bench.run(prompt, DENSE, "dense", tokens=length, listen=tokens)
-    return Dense(run.tokens[:tokens], run.steps, meaning(case, bench.decode(run.tokens)))
+def dense_answers(bench: Bench, cases: Sequence[Case], tokens: int) -> list[Dense]:
+    """The exact greedy answers, of ``tokens``, and what they come down to at their full length."""
+    heard = []
+    for case in cases:
+        prompt = bench.script(case).prompts[-1]
+        heard.append(bench.run(prompt, DENSE, "dense", tokens=tokens, listen=tokens))
+    meanings = said(bench, cases, DENSE, "dense", tokens)
+    return [Dense(run.tokens, run.steps, found) for run, found in zip(heard, meanings, strict=True)]
+
+
+def said(
+    bench: Bench, cases: Sequence[Case], hints: dict[str, Any], salt: str, tokens: int
+) -> list[float | None]:
+    """What the last agents' freely running answers come down to, see :func:`answers.meaning`.
+
+    Asked right after they were scored: a prompt's own pages, approximate as they are, are a local
+    hit.
+    """
+    found: dict[Case, float | None] = dict.fromkeys(cases)
+    asked = [case for case in cases if case.answer is not Answer.TEXT]
+    if asked:
+        prompts = [bench.script(case).prompts[-1] for case in asked]
+        texts = bench.answers(prompts, hints, salt, max(tokens, MESSAGE_TOKENS))
+        for case, text in zip(asked, texts, strict=True):
+            found[case] = meaning(case, bench.decode(text))
+    return list(found.values())
 
 
 def teach(bench: Bench, case: Case, hints: dict[str, Any], salt: str) -> None:
@@ -75,7 +96,31 @@ def teach(bench: Bench, case: Case, hints: dict[str, Any], salt: str) -> None:
     bench.settle()
 
 
-def score(
+def scores(
+    bench: Bench,
+    workload: str,
+    cases: Sequence[Case],
+    dense: Sequence[Dense],
+    point: tuple[str, int],
+    hints: dict[str, Any],
+    salt: str,
+    exact_sources: bool = False,
+) -> list[Score]:
+    """All cases of a batch, and what their freely running answers come down to."""
+    found = [
+        _score(bench, workload, case, exact, point, hints, salt, exact_sources)
+        for case, exact in zip(cases, dense, strict=True)
+    ]
+    meanings = said(bench, cases, hints, salt, max(len(exact.tokens) for exact in dense))
+    return [_saying(one, what) for one, what in zip(found, meanings, strict=True)]
+
+
+def _saying(score: Score, what: float | None) -> Score:
+    same = None if score.dense_said is None else what == score.dense_said
+    return replace(score, said=what, same_answer=same)
+
+
+def _score(
     bench: Bench,
     workload: str,
     case: Case,
@@ -83,7 +128,7 @@ def score(
     point: tuple[str, int],
     hints: dict[str, Any],
     salt: str,
-    exact_sources: bool = False,
+    exact_sources: bool,
 ) -> Score:
     """The last agent's distributions, after all others have spoken under the same mode, or, with
     ``exact_sources``, densely.
@@ -96,11 +141,6 @@ def score(
         bench.run(prompt, hints, salt)
     count = len(dense.tokens)
     run = bench.run(prompt, hints, salt, tokens=count, force=dense.tokens, listen=count)
-    said = None
-    if case.answer is not Answer.TEXT:
-        # the same prompt again: its own pages, approximate as they are, are a local hit
-        free = bench.run(prompt, hints, salt, tokens=max(count, MESSAGE_TOKENS))
-        said = meaning(case, bench.decode(free.tokens))
     distance = divergence(dense.steps, run.steps)
     counts = ("prompt_tokens", "local", "reused", "computed", "corrected")
     return Score(
@@ -114,8 +154,8 @@ def score(
         top1=distance.top1,
         clear=distance.clear,
         prefix=distance.prefix,
-        said=said,
+        said=None,
         dense_said=dense.meaning,
-        same_answer=None if dense.meaning is None else said == dense.meaning,
+        same_answer=None,
         **{name: int(run.report.get(name, 0)) for name in counts},
     )
