@@ -38,7 +38,8 @@ METRICS = {
         "vllm:kvcomm_tokens",
         "treatment",
         "Prompt tokens of finished requests: local (vLLM's prefix cache), reused, computed; "
-        "corrected is the part of reused that anchors corrected.",
+        "corrected is the part of reused that anchors corrected, from_approximate the part whose "
+        "source was itself approximate.",
     ),
     "requests": Metric(
         "vllm:kvcomm_requests", "outcome", "Finished requests: reused, declined, off, failed."
@@ -64,6 +65,11 @@ METRICS = {
         "Slots that were gained (their first anchor was learned) and lost (evicted, reset); the "
         "difference is what is held.",
     ),
+    "taught": Metric(
+        "vllm:kvcomm_taught",
+        "source",
+        "Anchors learned, by whether the KV they start from was exact or approximate itself.",
+    ),
     "anchors": Metric("vllm:kvcomm_anchors", "event", "Anchors gained and lost; as for slots."),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
@@ -85,6 +91,9 @@ class KVCommStats(KVConnectorStats):
     def count_lesson(self, outcome: str) -> None:
         self._add("lessons", outcome)
 
+    def count_taught(self, approximate: bool) -> None:
+        self._add("taught", "approximate" if approximate else "exact")
+
     def count_held(self, slots: int, anchors: int) -> None:
         """What is held now; counted is what has changed since the last call."""
         for metric, before, now in zip(
@@ -101,8 +110,14 @@ class KVCommStats(KVConnectorStats):
     def count_request(self, state: RequestState) -> None:
         for start, end, treatment in state.treatments():
             self._add("tokens", treatment.value, end - start)
-        if state.reused is not None and state.reused.corrected_tokens:
-            self._add("tokens", "corrected", state.reused.corrected_tokens)
+        if (plan := state.reused) is not None:
+            parts = {
+                "corrected": plan.corrected_tokens,
+                "from_approximate": plan.tokens_from_approximate,
+            }
+            for label, tokens in parts.items():
+                if tokens:
+                    self._add("tokens", label, tokens)
         for reason in state.declined:
             self._add("reasons", reason)
         self._add("requests", state.outcome)

@@ -70,9 +70,7 @@ class Learning:
         return must and state.lesson is not None
 
     def _may_teach(self, source: Source) -> bool:
-        first = source.sequence.first_approximate
-        exact = first is None or first >= source.sequence_start + source.length
-        return exact or self.config.learn_from_approximate
+        return not source.approximate_tokens or self.config.learn_from_approximate
 
     def _corrected(self, state: RequestState, plan: Plan, found: list[Place]) -> Plan:
         """The plan with warm slots' spans corrected, behind their shorter seam."""
@@ -113,9 +111,10 @@ class Learning:
 
     def learned(self, lesson: Lesson, report: StepReport) -> None:
         slot = self.table.get(lesson.taught[0][0].key)
-        for errors in report.errors:
+        for (_, part), errors in zip(lesson.taught, report.errors, strict=True):
             if slot is not None:
                 self.table.learned(slot, errors)
+                self.lessons.stats.count_taught(approximate=part.approximate_tokens > 0)
 
     def failed(self, lesson: Lesson) -> None:
         for span in lesson.spans:

@@ -45,6 +45,14 @@ class Source:
     def end(self) -> int:
         return self.prompt_start + self.length
 
+    @property
+    def approximate_tokens(self) -> int:
+        """Tokens at its end whose KV is itself approximate."""
+        first = self.sequence.first_approximate
+        if first is None:
+            return 0
+        return min(self.length, max(0, self.sequence_start + self.length - first))
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -128,6 +136,11 @@ class Plan:
             if span.estimate is not None:
                 corrected += span.estimate.stop - span.estimate.start
         return corrected
+
+    @property
+    def tokens_from_approximate(self) -> int:
+        """Reused tokens whose source is itself approximate."""
+        return sum(min(span.length, span.source.approximate_tokens) for span in self.spans)
 
     @property
     def hole_tokens(self) -> int:

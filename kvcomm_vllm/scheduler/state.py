@@ -165,6 +165,7 @@ class RequestState:
             "prompt_tokens": self.request.num_prompt_tokens,
             **counts,
             "corrected": plan.corrected_tokens if plan else 0,
+            "from_approximate": plan.tokens_from_approximate if plan else 0,
             "seam": plan.seam_tokens if plan else 0,
             "gap": plan.hole_tokens - plan.seam_tokens if plan else 0,
             "spans": [[start, end, treatment.value] for start, end, treatment in spans],

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from engine_without_worker import EngineWithoutWorker
+from scripts import words
 from test_learning import ANCHOR, hear, warm
 
 from kvcomm_vllm.anchors import lessons
@@ -37,6 +38,23 @@ def test_a_lesson_is_queued_with_its_request_and_ends_while_idle(
     assert counts == {"queued": 1}
     engine.idle()
     assert counts == {"queued": 1, "learned": 1}
+
+
+def test_anchors_from_approximate_kv_are_counted_as_such(
+    make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: Counter[bool] = Counter()
+    monkeypatch.setattr(
+        KVCommStats, "count_taught", lambda stats, approximate: found.update([approximate])
+    )
+    engine = make_engine(**ANCHOR, num_blocks=256)
+    for number in range(3):
+        question, answer = (words(f"{name} {number}", 40) for name in ("question", "answer"))
+        engine.serve(f"asked {number}", [*words("one", 20), *question, 5])
+        engine.serve(f"answers {number}", [*words("two", 20), *question, *answer, 5])
+        engine.serve(f"hears {number}", [*words("three", 20), *answer, 7, 8])
+        engine.idle()
+    assert set(found) == {False, True}, "the question was computed, the answer stands behind it"
 
 
 def test_a_failed_lesson_does_not_wait(make_engine: Make, counts: Counter[str]) -> None:

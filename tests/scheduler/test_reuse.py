@@ -39,6 +39,18 @@ def test_text_between_two_spans_is_a_gap(make_engine: Make) -> None:
     assert len(set(third.report["slots"])) == 2
 
 
+def test_tokens_whose_source_is_approximate_itself_are_told_apart(make_engine: Make) -> None:
+    """The second agent's own words stand behind text it reused, the question was computed."""
+    engine = make_engine()
+    engine.serve("first", [*words("one", 20), *QUESTION])
+    second = engine.serve("second", [*words("two", 12), *QUESTION, *MESSAGE, 3])
+    assert second.report["reused"] == 38
+    assert second.report["from_approximate"] == 0
+    third = engine.serve("third", [*words("3", 20), *MESSAGE, *words("gap", 6), *QUESTION, 3])
+    assert third.spans("reused") == [(22, 52), (60, 98)]
+    assert third.report["from_approximate"] == 30
+
+
 def test_the_own_prefix_in_vllms_cache_comes_first(make_engine: Make) -> None:
     engine = make_engine()
     engine.serve("warm", [*words("two", 24), *words("other", 12)])

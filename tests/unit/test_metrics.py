@@ -81,6 +81,15 @@ def test_a_finished_request_counts_its_tokens_once_each() -> None:
     }
 
 
+def test_what_is_corrected_or_from_approximate_kv_is_counted_beside_what_is_reused() -> None:
+    stats = KVCommStats()
+    plan = SimpleNamespace(corrected_tokens=20, tokens_from_approximate=12)
+    stats.count_request(request(reused=plan))
+    assert stats.data["tokens/reused"] == 30
+    assert stats.data["tokens/corrected"] == 20
+    assert stats.data["tokens/from_approximate"] == 12
+
+
 def test_a_declined_request_counts_why() -> None:
     stats = KVCommStats()
     stats.count_request(request(declined={Reason.TOO_LITTLE.value: 1}, outcome="declined"))
@@ -163,6 +172,7 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats.count_request(request(declined={"no_match": 1}))
     stats.add_seconds("planning", 0.1)
     stats.count_lesson("learned")
+    stats.count_taught(approximate=True)
     stats.count_held(1, 2)
     assert {key.split("/")[0] for key in stats.data} == set(METRICS)
     exported.observe(stats.data)  # would raise for one that has no counter
