@@ -110,6 +110,14 @@ class PaperSlots:
             for message in list(slot.rows):
                 self._give_back(slot, message)
 
+    def rows(self) -> dict[str, int]:
+        """Rows of the arenas that each slot with anchors takes, by its key."""
+        taken = {
+            key: sum(rows.end - rows.start for rows in slot.rows.values())
+            for key, slot in self._slots.items()
+        }
+        return {key: count for key, count in taken.items() if count}
+
     def counts(self) -> tuple[int, int]:
         """(slots, anchors in all)."""
         return len(self._slots), sum(len(slot.rows) for slot in self._slots.values())

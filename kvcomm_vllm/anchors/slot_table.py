@@ -137,6 +137,10 @@ class SlotTable:
         slot.entry, slot.anchors = None, 0
         slot.left = slot.means = slot.whole = (0.0, 0.0)
 
+    def taught(self) -> list[str]:
+        """Keys of the slots with anchors."""
+        return list(self._with_entry)
+
     def counts(self) -> tuple[int, int]:
         """(slots with anchors, anchors in all)."""
         return len(self._with_entry), sum(slot.anchors for slot in self._with_entry.values())

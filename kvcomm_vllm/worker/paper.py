@@ -59,8 +59,8 @@ class PaperArena:
         self.device = pages[0].layers[0].device
         sizes = [2 * p.kv_heads * p.head_dim * len(p.layers) for p in pages]
         dtypes = [_arena_dtype(p.layers[0].dtype) for p in pages]
-        row_bytes = sum(2 * n * d.itemsize for n, d in zip(sizes, dtypes, strict=True))
-        self.rows = config.paper_memory_mb * 2**20 // row_bytes if allowed else 0
+        self.row_bytes = sum(2 * n * d.itemsize for n, d in zip(sizes, dtypes, strict=True))
+        self.rows = config.paper_memory_mb * 2**20 // self.row_bytes if allowed else 0
         self.elements = sum(sizes) // 2  # of K, or of V, of one token
         self.layers: list[Layer] = []
         for group, dtype in zip(groups, dtypes, strict=True):

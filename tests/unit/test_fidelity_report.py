@@ -40,7 +40,11 @@ ONE = Score(
     corrected=0,
 )
 OTHER = replace(ONE, case="q, reversed", kl_mean=0.03, said=1.0, same_answer=False)
-LEARNT = [replace(s, mode="anchor16", anchors=n) for n in (20, 0) for s in (ONE, OTHER)]
+LEARNT = [
+    replace(s, mode="anchor16", anchors=n, anchor_mb=12.0 * n)
+    for n in (20, 0)
+    for s in (ONE, OTHER)
+]
 SCORES = [ONE, OTHER, *LEARNT]
 
 
@@ -80,9 +84,10 @@ def test_the_table_shows_every_point_within_eighty_columns() -> None:
         console.print(render_table("judge", summarise(SCORES), 24))
     text = shown.get()
     assert "…" not in text
-    assert text.count("anchor16") == 2
+    assert text.count("anchor16 ") == 2
     assert "0.0200" in text
     assert "0% (100%)" in text
+    assert "anchor16, 20: 240 MB" in text
 
 
 def test_columns_without_a_value_are_left_out() -> None:

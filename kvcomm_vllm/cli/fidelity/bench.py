@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvcomm_vllm.cli.fidelity.case import Case, fill
+from kvcomm_vllm.cli.fidelity.memory import anchor_bytes
 from kvcomm_vllm.cli.fidelity.modes import DENSE
 from kvcomm_vllm.cli.fidelity.prompt import chat_prompt
 from kvcomm_vllm.cli.fidelity.tape import Tape
@@ -154,6 +156,11 @@ class Bench:
         requests: Any = [{"prompt_token_ids": prompt, "cache_salt": salt} for prompt in prompts]
         outputs: list[Any] = self.llm.generate(requests, params, use_tqdm=False)
         return outputs
+
+    def anchor_bytes(self) -> dict[str, int]:
+        """Bytes of each slot with anchors, by its key."""
+        scheduler = self.client.engine_core.scheduler.connector._scheduler
+        return anchor_bytes(scheduler, get_kv_transfer_group()._worker)
 
     def settle(self) -> None:
         """Let the plugin learn until nothing waits to be learned.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 
 from kvcomm_vllm.cli.fidelity.bench import Bench
@@ -60,12 +61,17 @@ def measure(
         hints = hints_of(mode)
         # Never used before in this process: an engine that lives on would know its anchors.
         salt = f"{study.workload} {mode} {anchors} {next(_salts)}"
+        others = bench.anchor_bytes().keys()
         for case in study.lessons[:anchors]:
             teach(bench, case, hints, salt)
             done()
+        here: list[Score] = []
         for some in batches(study.scored):
             cases, exact = study.scored[some], dense[some]
-            found += scores(bench, study.workload, cases, exact, point, hints, salt, exact_sources)
+            here += scores(bench, study.workload, cases, exact, point, hints, salt, exact_sources)
+        held = bench.anchor_bytes().items()
+        anchor_mb = sum(size for slot, size in held if slot not in others) / 2**20
+        found += [replace(score, anchor_mb=anchor_mb) for score in here]
     return found
 
 

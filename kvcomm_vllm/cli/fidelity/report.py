@@ -31,7 +31,8 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over the prompts of a workload. ``reused`` to ``corrected`` are shares of the prompt;
+    """Means over the prompts of a workload. ``reused`` to ``corrected`` are shares of the prompt,
+    ``anchor_mb`` is the memory of the anchors of all slots;
     ``clear``, ``same_answer``, ``consistency`` and ``dense_consistency`` are None where they mean
     nothing.
     """
@@ -52,6 +53,7 @@ class Summary:
     reused: float
     computed: float
     corrected: float
+    anchor_mb: float
 
 
 def summarise(scores: list[Score]) -> list[Summary]:
@@ -87,6 +89,7 @@ def _summary(workload: str, mode: str, anchors: int, scores: list[Score]) -> Sum
         reused=mean(lambda s: s.reused / s.prompt_tokens),
         computed=mean(lambda s: s.computed / s.prompt_tokens),
         corrected=mean(lambda s: s.corrected / s.prompt_tokens),
+        anchor_mb=max(score.anchor_mb for score in scores),
     )
 
 
@@ -123,6 +126,10 @@ def render_table(workload: str, summaries: list[Summary], tokens: int) -> Table:
         if pairs:
             cells.append(f"{_share(s.consistency)} ({_share(s.dense_consistency)})")
         table.add_row(*cells)
+    held = [f"{s.mode}, {s.anchors}: {s.anchor_mb:.0f} MB" for s in summaries if s.anchor_mb]
+    if held:
+        table.caption = f"Memory of anchors: {'; '.join(held)}"
+        table.caption_justify = "left"
     return table
 
 

@@ -37,7 +37,7 @@ class Score:
     ``kl1`` to ``prefix``: see :class:`divergence.Divergence`. ``said`` and ``dense_said`` are what
     the freely running answers come down to, ``same_answer`` whether that is equal, None where the
     dense answer comes down to nothing. ``local`` to ``corrected`` are prompt tokens; corrected
-    ones are among the reused.
+    ones are among the reused. ``anchor_mb``: memory of the anchors of all slots at its point.
     """
 
     workload: str
@@ -58,6 +58,7 @@ class Score:
     reused: int
     computed: int
     corrected: int
+    anchor_mb: float = 0.0
 
 
 def dense_answers(bench: Bench, cases: Sequence[Case], tokens: int) -> list[Dense]:
