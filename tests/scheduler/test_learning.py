@@ -186,6 +186,32 @@ def test_a_slot_that_loses_its_place_is_served_as_a_cold_one(make_engine: Make) 
     assert hear(engine, 21).report["corrected"] == 0
 
 
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_slot_whose_place_a_lesson_under_way_takes_is_served_as_a_cold_one(
+    make_engine: Make, pipeline: int
+) -> None:
+    """With two steps under way, a request is planned before the lesson is known to be learned."""
+    engine = make_engine(**ANCHOR, slots=1, num_blocks=128, pipeline=pipeline)
+    warm(engine)
+    assert hear(engine, 9).report["corrected"] > 0
+    engine.idle()
+    for number in range(10, 12):
+        hear(engine, number, agent=words("other agent", 20))
+    question = words("question 20", 40)
+    engine.serve("first 20", [*words("one", 20), *question, 5])
+    lessons = engine.half.lessons
+    for _ in range(100):
+        if lessons._active is not None and lessons._active.taught:
+            break
+        engine.step()
+    assert lessons._in_flight == (pipeline == 2)
+    served = engine.serve("second 20", [*AGENT, *question, 7, 8])
+    assert served.report["reused"] > 0
+    assert served.report["corrected"] == 0
+    engine.idle()
+    check_idle(engine)
+
+
 def test_an_arena_too_small_for_one_slot_means_seams_alone(make_engine: Make) -> None:
     engine = make_engine(**ANCHOR, slots=0)
     warm(engine)
