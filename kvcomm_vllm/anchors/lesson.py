@@ -67,8 +67,7 @@ class Lesson:
     """Args:
     tokens: the prompt up to the end of what is taught, int32.
     exact_hashes: hashes of its full pages on vLLM's exact chain.
-
-        spans: what it has not taught yet.
+    spans: what it has not taught yet.
 
     Attributes:
         parts: the spans' parts whose base KV is still there; known once it has started.
