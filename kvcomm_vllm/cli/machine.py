@@ -43,15 +43,19 @@ def cpu_model() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
+def _cpu_flags() -> set[str]:
+    return set(_cpuinfo("flags", "Features").split())
+
+
 def cpu_isa() -> list[str]:
     """The instruction sets that decide vLLM's KV layout on the CPU."""
-    flags = set(_cpuinfo("flags", "Features").split())
+    flags = _cpu_flags()
     return [flag for flag in ISA_FLAGS if flag in flags]
 
 
 def lacks_bf16() -> bool:
     """Whether this CPU has to emulate bf16, which takes several times as long as float32."""
-    flags = set(_cpuinfo("flags", "Features").split())
+    flags = _cpu_flags()
     return bool(flags) and flags.isdisjoint(BF16_FLAGS)
 
 
