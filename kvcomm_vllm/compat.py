@@ -20,23 +20,29 @@ if TYPE_CHECKING:
 
 
 def _from_the_stack(attribute: str) -> Any | None:
-    """An attribute of the nearest object with a method on the call stack that has it, or None.
+    """The nearest object with a method on the call stack that has this attribute, or None.
 
     Whoever makes a connector is on the stack of its constructor, and vLLM has no other way to it
     (its pull request 37339 is open).
     """
     frame = inspect.currentframe()
     while frame is not None:
-        found = getattr(frame.f_locals.get("self"), attribute, None)
-        if found is not None:
-            return found
+        owner = frame.f_locals.get("self")
+        if getattr(owner, attribute, None) is not None:
+            return owner
         frame = frame.f_back
     return None
 
 
 def find_model_runner() -> Any | None:
     """The model runner that is just creating this worker's connector, or None."""
-    return _from_the_stack("model_runner")
+    worker = _from_the_stack("model_runner")
+    return worker and worker.model_runner
+
+
+def find_scheduler() -> Any | None:
+    """The scheduler that is just creating its connector, or None."""
+    return _from_the_stack("update_from_output")
 
 
 def find_wake_up() -> Callable[[], None] | None:
@@ -46,10 +52,10 @@ def find_wake_up() -> Callable[[], None] | None:
     from vllm.v1.engine import EngineCoreRequestType
 
     message = getattr(EngineCoreRequestType, "WAKEUP", None)
-    queue = _from_the_stack("input_queue")
-    if message is None or queue is None:
+    engine = _from_the_stack("input_queue")
+    if message is None or engine is None:
         return None
-    return partial(queue.put_nowait, (message, None))
+    return partial(engine.input_queue.put_nowait, (message, None))
 
 
 def require_load_before_forward(output: SchedulerOutput) -> None:
