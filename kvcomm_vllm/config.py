@@ -14,6 +14,7 @@ from typing import Any
 
 from kvcomm_vllm.config_key import Key, key
 
+REPORTS = ("auto", "coarse", "full", "off")
 MODES = ("off", "rotate", "seam", "anchor", "paper")
 
 
@@ -200,6 +201,20 @@ class KVCommConfig:
         low=0.0,
         high=1.0,
     )
+    private_price: float = key(
+        0.25,
+        "Reused tokens asked for each token that is computed behind the first of them: it becomes "
+        "approximate, and private to its request.",
+        low=0.0,
+        high=100.0,
+    )
+    max_unseen_share: float = key(
+        0.7,
+        "Text is reused only where its KV has seen enough of what stands before it: at most this "
+        "share of that, a mean over its tokens, may be new to it.",
+        low=0.0,
+        high=1.0,
+    )
     reuse_approximate: bool = key(
         True,
         "Whether KV that is itself approximate (computed after reused text) may be a source.",
@@ -222,7 +237,8 @@ class KVCommConfig:
     )
     max_hole_tokens: int = key(
         0,
-        "Most tokens of seams and gaps computed in one step, beside vLLM's own token budget.",
+        "Most tokens of seams and gaps computed in one step; plans with more are spread over "
+        "several steps, within vLLM's own token budget.",
         low=0,
         when_zero="the engine's max_num_batched_tokens",
     )
@@ -233,9 +249,12 @@ class KVCommConfig:
         high=600.0,
         when_zero="never wait",
     )
-    report: bool = key(
-        True,
-        "Put tokens by treatment and reasons into the response's kv_transfer_params.kvcomm.",
+    report: str = key(
+        "auto",
+        "What a response's kv_transfer_params.kvcomm tells of shared text: off = nothing, coarse = "
+        "tokens by treatment in whole pages, full = all of it, and matches may end at any token, "
+        "auto = full for requests with a cache_salt, coarse without (docs/security.md).",
+        choices=REPORTS,
     )
     self_check: bool = key(
         True,

@@ -59,9 +59,13 @@ class Key:
         return "is out of range" if too_low or too_high else None
 
     def normalise(self, value: Any) -> Any:
-        """``value`` as it was meant: 5 for 5.0, and false where YAML 1.1 has misread `off`."""
+        """``value`` as it was meant: 5 for 5.0, and false where YAML 1.1 has misread `off`; a
+        choice that was yes or no once still is.
+        """
         if value is False and "off" in self.choices:
             return "off"
+        if value is True and "auto" in self.choices:
+            return "auto"
         if isinstance(self.default, float) and type(value) is int and abs(value) < 2**53:
             return float(value)
         return value

@@ -117,7 +117,7 @@ class KVCommConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return self._scheduler.match(request, num_computed_tokens), False
+        return self._scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -166,6 +166,10 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def build_connector_worker_meta(self) -> StepReport | None:
         return self._worker.take_report()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """vLLM's word for what was loaded asynchronously: (sent, received)."""
+        return None, self._worker.take_arrived()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_lost_blocks()

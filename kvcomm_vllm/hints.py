@@ -65,6 +65,7 @@ class Hints:
                         prompt_start=start,
                         sequence_start=match.sequence_start + shift,
                         length=end - start,
+                        lead=match.lead + shift,
                     )
                 )
         return clipped

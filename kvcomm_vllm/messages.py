@@ -8,6 +8,7 @@ tensors or objects of either half.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -92,6 +93,9 @@ class EstimateOp:
 class RequestOps:
     """All work for one request in one step; ``block_ids`` is its block table up to the last
     external token.
+
+    Args:
+        waits: the request waits until its ``last`` piece of work has been reported.
     """
 
     request_id: str
@@ -99,12 +103,15 @@ class RequestOps:
     loads: list[LoadOp]
     holes: list[HoleOp]
     estimates: list[EstimateOp] = field(default_factory=list)
+    waits: bool = False
+    last: bool = True
 
     @property
     def first_token(self) -> int:
-        """First position this request's operations write."""
+        """First position this request's operations write; its last one where there are none."""
         starts = [op.prompt_start for op in self.loads] + [op.start for op in self.holes]
-        return min(starts + [op.base.prompt_start for op in self.estimates])
+        starts += [op.base.prompt_start for op in self.estimates]
+        return min(starts, default=sys.maxsize)
 
 
 @dataclass(slots=True)

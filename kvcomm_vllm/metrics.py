@@ -39,7 +39,8 @@ METRICS = {
         "treatment",
         "Prompt tokens of finished requests: local (vLLM's prefix cache), reused, computed; "
         "corrected is the part of reused that anchors corrected, from_approximate the part whose "
-        "source was itself approximate.",
+        "source was itself approximate, local_approximate the part of local that is (own earlier "
+        "turns).",
     ),
     "requests": Metric(
         "vllm:kvcomm_requests", "outcome", "Finished requests: reused, declined, off, failed."
@@ -108,16 +109,9 @@ class KVCommStats(KVConnectorStats):
         self._add("runs", phase)
 
     def count_request(self, state: RequestState) -> None:
-        for start, end, treatment in state.treatments():
-            self._add("tokens", treatment.value, end - start)
-        if (plan := state.reused) is not None:
-            parts = {
-                "corrected": plan.corrected_tokens,
-                "from_approximate": plan.tokens_from_approximate,
-            }
-            for label, tokens in parts.items():
-                if tokens:
-                    self._add("tokens", label, tokens)
+        for label, tokens in {**state.counts(), **state.parts()}.items():
+            if tokens:
+                self._add("tokens", label, tokens)
         for reason in state.declined:
             self._add("reasons", reason)
         self._add("requests", state.outcome)

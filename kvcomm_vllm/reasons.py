@@ -183,6 +183,12 @@ class Reason(enum.StrEnum):
         Scope.REQUEST,
         "Too few tokens (min_reuse_tokens) or too small a share (min_reuse_share) to be worth it.",
     )
+    COSTS_PREFIX = (
+        "costs_prefix",
+        Scope.REQUEST,
+        "Little would be saved beside the text behind it, which would become approximate and "
+        "private (private_price): it is computed, and its prefix stays for all.",
+    )
     PROMPT_LOGPROBS = (
         "prompt_logprobs",
         Scope.REQUEST,
@@ -220,10 +226,11 @@ class Reason(enum.StrEnum):
         Scope.REQUEST,
         "There were no free pages to load into.",
     )
-    HOLE_BUDGET = (
-        "hole_budget",
+    OUT_OF_CONTEXT = (
+        "out_of_context",
         Scope.REQUEST,
-        "Seams and gaps would exceed max_hole_tokens.",
+        "The KV of the shared text has seen too little of what it would stand behind "
+        "(max_unseen_share) to be of use.",
     )
     WAITING_INFLIGHT = (
         "waiting_inflight",

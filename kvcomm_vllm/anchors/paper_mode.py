@@ -28,9 +28,9 @@ from kvcomm_vllm.messages import AnchorOp, AnchorRows, LessonOp, ProbeOp, StepRe
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.operations import source_load
 from kvcomm_vllm.scheduler.pages import SourcePages
-from kvcomm_vllm.scheduler.planner import reuse_spans
+from kvcomm_vllm.scheduler.planner import stretches
 from kvcomm_vllm.scheduler.slots import slot_keys
-from kvcomm_vllm.scheduler.spans import Estimate, Plan, ReuseSpan, Source
+from kvcomm_vllm.scheduler.spans import Estimate, Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
 
 MAX_PROBES = 4  # of one request: its sources may change while it waits
@@ -94,15 +94,16 @@ class PaperMode:
     # ---- planning --------------------------------------------------------------------------------
 
     def plan(
-        self, state: RequestState, local: int, sources: Iterable[Source]
+        self, state: RequestState, local: int, spans: Iterable[ReuseSpan]
     ) -> Plan | Reason | None:
         """All or nothing; None to be asked again when a probe has been answered."""
         assert state.limits is not None
         if not self.slots.capacity:
             return Reason.NO_PAPER_MEMORY
-        spans = reuse_spans(sources, state.limits)
+        found = stretches(spans, state.limits.min_span_tokens)
+        spans = [span for stretch in found for span in stretch.spans]
         if not spans:
-            return Reason.NO_MATCH
+            return Reason.TOO_SHORT
         plan = Plan(local, tuple(spans))
         placeholders = self._placeholders(state, plan)
         pools = [self.slots.see(p.key) for p in placeholders]
@@ -131,8 +132,6 @@ class PaperMode:
                 for span in spans
             ),
         )
-        if plan.hole_tokens > state.limits.max_hole_tokens:
-            return Reason.HOLE_BUDGET
         return plan if plan.reused_tokens >= state.limits.min_reuse_tokens else Reason.TOO_LITTLE
 
     def _placeholders(self, state: RequestState, plan: Plan) -> list[Placeholder]:

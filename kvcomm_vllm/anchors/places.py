@@ -68,7 +68,11 @@ def _nearest(
 
 
 def _goes_on(before: ReuseSpan, span: ReuseSpan) -> bool:
-    """Whether both are parts of one text, with a few tokens between them that differ."""
+    """Whether both are parts of one text, from two sources or with a few tokens between them that
+    differ.
+    """
+    if span.continues and span.start == before.end:
+        return True
     if before.source.sequence is not span.source.sequence:
         return False
     reached = before.source.sequence_start + before.end - before.source.prompt_start

@@ -8,8 +8,10 @@ for each waiting request; ``build_message``; then, when the workers have answere
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvcomm_vllm.anchors.learning import Learning
@@ -19,13 +21,15 @@ from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.cover import cover
 from kvcomm_vllm.scheduler.index import SequenceIndex
 from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
-from kvcomm_vllm.scheduler.planner import first_approximate, make_plan
+from kvcomm_vllm.scheduler.planner import first_approximate, generation, make_plan
 from kvcomm_vllm.scheduler.requests import new_state
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.spans import Plan
+from kvcomm_vllm.scheduler.spread import SpreadPlans
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.store import SequenceStore
 
@@ -54,16 +58,20 @@ class SchedulerHalf:
     ) -> None:
         self.config = config
         self.block_size = block_size
-        self.max_hole_tokens = config.max_hole_tokens or max_batched_tokens
+        self.max_batched_tokens = max_batched_tokens
+        self.spread = SpreadPlans(config.max_hole_tokens or max_batched_tokens)
         self.off = off
         self.wake = wake
         self.stats = KVCommStats()
+        self.secret = os.urandom(32)  # of tenants' keys
         self.states: dict[str, RequestState] = {}
         index = SequenceIndex(block_size, config.window_tokens, config.max_sequences)
         self.store = SequenceStore(index, block_size, config.keep_last_page)
         self.pages: SourcePages
         self.finder: SourceFinder
         self._planned: list[RequestState] = []
+        # ended while their loads are on their way: if those fail, pages must be forgotten
+        self._leaving: dict[str, RequestState] = {}
         self._ops: list[RequestOps] = []
 
     def bind_pool(self, pool: BlockPool) -> None:
@@ -75,35 +83,39 @@ class SchedulerHalf:
         self.paper = PaperMode(self.config, self.lessons, self.pages)
 
     def on_new_request(self, request: Request) -> None:
-        state = new_state(request, self.config, self.max_hole_tokens, self.stats, self.off)
+        state = new_state(request, self.config, self.stats, self.secret, self.off)
         self.states[request.request_id] = state
         if self._active(state):
             exact = self.pages.leading(request.block_hashes) * self.block_size
             self.finder.adopt(state, exact)
 
     def _active(self, state: RequestState) -> bool:
-        return self.off is None and state.limits is not None
+        return self.off is None and state.limits is not None and not state.failed
 
     # ---- vLLM asks how many tokens we can supply -----------------------------------------------
 
-    def match(self, request: Request, local: int) -> int | None:
-        """Tokens beyond the local prefix hit this request can have at once; None to be asked again
-        next step.
+    def match(self, request: Request, local: int) -> tuple[int | None, bool]:
+        """Tokens beyond the local prefix hit that this request can have, None to be asked again
+        next step; and whether it has to wait for them.
 
         Called once per scheduling attempt, so it consumes nothing: an attempt that was not admitted
         is forgotten first.
         """
         state = self.states.get(request.request_id)
         if state is None:
-            return 0
+            return 0, False
         self._forget(state)
         state.local = local
         if not self._active(state):
-            return 0
+            return 0, False
         began = time.perf_counter()
         external = self._plan(state, local)
         self.stats.add_seconds("planning", time.perf_counter() - began)
-        return external
+        return external, state.plan is not None and self._too_large(state.plan)
+
+    def _too_large(self, plan: Plan) -> bool:
+        """Whether its holes are computed over several steps."""
+        return plan.hole_tokens > self.spread.max_tokens
 
     def _plan(self, state: RequestState, local: int) -> int | None:
         limits = state.limits
@@ -114,37 +126,50 @@ class SchedulerHalf:
             state.restore_exact()
         if self.finder.adopt(state, local):
             return None  # the local hit is to be looked up again, along the adopted chain
+        private = state.is_private(local, self.block_size)
         matches = self.finder.find(state, local)
         if self.finder.worth_waiting(state, matches):
             self.stats.count_reason(Reason.WAITING_INFLIGHT)
             return None
         ready = [match for match in matches if match.sequence.ready]
         sources = [part for match in ready for part in self.pages.sources(match, state.tokens())]
+        if not sources:
+            state.decline(Reason.SOURCE_EVICTED if ready else Reason.NO_MATCH)
+            return 0
+        spans = cover(sources, limits.seam_tokens, self.block_size)
         if state.mode == "paper":
-            plan = self.paper.plan(state, local, sources)
+            plan = self.paper.plan(state, local, spans)
         else:
-            plan = make_plan(local, sources, limits)
+            price = 0.0 if private else limits.private_price
+            total = len(state.tokens())
+            priced = replace(limits, private_price=price)
+            plan = make_plan(local, spans, total, priced, self.finder.context(state).unseen_share)
             if isinstance(plan, Plan):
                 plan = self.learning.plan(state, plan)
         if plan is None:
             return None  # a probe is on its way
         if isinstance(plan, Reason):
-            state.decline(Reason.SOURCE_EVICTED if ready and not sources else plan)
+            state.decline(plan)
             return 0
-        taken = sum(other.plan.hole_tokens for other in self._planned if other.plan)
-        taken += sum(len(hole.tokens) for ops in self._ops for hole in ops.holes)
-        if taken and taken + plan.hole_tokens > self.max_hole_tokens:
+        taken = self._hole_tokens()
+        taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
+        if not self._too_large(plan) and 0 < taken > self.spread.max_tokens - plan.hole_tokens:
             return None  # other requests' holes fill this step
         if not self.finder.all_written(state, plan, self.states.values()):
             return None
         if not self.finder.hold(state, plan):
             state.decline(Reason.NO_ROOM)
             return 0
-        if not state.is_private(local, self.block_size):
+        if not private:
             state.make_private(first_approximate(plan), self.block_size)
+        state.generation = max(state.generation, generation(plan))
         state.plan = plan
         self._planned.append(state)
         return plan.external_tokens
+
+    def _hole_tokens(self) -> int:
+        """Tokens of the holes that are computed in this step."""
+        return sum(len(hole.tokens) for ops in self._ops for hole in ops.holes)
 
     def _forget(self, state: RequestState) -> None:
         """Let a plan go that was not admitted."""
@@ -159,6 +184,9 @@ class SchedulerHalf:
         if state is None:
             return
         plan, state.block_ids = state.plan, block_ids
+        if state.awaited:  # what it has waited for is there
+            state.awaited = False
+            return
         if plan is not None and external == 0:  # vLLM chose otherwise
             self._forget(state)
             if not state.is_private(state.local, self.block_size):
@@ -168,7 +196,12 @@ class SchedulerHalf:
         if plan is not None:
             assert external == plan.external_tokens, "vLLM takes external tokens as offered"
             state.loading = True
-            self._ops.append(operations(state.id, plan, state.tokens(), block_ids, self.block_size))
+            ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
+            if self._too_large(plan):
+                state.awaited = True
+                self.spread.add(ops)
+            else:
+                self._ops.append(ops)
             for span in plan.spans:
                 self.store.index.touch(span.source.sequence)
         if first_time:
@@ -179,6 +212,9 @@ class SchedulerHalf:
     def _note(self, state: RequestState, plan: Plan | None) -> None:
         """For the report: how the prompt is served at its first admission."""
         state.served, state.served_local = plan, state.local
+        if state.is_private(state.local, self.block_size):
+            assert state.first_approximate is not None
+            state.served_approximate = state.local - state.first_approximate
         self.learning.admitted(state)
         self.paper.admitted(state, plan)
         if plan is not None:
@@ -192,6 +228,8 @@ class SchedulerHalf:
             self._forget(state)
         self._planned.clear()
         self.store.follow(output)
+        room = self.max_batched_tokens - output.total_num_scheduled_tokens - self._hole_tokens()
+        self._ops += self.spread.next_pieces(room)
         idle = not self.states and not output.total_num_scheduled_tokens
         probes, lesson = self.paper.take_probes(), self.lessons.next_op(idle)
         message, self._ops = StepMessage(self._ops, probes, lesson), []
@@ -213,9 +251,14 @@ class SchedulerHalf:
         for request_id, distances in report.distances.items():
             self.paper.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
-            self.store.lose(lost_pages, self.states.values(), self.pages)
+            self.store.lose(
+                lost_pages, [*self.states.values(), *self._leaving.values()], self.pages
+            )
         for request_id in report.done | report.failed:
             self.pages.release(request_id)
+        report = self.spread.on_report(report)
+        for request_id in report.done | report.failed:
+            self._leaving.pop(request_id, None)
             state = self.states.get(request_id)
             if state is None:  # aborted meanwhile
                 continue
@@ -224,7 +267,7 @@ class SchedulerHalf:
                 state.confirmed = True
                 self.store.loaded(state)
             else:
-                state.failed = True
+                state.failed, state.awaited = True, False
                 state.decline(Reason.LOAD_FAILED)
                 self.store.drop(state)
 
@@ -235,11 +278,17 @@ class SchedulerHalf:
         state = self.states.pop(request.request_id, None)
         if state is None:
             return None
+        self.spread.abandon(state.id)
+        if state.loading:
+            self._leaving[state.id] = state
         self.store.finish(state, self.pages, block_ids)
         if state.lesson is not None:  # what it can teach waits for an idle moment
             self.lessons.add(state.lesson)
         self.stats.count_request(state)
-        return {"kvcomm": state.report()} if self.config.report else None
+        if self.config.report == "off":
+            return None
+        full = state.trusted and self.config.report != "coarse"
+        return {"kvcomm": state.report() if full else state.coarse_report(self.block_size)}
 
     def reset(self) -> None:
         self.store.clear(list(self.states.values()))

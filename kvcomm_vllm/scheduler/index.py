@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as Listing
+from dataclasses import replace
 
 import numpy as np
 
+from kvcomm_vllm.scheduler.borders import WHOLE, Reach
 from kvcomm_vllm.scheduler.rolling_hash import I32, RollingHash, namespace_seed
 from kvcomm_vllm.scheduler.sequence import Match, Sequence
-from kvcomm_vllm.scheduler.window_search import Accept, WindowSearch
+from kvcomm_vllm.scheduler.window_search import Accept, WindowSearch, equal_length
 from kvcomm_vllm.scheduler.window_store import WindowStore
 
 __all__ = ["Accept", "Match", "Sequence", "SequenceIndex"]
@@ -84,6 +86,7 @@ class SequenceIndex:
         first_approximate: int | None,
         ready: bool,
         owner: str,
+        generation: int = 0,
     ) -> Sequence:
         """Store a sequence; it is the newest and the most recently used. Fields as in `Sequence`.
 
@@ -98,7 +101,7 @@ class SequenceIndex:
         if known is not None and _starts_with(tokens, known.tokens):
             self.extend(known, tokens, hashes)
             known.num_prompt_tokens = num_prompt_tokens
-            known.first_approximate = first_approximate
+            known.first_approximate, known.generation = first_approximate, generation
             known.ready = ready
             return known
         sequence = Sequence(
@@ -110,6 +113,7 @@ class SequenceIndex:
             first_approximate=first_approximate,
             ready=ready,
             owner=owner,
+            generation=generation,
         )
         self._next_id += 1
         if len(self) == self.max_sequences:
@@ -190,6 +194,7 @@ class SequenceIndex:
         start: int,
         min_length: int,
         accept: Accept | None = None,
+        reach: Reach = WHOLE,
     ) -> list[Match]:
         """Non-overlapping matches inside ``tokens[start:]``, in order.
 
@@ -206,15 +211,16 @@ class SequenceIndex:
             start: first prompt token that may be matched.
             min_length: tokens, shortest match wanted.
             accept: sequences it refuses are passed over; called once per sequence and search.
+            reach: what of a run counts; the choice is among these parts.
         """
         start = max(0, start)
         text = np.ascontiguousarray(tokens[start:], np.int32)
-        matches = self._search.find(namespace, text, min_length, accept)
+        matches = self._search.find(namespace, text, min_length, accept, reach)
+        if matches and not reach.secret:
+            matches[0] = _with_lead(matches[0], tokens[:start])
         if not start:
             return matches
-        return [
-            Match(m.sequence, m.prompt_start + start, m.sequence_start, m.length) for m in matches
-        ]
+        return [replace(m, prompt_start=m.prompt_start + start) for m in matches]
 
     def leading(self, namespace: bytes, tokens: I32, accept: Accept | None = None) -> Match | None:
         """The longest match from offset 0 of both, at least `window_tokens` long: the same context.
@@ -258,6 +264,14 @@ class SequenceIndex:
 
     def _drop_oldest(self) -> None:
         self.drop(next(iter(self._slot_of)))
+
+
+def _with_lead(match: Match, before: I32) -> Match:
+    """The match that begins where a search did, with what is equal before it."""
+    if match.prompt_start:
+        return match
+    lead = equal_length(before[::-1], match.sequence.tokens[: match.sequence_start][::-1])
+    return replace(match, lead=lead)
 
 
 def _starts_with(tokens: I32, beginning: I32) -> bool:

@@ -71,9 +71,7 @@ class SourcePages:
         """The parts of a match whose pages are cached."""
         sequence, size = match.sequence, self.block_size
         stop = match.sequence_start + match.length
-        same_context = match.sequence_start == match.prompt_start and np.array_equal(
-            prompt[: match.prompt_start], sequence.tokens[: match.sequence_start]
-        )
+        same_context = match.same_context(prompt)
         shift = match.prompt_start - match.sequence_start
         found: list[Source] = []
         run: list[int] = []
@@ -95,6 +93,7 @@ class SourcePages:
                         blocks=run,
                         block_offset=run_start % size,
                         same_context=same_context,
+                        lead=match.lead + run_start - match.sequence_start,
                     )
                 )
                 run = []

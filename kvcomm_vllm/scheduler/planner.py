@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner: from sources found to spans to be reused, if that pays."""
+"""The planner: which of the spans found are reused, so that it pays.
+
+A plan saves the tokens it loads, and pays for them twice. What it computes up to its last span is
+computed outside vLLM's token budget. And whatever follows its first moved token becomes private to
+the request: nobody else, and not even the prefix cache of a later exact request, can use it.
+Text whose KV has seen too little of what it stands behind now is not worth it at any price.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
 
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
+
+UnseenShare: TypeAlias = Callable[[Iterable[ReuseSpan]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,60 +31,126 @@ class Limits:
     min_span_tokens: int
     min_reuse_tokens: int
     min_reuse_share: float
-    max_hole_tokens: int
+    private_price: float
+    max_unseen_share: float
 
 
-def reuse_spans(sources: Iterable[Source], limits: Limits) -> list[ReuseSpan]:
-    """Each source long enough becomes a span behind its seam.
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Spans that touch each other."""
 
-    A span that continues its own conversation (``same_context``) needs no seam.
+    spans: tuple[ReuseSpan, ...]
+
+    @property
+    def start(self) -> int:
+        return self.spans[0].start
+
+    @property
+    def end(self) -> int:
+        return self.spans[-1].end
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    @property
+    def exact(self) -> bool:
+        """Whether its KV is what plain vLLM would compute."""
+        return all(moved_from(span) is None for span in self.spans)
+
+
+def stretches(spans: Iterable[ReuseSpan], min_tokens: int) -> list[Stretch]:
+    """Spans by stretches of at least ``min_tokens``, in order."""
+    found: list[list[ReuseSpan]] = []
+    for span in spans:
+        if found and found[-1][-1].end == span.start:
+            found[-1].append(span)
+        else:
+            found.append([span])
+    whole = (Stretch(tuple(group)) for group in found)
+    return [stretch for stretch in whole if stretch.length >= min_tokens]
+
+
+def make_plan(
+    local: int, spans: Iterable[ReuseSpan], total: int, limits: Limits, unseen: UnseenShare
+) -> Plan | Reason:
+    """The stretches with the best balance.
+
+    The balance is the number of reused tokens, less ``min_reuse_share`` of all that is loaded or
+    computed up to the last of them, less ``private_price`` for each token computed behind the first
+    moved one. A plan may begin late, so that a long text of the request's own stays exact, and end
+    early, where going on would save too little.
+
+    Args:
+        local: tokens of vLLM's own prefix hit.
+        spans: in order, behind ``local``.
+        total: tokens of the prompt.
+        unseen: see :meth:`~kvcomm_vllm.scheduler.context.Context.unseen_share`.
     """
-    spans = []
-    for source in sources:
-        seam = 0 if source.same_context else min(limits.seam_tokens, source.length)
-        if source.length - seam >= limits.min_span_tokens:
-            spans.append(ReuseSpan(source.prompt_start + seam, source.end, seam, source))
-    return spans
+    found = stretches(spans, limits.min_span_tokens)
+    if not found:
+        return Reason.TOO_SHORT
+    found = [stretch for stretch in found if unseen(stretch.spans) <= limits.max_unseen_share]
+    if not found:
+        return Reason.OUT_OF_CONTEXT
+    plan = _best(local, found, total, limits)
+    if plan is not None:
+        return plan
+    free = replace(limits, private_price=0.0)
+    return Reason.TOO_LITTLE if _best(local, found, total, free) is None else Reason.COSTS_PREFIX
 
 
-def make_plan(local: int, sources: Iterable[Source], limits: Limits) -> Plan | Reason:
-    """The leading spans with the best balance of tokens saved against tokens computed in holes.
-
-    A hole token costs about what a prefill token costs, but outside vLLM's token budget, and
-    whatever follows the first reused token becomes private to the request. So a plan ends where
-    going on would save too little for what it computes, and is declined where nothing is left that
-    pays.
+def _best(local: int, found: Listing[Stretch], total: int, limits: Limits) -> Plan | None:
+    """The stretches ``first..last`` with the largest balance above nought; of equal ones the most
+    tokens. Leading stretches that are exact taint nothing: all before the last are taken.
     """
-    found = list(sources)
-    spans = reuse_spans(found, limits)
-    if not spans:
-        return Reason.TOO_SHORT if found else Reason.NO_MATCH
-    best: Plan | None = None
-    best_value, over_budget = (0.0, 0), False
-    for count in range(1, len(spans) + 1):
-        plan = Plan(local, tuple(spans[:count]))
-        if plan.hole_tokens > limits.max_hole_tokens:
-            over_budget = True
-            break
-        balance = plan.reused_tokens - limits.min_reuse_share * plan.external_tokens
-        value = (balance, plan.reused_tokens)  # of plans that balance alike the larger one
-        if plan.reused_tokens >= limits.min_reuse_tokens and value > best_value:
-            best, best_value = plan, value
+    exact = next((n for n, stretch in enumerate(found) if not stretch.exact), len(found))
+    starts = np.array([stretch.start for stretch in found])
+    sums = np.cumsum([0, *(stretch.length for stretch in found)])
+    best: tuple[float, int, int, int] | None = None
+    for last, stretch in enumerate(found):
+        firsts = np.arange(exact, last + 1) if last >= exact else np.zeros(1, np.int64)
+        moved = sums[last + 1] - sums[firsts]
+        reused = moved + (sums[exact] if last >= exact else 0)
+        balance = reused - limits.min_reuse_share * (stretch.end - local)
+        if last >= exact:
+            balance -= limits.private_price * (total - starts[firsts] - moved)
+        balance[reused < limits.min_reuse_tokens] = 0.0
+        first = int(np.lexsort((reused, balance))[-1])
+        if balance[first] > 0:
+            value = (float(balance[first]), int(reused[first]), int(firsts[first]), last)
+            best = value if best is None else max(best, value)
     if best is None:
-        return Reason.HOLE_BUDGET if over_budget else Reason.TOO_LITTLE
-    return best
+        return None
+    *_, first, last = best
+    taken = [*found[: min(exact, first)], *found[first : last + 1]]
+    return Plan(local, tuple(span for stretch in taken for span in stretch.spans))
+
+
+def moved_from(span: ReuseSpan) -> int | None:
+    """First token of a span whose KV is not what plain vLLM would compute; None if all of it is.
+
+    Loading what the same conversation computed exactly is exact.
+    """
+    if not span.source.same_context:
+        return span.start
+    exact_end = span.source.exact_end
+    return max(span.start, exact_end) if exact_end < span.end else None
 
 
 def first_approximate(plan: Plan) -> int | None:
     """First token whose KV is not what plain vLLM would compute; None for a plan that is exact.
 
-    Loading what the same conversation computed exactly is exact. What follows an approximate token
-    is approximate, too.
+    What follows an approximate token is approximate, too.
     """
+    return next((at for at in map(moved_from, plan.spans) if at is not None), None)
+
+
+def generation(plan: Plan) -> int:
+    """How many copies lie between exact KV and the worst that this plan makes; see ``Sequence``."""
+    found = 0
     for span in plan.spans:
-        if not span.source.same_context:
-            return span.start
-        source = span.source.sequence.first_approximate
-        if source is not None and source < span.end:
-            return max(span.start, source)
-    return None
+        source = span.source
+        copies = source.sequence.generation or 1 if source.exact_end < span.end else 0
+        found = max(found, copies + (not source.same_context))
+    return found

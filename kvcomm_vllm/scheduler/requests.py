@@ -12,7 +12,7 @@ from kvcomm_vllm.hints import HintError, Hints, parse_hints
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.planner import Limits
-from kvcomm_vllm.scheduler.state import RequestState
+from kvcomm_vllm.scheduler.state import RequestState, namespace_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 def new_state(
     request: Request,
     config: KVCommConfig,
-    max_hole_tokens: int,
     stats: KVCommStats,
+    secret: bytes,
     engine_off: Reason | None = None,
 ) -> RequestState:
-    """Hints that cannot be used are counted, named in the report, and otherwise as if not given."""
+    """Hints that cannot be used are counted, named in the report, and otherwise as if not given.
+
+    Args:
+        secret: makes tenants' keys of their cache salts.
+    """
     hints, message = Hints(), ""
     try:
         hints = parse_hints(request.kv_transfer_params)
@@ -42,11 +46,13 @@ def new_state(
         off = Reason.MODE_OFF if asked else Reason.NOT_ASKED
     return RequestState.new(
         request,
-        limits=None if off else limits_of(mode, hints, config, max_hole_tokens),
+        limits=None if off else limits_of(mode, hints, config),
         off=off,
         hints=hints,
         mode="off" if off else mode,
         shareable=apart is None,
+        trusted=request.cache_salt is not None or config.report == "full",
+        namespace=namespace_of(request, secret),
         message=message,
     )
 
@@ -64,7 +70,7 @@ def unshareable(request: Request) -> Reason | None:
     return None
 
 
-def limits_of(mode: str, hints: Hints, config: KVCommConfig, max_hole_tokens: int) -> Limits:
+def limits_of(mode: str, hints: Hints, config: KVCommConfig) -> Limits:
     seam = config.seam_tokens if hints.seam_tokens is None else hints.seam_tokens
     return Limits(
         seam_tokens=0 if mode in ("rotate", "paper") else seam,
@@ -72,5 +78,6 @@ def limits_of(mode: str, hints: Hints, config: KVCommConfig, max_hole_tokens: in
         min_span_tokens=config.min_span_tokens,
         min_reuse_tokens=config.min_reuse_tokens,
         min_reuse_share=config.min_reuse_share,
-        max_hole_tokens=max_hole_tokens,
+        private_price=config.private_price,
+        max_unseen_share=config.max_unseen_share,
     )

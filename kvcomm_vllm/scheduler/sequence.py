@@ -21,6 +21,8 @@ class Sequence:
         num_prompt_tokens: how many tokens of the request were its prompt.
         first_approximate: token offset from which the KV is approximate; None means all of it is
             exact.
+        generation: how many copies lie between that KV and exact one: 1 = copied from exact KV, or
+            computed behind such a copy; 0 while all of it is exact.
         ready: False while the prefill that writes the KV is running.
         owner: request id.
     """
@@ -33,13 +35,40 @@ class Sequence:
     first_approximate: int | None
     ready: bool
     owner: str
+    generation: int = 0
+
+    @property
+    def exact_tokens(self) -> int:
+        """How many leading tokens have exact KV."""
+        return len(self.tokens) if self.first_approximate is None else self.first_approximate
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`length` prompt tokens from `prompt_start` equal `sequence` from `sequence_start`."""
+    """`length` prompt tokens from `prompt_start` equal `sequence` from `sequence_start`; so do the
+    `lead` tokens before them.
+    """
 
     sequence: Sequence
     prompt_start: int
     sequence_start: int
     length: int
+    lead: int = 0
+
+    @property
+    def prompt_end(self) -> int:
+        return self.prompt_start + self.length
+
+    def same_context(self, prompt: NDArray[np.int32]) -> bool:
+        """Whether everything before it is equal, too."""
+        before = self.sequence_start
+        return before == self.prompt_start and np.array_equal(
+            prompt[:before], self.sequence.tokens[:before]
+        )
+
+    @property
+    def approximate_tokens(self) -> int:
+        """Tokens at its end whose KV is approximate."""
+        return min(
+            self.length, max(0, self.sequence_start + self.length - self.sequence.exact_tokens)
+        )

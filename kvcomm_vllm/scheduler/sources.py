@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from collections.abc import Sequence as Listing
 
+import numpy as np
 from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.scheduler.borders import Reach
+from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.index import Match, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.spans import Plan
@@ -54,26 +58,47 @@ class SourceFinder:
         state.adoption_tried = True
         state.taint.adopt(sequence.block_hashes[:blocks], first)
         state.first_approximate = sequence.first_approximate
+        state.generation = sequence.generation
         return True
 
     def find(self, state: RequestState, local: int) -> list[Match]:
-        """Matches behind the local hit; remembered, since a waiting request is asked about every
-        step.
+        """Matches behind the local hit; they may overlap, where a shorter one is ready or more
+        exact. Remembered, since a waiting request is asked about every step.
         """
-        assert state.limits is not None
-        tokens, own = state.tokens(), state.id
+        tokens = state.tokens()
         patient = self._patient(state)
         key = (local, len(tokens), self.index.version, patient)
         if state.matches_key != key:
-            found = self.index.find(
-                state.namespace,
-                tokens[:-1],  # the last token is always computed: it yields the next one
-                local,
-                state.limits.min_span_tokens,
-                lambda s: s.owner != own and self._usable(s) and (s.ready or patient),
-            )
+            found = self._search(state, local, patient)
+            if not all(match.sequence.ready for match in found):
+                found += self._search(state, local)
+            if any(match.approximate_tokens for match in found):
+                found += self._search(state, local, exact=True)
             state.matches, state.matches_key = state.hints.clip(found), key
+            state.context = None
         return state.matches
+
+    def context(self, state: RequestState) -> Context:
+        """What stands before each token of the prompt; remembered like the matches."""
+        if state.context is None:
+            borders = None if state.trusted else self.config.window_tokens
+            state.context = Context(state.tokens(), borders)
+        return state.context
+
+    def _search(
+        self, state: RequestState, local: int, filling: bool = False, exact: bool = False
+    ) -> list[Match]:
+        """Matches of other requests' text; ``filling``: also of what is being prefilled."""
+        assert state.limits is not None
+        own, usable = state.id, self._usable
+        return self.index.find(
+            state.namespace,
+            state.tokens()[:-1],  # the last token is always computed: it yields the next one
+            local,
+            state.limits.min_span_tokens,
+            lambda s: s.owner != own and usable(s) and (s.ready or filling),
+            Reach(exact=exact, secret=not state.trusted),
+        )
 
     def _usable(self, sequence: Sequence) -> bool:
         return self.config.reuse_approximate or sequence.first_approximate is None
@@ -82,14 +107,13 @@ class SourceFinder:
         limit = self.config.share_inflight_seconds
         return limit > 0 and (state.wait_until is None or time.monotonic() < state.wait_until)
 
-    def worth_waiting(self, state: RequestState, matches: Iterable[Match]) -> bool:
+    def worth_waiting(self, state: RequestState, matches: Listing[Match]) -> bool:
         """Whether enough of the prompt is just being prefilled by another request.
 
         Waiting costs no more than that prefill, which both would pay otherwise.
         """
         assert state.limits is not None
-        coming = sum(match.length for match in matches if not match.sequence.ready)
-        if coming < state.limits.min_reuse_tokens:
+        if coming_tokens(matches, state.tokens()) < state.limits.min_reuse_tokens:
             return False
         if state.wait_until is None:
             state.wait_until = time.monotonic() + self.config.share_inflight_seconds
@@ -129,3 +153,15 @@ class SourceFinder:
         own = -(-state.request.num_tokens // self.block_size) - in_use
         blocks = [block for span in plan.spans for block in span.source.blocks]
         return self.pages.hold(state.id, blocks, own)
+
+
+def coming_tokens(matches: Listing[Match], prompt: np.ndarray) -> int:
+    """Tokens that others are prefilling, and that nobody has ready, or not in the same context."""
+    coming = np.zeros(len(prompt), np.bool_)
+
+    def rank(match: Match) -> tuple[bool, bool]:
+        return not match.sequence.ready and match.same_context(prompt), match.sequence.ready
+
+    for match in sorted(matches, key=rank):
+        coming[match.prompt_start : match.prompt_end] = not match.sequence.ready
+    return int(coming.sum())

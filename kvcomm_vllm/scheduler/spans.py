@@ -10,7 +10,7 @@ treatment  [ LOCAL   ][ COMPUTE   ][ REUSE   ][COMPUTE ][ REUSE  ][ COMPUTE ]
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvcomm_vllm.messages import AnchorRows
 from kvcomm_vllm.scheduler.index import Sequence
@@ -31,6 +31,7 @@ class Source:
             the first page.
         same_context: everything before the run is equal, too, so its KV fits as it is: no seam, no
             rotation.
+        lead: how many tokens right before the run are equal in prompt and sequence, too.
     """
 
     sequence: Sequence
@@ -40,18 +41,37 @@ class Source:
     blocks: list[int]
     block_offset: int
     same_context: bool
+    lead: int = 0
 
     @property
     def end(self) -> int:
         return self.prompt_start + self.length
 
     @property
+    def exact_end(self) -> int:
+        """Up to which prompt position its KV is exact."""
+        return self.end - self.approximate_tokens
+
+    def part(self, start: int, end: int, block_size: int) -> Source:
+        """The same for the prompt positions ``start..end`` alone."""
+        skip = start - self.prompt_start
+        first, offset = divmod(self.block_offset + skip, block_size)
+        pages = -(-(offset + end - start) // block_size)
+        return replace(
+            self,
+            sequence_start=self.sequence_start + skip,
+            prompt_start=start,
+            length=end - start,
+            blocks=self.blocks[first : first + pages],
+            block_offset=offset,
+            lead=self.lead + skip,
+        )
+
+    @property
     def approximate_tokens(self) -> int:
         """Tokens at its end whose KV is itself approximate."""
-        first = self.sequence.first_approximate
-        if first is None:
-            return 0
-        return min(self.length, max(0, self.sequence_start + self.length - first))
+        behind = self.sequence_start + self.length - self.sequence.exact_tokens
+        return min(self.length, max(0, behind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +112,11 @@ class ReuseSpan:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+    @property
+    def continues(self) -> bool:
+        """Whether the text before it is the same, too: another source gave way to this one."""
+        return self.seam == 0 and self.source.lead > 0
 
 
 @dataclass(frozen=True, slots=True)

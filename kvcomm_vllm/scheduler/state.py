@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
 from kvcomm_vllm.hints import Hints
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.index import Match, Sequence
 from kvcomm_vllm.scheduler.planner import Limits
 from kvcomm_vllm.scheduler.spans import Plan, Treatment
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from kvcomm_vllm.anchors.paper_mode import Probe, Verdict
 
 
-def namespace_of(request: Request) -> bytes:
-    """Tenant key: text is shared only among requests with the same cache salt."""
-    return xxhash.xxh3_128_digest(repr(request.cache_salt).encode())
+def namespace_of(request: Request, secret: bytes) -> bytes:
+    """Tenant key: text is shared only among requests with the same cache salt.
+
+    Keyed, so that nothing derived from it can be computed, or a salt guessed, outside this process.
+    """
+    return hmac.digest(secret, repr(request.cache_salt).encode(), "sha256")[:16]
 
 
 @dataclass(slots=True)
@@ -36,14 +40,17 @@ class RequestState:
 
     Attributes:
         limits: None where reuse is off for this request; ``off`` then says why.
+        trusted: its sender may know what is shared: only those who know its cache salt share with
+            it, or the operator allows it.
         plan: made by the current scheduling attempt, not admitted yet.
         block_ids: its block table at its last admission.
-        loading: operations are on their way to the workers.
-        served: the plan of the first admission, ``served_local`` its local hit: what the report
-            speaks of.
+        loading: operations are on their way to the workers; ``awaited``: over several steps.
+        served: the plan of the first admission, ``served_local`` its local hit, of which
+            ``served_approximate`` tokens are approximate: what the report speaks of.
         confirmed, failed: the workers' word on that plan.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
+        generation: see :class:`~kvcomm_vllm.scheduler.sequence.Sequence`.
         planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
         lesson: what can be learned from the last plan.
         probe, verdicts: what mode ``paper`` asked the workers, and what its gate said.
@@ -55,6 +62,7 @@ class RequestState:
     hints: Hints
     mode: str
     shareable: bool
+    trusted: bool
     message: str
     namespace: bytes
     taint: Taint
@@ -63,17 +71,21 @@ class RequestState:
     admitted: bool = False
     block_ids: list[int] = field(default_factory=list)
     loading: bool = False
+    awaited: bool = False
     served: Plan | None = None
     served_local: int = 0
+    served_approximate: int = 0
     confirmed: bool = False
     failed: bool = False
     sequence: Sequence | None = None
     prefill_tokens: int = 0
     first_approximate: int | None = None
+    generation: int = 0
     adoption_tried: bool = False
     wait_until: float | None = None
     matches: list[Match] = field(default_factory=list)
     matches_key: tuple[int, int, int, bool] | None = None
+    context: Context | None = None
     planned_slots: list[str] = field(default_factory=list)
     slots: list[str] = field(default_factory=list)
     lesson: Lesson | None = None
@@ -86,7 +98,6 @@ class RequestState:
     def new(cls, request: Request, **fields: Any) -> RequestState:
         state = cls(
             request=request,
-            namespace=namespace_of(request),
             taint=Taint(request, os.urandom(16)),
             **fields,
         )
@@ -119,7 +130,7 @@ class RequestState:
 
     def restore_exact(self) -> None:
         self.taint.restore()
-        self.first_approximate = None
+        self.first_approximate, self.generation = None, 0
 
     # ---- the report ------------------------------------------------------------------------------
 
@@ -155,21 +166,46 @@ class RequestState:
 
     def report(self) -> dict[str, Any]:
         """The ``kv_transfer_params.kvcomm`` of the response."""
-        spans = self.treatments()
-        counts = {treatment.value: 0 for treatment in Treatment}
-        for start, end, treatment in spans:
-            counts[treatment.value] += end - start
         plan = self.reused
-        report: dict[str, Any] = {
-            "mode": self.mode,
-            "prompt_tokens": self.request.num_prompt_tokens,
-            **counts,
-            "corrected": plan.corrected_tokens if plan else 0,
-            "from_approximate": plan.tokens_from_approximate if plan else 0,
+        spans = self.treatments()
+        return self._report(self.counts()) | {
+            **self.parts(),
+            "generation": self.generation,
             "seam": plan.seam_tokens if plan else 0,
             "gap": plan.hole_tokens - plan.seam_tokens if plan else 0,
             "spans": [[start, end, treatment.value] for start, end, treatment in spans],
             "slots": self.slots if plan else [],
+        }
+
+    def coarse_report(self, block_size: int) -> dict[str, Any]:
+        """The same where others' text is to stay secret: whole pages, and not which ones."""
+        counts = self.counts()
+        beyond = counts["reused"] % block_size
+        counts["reused"] -= beyond
+        counts["computed"] += beyond
+        return self._report(counts)
+
+    def counts(self) -> dict[str, int]:
+        """Prompt tokens by treatment."""
+        counts = {treatment.value: 0 for treatment in Treatment}
+        for start, end, treatment in self.treatments():
+            counts[treatment.value] += end - start
+        return counts
+
+    def parts(self) -> dict[str, int]:
+        """What of these is approximate beyond the moving, or corrected."""
+        plan = self.reused
+        return {
+            "corrected": plan.corrected_tokens if plan else 0,
+            "from_approximate": plan.tokens_from_approximate if plan else 0,
+            "local_approximate": self.served_approximate,
+        }
+
+    def _report(self, counts: dict[str, int]) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "mode": self.mode,
+            "prompt_tokens": self.request.num_prompt_tokens,
+            **counts,
             "declined": dict(self.declined),
         }
         if self.hints.agent is not None:

@@ -51,6 +51,7 @@ class SequenceStore:
                 first_approximate=state.first_approximate,
                 ready=False,
                 owner=state.id,
+                generation=state.generation,
             )
             self._filling[state.id] = state
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from kvcomm_vllm.scheduler.borders import WHOLE, Lengths, Reach
 from kvcomm_vllm.scheduler.rolling_hash import I32, RollingHash, namespace_seed
 from kvcomm_vllm.scheduler.runs import I64, Runs, front, join_hits
 from kvcomm_vllm.scheduler.sequence import Match, Sequence
@@ -70,7 +71,12 @@ class WindowSearch:
         self._w = hashing.window_tokens
 
     def find(
-        self, namespace: bytes, text: I32, min_length: int, accept: Accept | None
+        self,
+        namespace: bytes,
+        text: I32,
+        min_length: int,
+        accept: Accept | None,
+        reach: Reach = WHOLE,
     ) -> list[Match]:
         """Matches inside `text`, see `SequenceIndex.find`; places count from its start."""
         if len(text) < max(self._w, min_length):
@@ -84,7 +90,8 @@ class WindowSearch:
             return []
         runs = join_hits(self._store, views, positions, nodes)
         self._complete(runs, text)
-        return self._choose(self._worthwhile(runs, len(text), min_length), text, min_length)
+        runs = self._worthwhile(runs, len(text), min_length, reach)
+        return self._choose(runs, text, min_length, reach)
 
     def leading(self, namespace: bytes, tokens: I32, accept: Accept | None) -> Match | None:
         """The longest match at offset 0 of prompt and sequence, see `SequenceIndex.leading`."""
@@ -120,7 +127,7 @@ class WindowSearch:
             if sequence is None or verdict == REFUSED:
                 continue
             left -= int(verdict == READY)
-            length = _equal_length(tokens, sequence.tokens)
+            length = equal_length(tokens, sequence.tokens)
             if length < self._w:
                 continue
             match = Match(sequence, 0, 0, length)
@@ -166,24 +173,22 @@ class WindowSearch:
             runs.begin[row], runs.end[row] = self._extended(runs, row, text, 0)
             runs.open[row] = False
 
-    def _worthwhile(self, runs: Runs, text_length: int, min_length: int) -> Runs:
+    def _worthwhile(self, runs: Runs, text_length: int, min_length: int, reach: Reach) -> Runs:
         """The front of those runs that are, or when open may become, long enough."""
         slots, which = np.unique(runs.slot, return_inverse=True)
         sequences = [self._sequence(slot) for slot in slots.tolist()]
-        lengths = np.array([len(s.tokens) for s in sequences], np.int64)[which]
-        never = np.iinfo(np.int64).max
-        exact = np.array(
-            [never if s.first_approximate is None else s.first_approximate for s in sequences],
-            np.int64,
-        )[which]
+        lengths = Lengths.of(sequences).select(which)
         newness = np.array([s.id for s in sequences], np.int64)[which]
         ready = np.array([s.ready for s in sequences], np.bool_)[which]
-        most = np.minimum(text_length, runs.diagonal + lengths) - np.maximum(runs.diagonal, 0)
+        begin, end = reach.cut(lengths, self._w, runs.diagonal, runs.begin, runs.end)
+        runs.begin = np.where(runs.open, runs.begin, begin)
+        runs.end = np.where(runs.open, runs.end, end)
+        most = np.minimum(text_length, runs.diagonal + lengths.total) - np.maximum(runs.diagonal, 0)
         keep = np.where(runs.open, most, runs.end - runs.begin) >= min_length
-        preference = (ready, runs.end - runs.diagonal <= exact, newness)
+        preference = (ready, runs.end - runs.diagonal <= lengths.exact, newness)
         return front(runs.select(keep), *(key[keep] for key in preference))
 
-    def _choose(self, runs: Runs, text: I32, min_length: int) -> list[Match]:
+    def _choose(self, runs: Runs, text: I32, min_length: int, reach: Reach) -> list[Match]:
         """Left to right: the run over the place that reaches furthest, else the next to begin."""
         matches: list[Match] = []
         begins, ends, opens = runs.begin.tolist(), runs.end.tolist(), runs.open.tolist()
@@ -192,11 +197,15 @@ class WindowSearch:
             row = max(row, bisect_right(begins, place, lo=row) - 1)
             begin, end = max(begins[row], place), ends[row]
             if opens[row] and end > place and failed < MAX_FAILED:
-                begin, end = self._extended(runs, row, text, place)
+                begin, end = self._reached(runs, row, self._extended(runs, row, text, place), reach)
+                begin = max(begin, place)
                 failed += end - begin < min_length
             if end - begin >= max(1, min_length):
                 slot, diagonal = int(runs.slot[row]), int(runs.diagonal[row])
-                matches.append(Match(self._sequence(slot), begin, begin - diagonal, end - begin))
+                lead = max(0, begin - begins[row])
+                matches.append(
+                    Match(self._sequence(slot), begin, begin - diagonal, end - begin, lead)
+                )
                 place = end
             row += 1
         return matches
@@ -209,8 +218,15 @@ class WindowSearch:
         lowest = max(floor, diagonal)
         if lowest < begin:
             back = tokens[lowest - diagonal : begin - diagonal][::-1]
-            begin -= _equal_length(text[lowest:begin][::-1], back)
-        return begin, end + _equal_length(text[end:], tokens[end - diagonal :])
+            begin -= equal_length(text[lowest:begin][::-1], back)
+        return begin, end + equal_length(text[end:], tokens[end - diagonal :])
+
+    def _reached(self, runs: Runs, row: int, run: tuple[int, int], reach: Reach) -> tuple[int, int]:
+        """The usable part of one run."""
+        lengths = Lengths.of([self._sequence(int(runs.slot[row]))])
+        begin, end = (np.array([place]) for place in run)
+        begin, end = reach.cut(lengths, self._w, runs.diagonal[row : row + 1], begin, end)
+        return int(begin[0]), int(end[0])
 
     def _sequence(self, slot: int) -> Sequence:
         sequence = self._slots[slot]
@@ -224,7 +240,7 @@ def _rank(match: Match) -> tuple[int, bool, bool, int]:
     return match.length, sequence.ready, exact, sequence.id
 
 
-def _equal_length(a: I32, b: I32) -> int:
+def equal_length(a: I32, b: I32) -> int:
     """How many tokens from the start are equal."""
     n = min(len(a), len(b))
     equal = a[:n] == b[:n]

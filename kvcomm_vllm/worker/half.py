@@ -65,6 +65,7 @@ class WorkerHalf:
         self.paper: PaperArena | None = None
         self._report: StepReport | None = None
         self._lost_blocks: set[int] = set()
+        self._arrived: set[str] = set()
 
     def register(self) -> None:
         """The KV cache exists: learn its layout, check it, and say what was found."""
@@ -158,6 +159,7 @@ class WorkerHalf:
                 self._lost_blocks.update(ops.block_ids[ops.first_token // self.block_size :])
         else:
             report.done.update(ops.request_id for ops in requests)
+        self._arrived.update(ops.request_id for ops in requests if ops.waits and ops.last)
 
     def _succeeds(
         self, phase: Callable[[list[RequestOps]], None], requests: list[RequestOps]
@@ -240,6 +242,11 @@ class WorkerHalf:
     def take_report(self) -> StepReport | None:
         report, self._report = self._report, None
         return report
+
+    def take_arrived(self) -> set[str]:
+        """Requests that need not wait any longer, whether all went well or not."""
+        arrived, self._arrived = self._arrived, set()
+        return arrived
 
     def take_lost_blocks(self) -> set[int]:
         lost, self._lost_blocks = self._lost_blocks, set()

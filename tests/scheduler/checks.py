@@ -102,7 +102,8 @@ def check_index(engine: EngineWithoutWorker) -> None:
 
 def check_states(engine: EngineWithoutWorker) -> None:
     """The scheduler half remembers the requests that vLLM has, and no others."""
-    assert engine.half.states.keys() == engine.scheduler.requests.keys()
+    alive = {name for name, r in engine.scheduler.requests.items() if not r.is_finished()}
+    assert engine.half.states.keys() == alive
     assert engine.half.store._filling.keys() <= engine.half.states.keys()
     limit = engine.half.config.max_sequences
     assert len(engine.half.store.index) <= limit

@@ -76,13 +76,16 @@ class SimulatedWorker:
 
     def _load(self, requests: list[RequestOps], tables: dict[str, list[int]]) -> KVConnectorOutput:
         for ops in requests:
-            assert tables[ops.request_id][: len(ops.block_ids)] == ops.block_ids
+            table = ops.block_ids if ops.waits else tables[ops.request_id]
+            assert table[: len(ops.block_ids)] == ops.block_ids
         ids = {ops.request_id for ops in requests}
+        arrived = {ops.request_id for ops in requests if ops.waits and ops.last}
         if any(map(self.fail, requests)):  # one stream, one exception: all of them fail
             self.memory.spoil(requests)
             first = [ops.first_token // self.block_size for ops in requests]
             return KVConnectorOutput(
                 kv_connector_worker_meta=StepReport(failed=ids),
+                finished_recving=arrived,
                 invalid_block_ids={
                     page
                     for ops, at in zip(requests, first, strict=True)
@@ -103,7 +106,9 @@ class SimulatedWorker:
                 assert hole.tokens == text.tokens[hole.start : end].tolist()
                 holes.append(Row(ops.request_id, text, ops.block_ids, hole.start, end))
         self.memory.forward(holes, "side forward")
-        return KVConnectorOutput(kv_connector_worker_meta=StepReport(done=ids))
+        return KVConnectorOutput(
+            kv_connector_worker_meta=StepReport(done=ids), finished_recving=arrived
+        )
 
     def _probe(self, probes: list[ProbeOp], found: KVConnectorOutput | None) -> KVConnectorOutput:
         """Distances of messages whose source stands where the probe says, to anchors that exist."""

@@ -87,7 +87,7 @@ def test_a_prompt_that_shares_nothing(make_engine: Make) -> None:
 
 
 def test_no_report_when_it_is_not_wanted(make_engine: Make) -> None:
-    engine = with_source(make_engine(report=False))
+    engine = with_source(make_engine(report="off"))
     assert engine.serve("second", READER).report == {}
     assert engine.served["second"].loaded
 

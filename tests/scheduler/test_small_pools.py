@@ -54,7 +54,7 @@ def test_the_same_plan_is_made_on_every_attempt(make_engine: Make) -> None:
         held = engine.half.pages.held
         assert held == 10
         assert engine.pool.get_num_free_blocks() == free - held
-    assert set(offers) == {49}
+    assert set(offers) == {(49, False)}
     assert len(hashes) == 1
     engine.run()
     assert engine.served["asked"].report["reused"] == 38
@@ -133,7 +133,8 @@ def test_what_is_left_of_an_evicted_source_is_reused(make_engine: Make) -> None:
     engine.serve("source", [*words("one", 20), *QUESTION])
     engine.pool.evict_blocks({pages_of(engine, "source")[10]})  # question tokens 20..23
     second = engine.serve("second", [*words("two", 9), *QUESTION, 3])
-    assert second.spans("reused") == [(9 + 2, 9 + 20), (9 + 24 + 2, 9 + 40)]
+    assert second.spans("reused") == [(9 + 2, 9 + 20), (9 + 24, 9 + 40)]
+    assert second.report["seam"] == 2, "what follows is not the beginning of common text"
 
 
 def test_the_newest_pages_of_evicted_text_are_found_by_their_hash(make_engine: Make) -> None:
@@ -143,15 +144,6 @@ def test_the_newest_pages_of_evicted_text_are_found_by_their_hash(make_engine: M
     engine.pool.evict_blocks(set(pages_of(engine, "source")))
     engine.serve("again", [*words("one", 20), *QUESTION], hints={"mode": "off"})
     assert engine.serve("third", [*words("two", 9), *QUESTION, 3]).report["reused"] == 38
-
-
-def test_holes_beyond_the_cap_are_declined(make_engine: Make) -> None:
-    engine = make_engine(max_hole_tokens=20)
-    engine.serve("source", [*words("one", 20), *QUESTION])
-    small = engine.serve("small", [*words("two", 18), *QUESTION, 3])
-    large = engine.serve("large", [*words("three", 19), *QUESTION, 3])
-    assert small.report["reused"] == 38
-    assert large.declined == ["hole_budget"]
 
 
 def test_holes_of_one_step_stay_under_the_cap(make_engine: Make) -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.cover import cover
 from kvcomm_vllm.scheduler.index import Sequence
-from kvcomm_vllm.scheduler.planner import Limits
-from kvcomm_vllm.scheduler.spans import Source
+from kvcomm_vllm.scheduler.planner import Limits, UnseenShare, make_plan
+from kvcomm_vllm.scheduler.spans import Plan, Source
 
 SIZE = 4
 
@@ -34,6 +36,7 @@ def source(
     sequence_start: int = 0,
     same_context: bool = False,
     of: Sequence | None = None,
+    lead: int = 0,
 ) -> Source:
     """Pages are numbered like the sequence's own, from 100."""
     first, last = sequence_start // SIZE, -(-(sequence_start + length) // SIZE)
@@ -45,6 +48,7 @@ def source(
         blocks=list(range(100 + first, 100 + last)),
         block_offset=sequence_start % SIZE,
         same_context=same_context,
+        lead=lead,
     )
 
 
@@ -53,7 +57,8 @@ def limits(
     min_span_tokens: int = 8,
     min_reuse_tokens: int = 8,
     min_reuse_share: float = 0.0,
-    max_hole_tokens: int = 1000,
+    private_price: float = 0.0,
+    max_unseen_share: float = 1.0,
 ) -> Limits:
     return Limits(
         seam_tokens,
@@ -61,8 +66,22 @@ def limits(
         min_span_tokens,
         min_reuse_tokens,
         min_reuse_share,
-        max_hole_tokens,
+        private_price,
+        max_unseen_share,
     )
+
+
+def plan_for(
+    local: int,
+    sources: list[Source],
+    given: Limits,
+    tail: int = 1,
+    unseen: UnseenShare = lambda spans: 0.0,
+) -> Plan | Reason:
+    """The plan for a prompt that ends ``tail`` tokens behind the last source."""
+    total = max((source.end for source in sources), default=local) + tail
+    spans = cover(sources, given.seam_tokens, SIZE)
+    return make_plan(local, spans, total, given, unseen)
 
 
 @st.composite
@@ -92,5 +111,6 @@ any_limits = st.builds(
     min_span_tokens=st.integers(1, 30),
     min_reuse_tokens=st.integers(1, 60),
     min_reuse_share=st.floats(0, 1),
-    max_hole_tokens=st.integers(1, 120),
+    private_price=st.floats(0, 2),
+    max_unseen_share=st.just(1.0),
 )

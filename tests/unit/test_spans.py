@@ -8,17 +8,17 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_strategies import SIZE, any_limits, limits, local_and_sources, source
+from plan_strategies import SIZE, any_limits, limits, local_and_sources, plan_for, source
 
 from kvcomm_vllm.scheduler.operations import operations
-from kvcomm_vllm.scheduler.planner import Limits, make_plan
+from kvcomm_vllm.scheduler.planner import Limits
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source, Treatment
 
 Given = tuple[int, list[Source]]
 
 
 def plan_of(found: Given, given_limits: Limits) -> Plan | None:
-    plan = make_plan(*found, given_limits)
+    plan = plan_for(*found, given_limits)
     return plan if isinstance(plan, Plan) else None
 
 
@@ -80,7 +80,7 @@ def test_loads_read_each_token_from_its_own_slot(found: Given, given_limits: Lim
 
 
 def test_adjacent_spans_leave_only_the_seam_between_them() -> None:
-    plan = make_plan(0, [source(0, 20), source(20, 20, 100)], limits(seam_tokens=3))
+    plan = plan_for(0, [source(0, 20), source(20, 20, 100)], limits(seam_tokens=3))
     assert isinstance(plan, Plan)
     assert plan.holes() == [(0, 3), (20, 23)]
 

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spread plans: whose holes are too large for one step are computed in pieces, step by step.
+
+Meanwhile the request waits, as with vLLM's asynchronous loads: it has its pages, but they are
+neither cached nor scheduled until the workers report the last piece (``get_finished``). A piece
+takes what vLLM leaves of its token budget, so that a running decode feels no more than a prefill
+chunk; what is left of a step that prefill fills is little, but never nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from kvcomm_vllm.messages import HoleOp, RequestOps, StepReport
+
+LEAST_SHARE = 8  # of a step's budget one part in so many is never refused
+
+
+@dataclass(slots=True)
+class Job:
+    """What is left to do for one request; ``out`` pieces are on their way to the workers.
+
+    Attributes:
+        begun: its loads have been sent, which wait for nothing.
+        ended: the last piece has been sent; there will be no other.
+        abandoned: nothing more is worth doing, but vLLM waits for the last piece all the same.
+        failed: a piece could not be done.
+    """
+
+    ops: RequestOps
+    out: int = 0
+    begun: bool = False
+    ended: bool = False
+    abandoned: bool = False
+    failed: bool = False
+    holes: list[HoleOp] = field(default_factory=list)
+
+    def piece(self, room: int) -> RequestOps:
+        """The next ``room`` tokens of its holes; loads go with the first of them."""
+        taken: list[HoleOp] = []
+        while self.holes and room and not self.abandoned:
+            hole = self.holes.pop(0)
+            if len(hole.tokens) > room:
+                self.holes.insert(0, HoleOp(hole.start + room, hole.tokens[room:]))
+                hole = HoleOp(hole.start, hole.tokens[:room])
+            taken.append(hole)
+            room -= len(hole.tokens)
+        self.ended = self.abandoned or not self.holes
+        piece = replace(self.ops, holes=taken, waits=True, last=self.ended)
+        self.ops = replace(self.ops, loads=[], estimates=[])
+        self.begun = True
+        self.out += 1
+        return piece
+
+
+class SpreadPlans:
+    """Args:
+    max_tokens: of holes in one step.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._jobs: dict[str, Job] = {}
+
+    def add(self, ops: RequestOps) -> None:
+        self._jobs[ops.request_id] = Job(ops, holes=list(ops.holes))
+
+    def next_pieces(self, room: int) -> list[RequestOps]:
+        """This step's pieces, first come first served.
+
+        Args:
+            room: tokens that vLLM has left in this step.
+        """
+        room = max(min(room, self.max_tokens), -(-self.max_tokens // LEAST_SHARE))
+        pieces = []
+        for job in self._jobs.values():
+            if not job.ended and (room or job.abandoned or not job.begun):
+                piece = job.piece(room)
+                room -= sum(len(hole.tokens) for hole in piece.holes)
+                pieces.append(piece)
+        return pieces
+
+    def abandon(self, request_id: str) -> None:
+        """The request has ended."""
+        job = self._jobs.get(request_id)
+        if job is not None:
+            job.abandoned = True
+
+    def on_report(self, report: StepReport) -> StepReport:
+        """The report as if each plan had been one piece: it says nothing of those that are not
+        finished, and a plan is done if all its pieces were.
+        """
+        done, failed = set(report.done), set(report.failed)
+        for request_id in self._jobs.keys() & (done | failed):
+            job = self._jobs[request_id]
+            job.out -= 1
+            job.failed |= request_id in failed
+            job.abandoned |= job.failed
+            done.discard(request_id)
+            failed.discard(request_id)
+            if not job.out and job.ended:
+                del self._jobs[request_id]
+                (failed if job.failed else done).add(request_id)
+        return replace(report, done=done, failed=failed)
