@@ -42,7 +42,10 @@ METRICS = {
         "source was itself approximate.",
     ),
     "requests": Metric(
-        "vllm:kvcomm_requests", "outcome", "Finished requests: reused, declined, off, failed."
+        "vllm:kvcomm_requests",
+        "outcome",
+        "Finished requests: reused, declined, off; failed is a load that failed, aborted a request "
+        "that ended (its client hung up) before it was served with or without reuse.",
     ),
     "reasons": Metric(
         "vllm:kvcomm_reasons", "reason", "Why requests, or attempts to plan them, were not reused."
