@@ -7,19 +7,27 @@ Imports neither torch nor vLLM, so that both halves and the command line can use
 from __future__ import annotations
 
 import difflib
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
 from kvcomm_vllm.config_key import Key, key
+from kvcomm_vllm.wording import one_line, shown
 
 REPORTS = ("auto", "coarse", "full", "off")
 MODES = ("off", "rotate", "seam", "anchor", "paper")
+# Of counts, tokens and megabytes: more than any engine has, and yet no more than can be provided
+# for (an index of so many sequences takes 50 MB before it holds the first).
+MOST = 1_000_000
+MAX_PROBLEMS = 20  # told at once
 
 
 class ConfigError(ValueError):
-    """A configuration that is refused; the text names source, key, value and what is allowed."""
+    """A configuration that is refused.
+
+    The text has a line for each problem, with source, key, value and what is allowed.
+    """
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,13 @@ class KVCommConfig:
         2,
         "Anchors a slot needs before its spans are corrected; the second one is the first test.",
         low=2,
+        high=MOST,
     )
     max_anchors: int = key(
         50,
         "Anchors after which a slot is not taught any more.",
         low=2,
+        high=MOST,
     )
     max_anchor_error: float = key(
         0.8,
@@ -71,6 +81,7 @@ class KVCommConfig:
         0,
         "Requests per new slot that are served exactly, so that it learns from them at no cost.",
         low=0,
+        high=MOST,
         when_zero="learn by audits alone",
     )
     audits: bool = key(
@@ -87,6 +98,7 @@ class KVCommConfig:
         64,
         "Tokens recomputed in one piece; the longest a request that arrives then has to wait for.",
         low=1,
+        high=MOST,
     )
     audit_share: float = key(
         1.0,
@@ -102,12 +114,14 @@ class KVCommConfig:
         1024,
         "Memory reserved at start for what slots have learned, beside vLLM's own (per rank).",
         low=0,
+        high=MOST,
         when_zero="no anchors: mode anchor is mode seam",
     )
     max_slots: int = key(
         10_000,
         "Most slots remembered, with or without anchors; the least recently used go first.",
         low=1,
+        high=MOST,
     )
     head_tokens: int = key(
         8,
@@ -131,6 +145,7 @@ class KVCommConfig:
         2000,
         "Tokens counted for that penalty beside those seen: few anchors correct little.",
         low=0,
+        high=MOST,
     )
     map_inputs: int = key(
         640,
@@ -149,6 +164,7 @@ class KVCommConfig:
         0,
         "Memory reserved at start for anchors of mode paper, beside vLLM's own.",
         low=0,
+        high=MOST,
         when_zero="no request is served in mode paper",
     )
     paper_gamma: float = key(
@@ -162,11 +178,13 @@ class KVCommConfig:
         20,
         "The paper's V (its code: max_anchor_num): anchors a slot may hold (mode paper).",
         low=2,
+        high=MOST,
     )
     paper_window: int = key(
         5,
         "The paper's window_size: of how many oldest anchors the least used one goes (mode paper).",
         low=1,
+        high=MOST,
     )
     paper_top_p: float = key(
         0.9,
@@ -189,11 +207,13 @@ class KVCommConfig:
         32,
         "Fewest tokens a span must save behind its seam; shorter shared text is computed.",
         low=1,
+        high=MOST,
     )
     min_reuse_tokens: int = key(
         32,
         "Fewest tokens a plan must take from other requests to be carried out.",
         low=1,
+        high=MOST,
     )
     min_reuse_share: float = key(
         0.3,
@@ -234,12 +254,14 @@ class KVCommConfig:
         10_000,
         "Most earlier requests the index remembers; the oldest go first.",
         low=1,
+        high=MOST,
     )
     max_hole_tokens: int = key(
         0,
         "Most tokens of seams and gaps computed in one step; plans with more are spread over "
         "several steps, within vLLM's own token budget.",
         low=0,
+        high=MOST,
         when_zero="the engine's max_num_batched_tokens",
     )
     share_inflight_seconds: float = key(
@@ -272,21 +294,17 @@ class KVCommConfig:
         Raises:
             ConfigError: unknown keys, wrong types, values out of range; all of them at once.
         """
-        known = keys()
         values: dict[str, Any] = {}
-        problems = []
-        for name, given in mapping.items():
-            if name not in known:
-                problems.append(_unknown(name, known))
-                continue
-            value = values[name] = known[name].normalise(given)
-            if (problem := known[name].problem(value)) is not None:
-                shown = reprlib.repr(given)
-                problems.append(f"{name}: {shown} {problem}; allowed: {known[name].allowed}")
-        if not problems and values.get("mode") == "paper" and not values.get("paper_memory_mb"):
-            problems.append("paper_memory_mb: mode paper needs a memory for its anchors, e.g. 1024")
+        problems = list(islice(_problems(mapping), MAX_PROBLEMS + 1))
+        if not problems:
+            known = keys()
+            values = {name: known[name].normalise(given) for name, given in mapping.items()}
+            if values.get("mode") == "paper" and not values.get("paper_memory_mb"):
+                problems = ["paper_memory_mb: mode paper needs a memory for its anchors, e.g. 1024"]
         if problems:
-            raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+            if len(problems) > MAX_PROBLEMS:
+                problems[-1] = "there are more problems"
+            raise ConfigError("\n".join(f"{one_line(source)}: {told}" for told in problems))
         return cls(**values)
 
     def to_mapping(self) -> dict[str, bool | int | float | str]:
@@ -296,7 +314,7 @@ class KVCommConfig:
     def describe(self) -> str:
         """The effective configuration in one line; a star marks what differs from the default."""
         return ", ".join(
-            f"{name}={_shown(value)}{'' if value == keys()[name].default else '*'}"
+            f"{name}={_plain(value)}{'' if value == keys()[name].default else '*'}"
             for name, value in self.to_mapping().items()
         )
 
@@ -317,11 +335,27 @@ def keys() -> dict[str, Key]:
     return {field.name: field.metadata["key"] for field in fields(KVCommConfig)}
 
 
-def _unknown(name: object, known: Mapping[str, Key]) -> str:
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown key {reprlib.repr(name)}; {hint}known keys: {', '.join(known)}"
+def _problems(mapping: Mapping[str, object]) -> Iterator[str]:
+    """What is wrong with a configuration, a line each, as far as they are asked for."""
+    known = keys()
+    for name, given in mapping.items():
+        if name not in known:
+            yield f"unknown key {shown(name)}; {_nearest(name, known)}{_ALL_KEYS}"
+            continue
+        problem = known[name].problem(known[name].normalise(given))
+        if problem is not None:
+            yield f"{name}: {shown(given)} {problem}; allowed: {known[name].allowed}"
 
 
-def _shown(value: object) -> str:
+_ALL_KEYS = "all keys are in docs/config.md and in `vllm serve --help=KVCommConfig`"
+
+
+def _nearest(name: object, known: Mapping[str, Key]) -> str:
+    if not isinstance(name, str) or len(name) > 2 * max(map(len, known)):
+        return ""  # the search takes time that grows with the square of the name
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+
+
+def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

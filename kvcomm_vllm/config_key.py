@@ -15,15 +15,15 @@ class Key:
     Args:
         default: the value when the key is not given; its type is the key's type.
         doc: one sentence for users.
-        low, high: inclusive bounds of a number; None where there is none.
+        low, high: inclusive bounds; every number has both, so that none can ask for the impossible.
         choices: the only values allowed; empty when the bounds decide.
         when_zero: what 0 means, where it is not simply the number nought.
     """
 
     default: bool | int | float | str
     doc: str
-    low: float | None = None
-    high: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
     choices: tuple[str, ...] = ()
     when_zero: str = ""
 
@@ -35,10 +35,7 @@ class Key:
         if isinstance(self.default, bool):
             return "true or false"
         kind = "a whole number" if isinstance(self.default, int) else "a number"
-        if self.high is None:
-            text = f"{kind}, {self.low} or more"
-        else:
-            text = f"{kind} from {self.low} to {self.high}"
+        text = f"{kind} from {self.low} to {self.high}"
         return f"{text} (0 = {self.when_zero})" if self.when_zero else text
 
     def problem(self, value: object) -> str | None:
@@ -50,13 +47,12 @@ class Key:
         # bool is an int in Python: `seam_tokens: yes` must not become one token.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return _wrong_type(value)
-        if isinstance(self.default, int) and not isinstance(value, int):
-            return _wrong_type(value)
-        if not math.isfinite(value):
+        # asked of floats alone: a whole number may be too large to be made one
+        if isinstance(value, float) and not math.isfinite(value):
             return "is not a finite number"
-        too_low = self.low is not None and value < self.low
-        too_high = self.high is not None and value > self.high
-        return "is out of range" if too_low or too_high else None
+        if isinstance(self.default, int) and isinstance(value, float):
+            return "is not written as a whole number"
+        return None if self.low <= value <= self.high else "is out of range"
 
     def normalise(self, value: Any) -> Any:
         """``value`` as it was meant: 5 for 5.0, and false where YAML 1.1 has misread `off`; a
@@ -79,4 +75,4 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 def _wrong_type(value: object) -> str:
     names = {"str": "text", "int": "a whole number", "float": "a number with a point"}
     names |= {"bool": "true/false", "NoneType": "empty", "list": "a list", "dict": "a mapping"}
-    return f"is {names.get(type(value).__name__, type(value).__name__)}"
+    return f"is {names.get(type(value).__name__, 'of another type')}"

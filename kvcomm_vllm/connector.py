@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvcomm")
 
+SHARING = (
+    "requests without cache_salt share text with each other, and can find out what others have "
+    "sent: give each tenant a cache_salt of its own (docs/security.md)"
+)
+
 
 class KVCommConnector(KVConnectorBase_V1):
     """Reuses KV across agents; see ``configs/kvcomm.yaml`` for its settings."""
@@ -68,6 +73,8 @@ class KVCommConnector(KVConnectorBase_V1):
                 self.config, block_size, budget, off, compat.find_wake_up()
             )
             logger.info("kvcomm: %s", self.config.describe())
+            if self.config.default_on and self.config.mode != "off":
+                logger.warning("kvcomm: %s", SHARING)
         else:
             from kvcomm_vllm.worker.half import WorkerHalf
 

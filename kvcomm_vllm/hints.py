@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import reprlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvcomm_vllm.config import MODES, keys
+from kvcomm_vllm.wording import shown
 
 if TYPE_CHECKING:
     from kvcomm_vllm.scheduler.index import Match
@@ -22,10 +23,13 @@ FIELD = "kvcomm"
 MAX_SPANS = 1024
 MAX_POSITION = 2**31 - 1
 MAX_AGENT_CHARACTERS = 256
+NO_NAME = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, surrogates, ends of lines
 
 
 class HintError(ValueError):
-    """Hints that cannot be used; the text names the hint, the value and what is allowed."""
+    """Hints that cannot be used; the text, one short line, names the hint, the value and what is
+    allowed.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +78,23 @@ class Hints:
 def parse_hints(kv_transfer_params: object) -> Hints:
     """The hints in a request's ``kv_transfer_params``; no hints when it has none.
 
+    None is as good as not given, wherever it stands: routers write out fields that nobody has set.
+
     Raises:
         HintError: unknown hint, wrong type, or spans that are negative, empty, unordered,
             overlapping or too many.
     """
-    if not isinstance(kv_transfer_params, Mapping) or FIELD not in kv_transfer_params:
+    if not isinstance(kv_transfer_params, Mapping):
         return Hints()
-    given = kv_transfer_params[FIELD]
+    given = kv_transfer_params.get(FIELD)
+    if given is None:
+        return Hints()
     if not isinstance(given, Mapping):
-        raise HintError(f"{FIELD}: must be an object of hints, but is {reprlib.repr(given)}")
+        raise HintError(f"{FIELD}: must be an object of hints, but is {shown(given)}")
     for name in given:
         if name not in Hints.__dataclass_fields__:
             known = ", ".join(Hints.__dataclass_fields__)
-            raise HintError(f"{FIELD}: unknown hint {reprlib.repr(name)}; known hints: {known}")
+            raise HintError(f"{FIELD}: unknown hint {shown(name)}; known hints: {known}")
     return Hints(
         mode=_mode(given.get("mode")),
         agent=_agent(given.get("agent")),
@@ -103,9 +111,19 @@ def _mode(value: object) -> str | None:
 
 
 def _agent(value: object) -> str | None:
-    if value is None or (isinstance(value, str) and 0 < len(value) <= MAX_AGENT_CHARACTERS):
+    if value is None or (isinstance(value, str) and _is_name(value)):
         return value
-    raise _refused("agent", value, f"a name of 1 to {MAX_AGENT_CHARACTERS} characters")
+    allowed = f"a name of 1 to {MAX_AGENT_CHARACTERS} characters, none of them a control character"
+    raise _refused("agent", value, allowed)
+
+
+def _is_name(text: str) -> bool:
+    """It goes into the report: what ends a line has no place there, and half a surrogate pair
+    could not be sent.
+    """
+    return 0 < len(text) <= MAX_AGENT_CHARACTERS and not any(
+        unicodedata.category(character) in NO_NAME for character in text
+    )
 
 
 def _seam_tokens(value: object) -> int | None:
@@ -145,4 +163,4 @@ def _is_int(value: object) -> bool:
 
 
 def _refused(name: str, value: object, allowed: str) -> HintError:
-    return HintError(f"{FIELD}.{name}: {reprlib.repr(value)} is not allowed; allowed: {allowed}")
+    return HintError(f"{FIELD}.{name}: {shown(value)} is not allowed; allowed: {allowed}")

@@ -43,7 +43,10 @@ METRICS = {
         "turns).",
     ),
     "requests": Metric(
-        "vllm:kvcomm_requests", "outcome", "Finished requests: reused, declined, off, failed."
+        "vllm:kvcomm_requests",
+        "outcome",
+        "Finished requests: reused, declined, off; failed is a load that failed, aborted a request "
+        "that ended (its client hung up) before it was served with or without reuse.",
     ),
     "reasons": Metric(
         "vllm:kvcomm_reasons", "reason", "Why requests, or attempts to plan them, were not reused."
@@ -109,9 +112,10 @@ class KVCommStats(KVConnectorStats):
         self._add("runs", phase)
 
     def count_request(self, state: RequestState) -> None:
-        for label, tokens in {**state.counts(), **state.parts()}.items():
-            if tokens:
-                self._add("tokens", label, tokens)
+        if state.outcome != "aborted":
+            for label, tokens in {**state.counts(), **state.parts()}.items():
+                if tokens:
+                    self._add("tokens", label, tokens)
         for reason in state.declined:
             self._add("reasons", reason)
         self._add("requests", state.outcome)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm.hints import Hints
 from kvcomm_vllm.reasons import Reason
@@ -148,12 +149,23 @@ class RequestState:
 
     @property
     def outcome(self) -> str:
-        """Label of the request counter."""
+        """Label of the request counter.
+
+        ``aborted`` ended before anybody could say whether it would reuse: in the queue, or while
+        its loads were on their way. A load whose failure ends its request (vLLM's status is then
+        an error) is known to vLLM earlier than to us.
+        """
         if self.off is not None:
             return "off"
+        if self.failed:
+            return "failed"
+        if not self.admitted:
+            return "aborted"
         if self.served is None:
             return "declined"
-        return "reused" if self.reused else "failed"
+        if self.reused is not None:
+            return "reused"
+        return "aborted" if self.request.status == RequestStatus.FINISHED_ABORTED else "failed"
 
     def treatments(self) -> list[tuple[int, int, Treatment]]:
         """Spans of the prompt as it was served."""

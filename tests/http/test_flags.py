@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,10 +144,22 @@ def test_both_ways_at_once_are_refused_when_one_is_in_vllms_config_file(
             ["--kv-connector", "nixl"],
             "argument --kv-connector: 'nixl' is not allowed; allowed: kvcomm",
         ),
+        (
+            ["--kvcomm-config", "/dev/null"],
+            "argument --kvcomm-config: /dev/null: cannot be read: not",
+        ),
         (["--kvcomm-config", "absent.yaml"], "argument --kvcomm-config: absent.yaml: no such file"),
         (
             ["--kv-transfer-config", transfer_json(seam=1)],
             "argument --kv-transfer-config: kv_connector_extra_config: unknown key 'seam'",
+        ),
+        (
+            ["--kv-transfer-config", transfer_json(ridge=1).replace("1}", "1e400}")],
+            "argument --kv-transfer-config: kv_connector_extra_config: ridge: inf is not a finite",
+        ),
+        (
+            ["--kv-transfer-config", transfer_json(seam_tokens=10**400)],
+            "argument --kv-transfer-config: kv_connector_extra_config: seam_tokens: <number of",
         ),
         (
             ["--kv-transfer-config", '{"kv_connector": "kvcomm", "kv_role": "kv_producer"}'],
@@ -183,14 +194,14 @@ def test_the_server_checks_hints_beside_the_users_own_middleware(
         assert sorted(namespace.middleware) == ["a.b", MIDDLEWARE]
 
 
-def test_a_flag_that_vllm_has_come_to_own_is_left_alone() -> None:
+def test_a_flag_that_vllm_has_come_to_own_is_left_alone(config_file: str) -> None:
     theirs = FlexibleArgumentParser()
     theirs.add_argument("--kv-connector", default="auto")
     theirs.add_argument("--kv-transfer-config", type=json.loads)
     compat_cli.add_flags(theirs)
     namespace = theirs.parse_args(["--kv-connector", "nixl", "--kv-transfer-config", "null"])
     assert (namespace.kv_connector, namespace.kv_transfer_config) == ("nixl", None)
-    namespace = theirs.parse_args(["--kvcomm-config", os.devnull])
+    namespace = theirs.parse_args(["--kvcomm-config", config_file])
     assert namespace.kv_transfer_config.kv_connector == "kvcomm"
 
 

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from any_values import HUGE, Huge, is_short_line, python_values
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomm_vllm.config import ConfigError, KVCommConfig, keys
+from kvcomm_vllm.config import MAX_PROBLEMS, ConfigError, KVCommConfig, keys
 from kvcomm_vllm.config_docs import generated
 from kvcomm_vllm.config_file import load_file
 from kvcomm_vllm.config_key import Key
+from kvcomm_vllm.wording import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -32,6 +34,14 @@ def allowed_values(key: Key) -> st.SearchStrategy[object]:
     if isinstance(key.default, int):
         return st.integers(key.low, key.high)  # type: ignore[arg-type]
     return st.floats(key.low, key.high)
+
+
+NUMBERS = [name for name, key in keys().items() if type(key.default) in (int, float)]
+
+
+def name_of(name: object) -> str:
+    """How a line about this key begins."""
+    return f"{name}: " if name in keys() else f"unknown key {shown(name)}; "
 
 
 def complete(values: dict[str, object]) -> bool:
@@ -62,28 +72,48 @@ def test_allowed_values_survive_a_round_trip_through_json(given_values: dict[str
 def test_a_value_outside_its_bounds_is_refused_by_name(
     values: dict[str, object], data: st.DataObject
 ) -> None:
-    name = data.draw(st.sampled_from([n for n, k in keys().items() if k.low is not None]))
+    name = data.draw(st.sampled_from(NUMBERS))
     key = keys()[name]
-    bad = [key.low - 1, math.nan, math.inf] + ([] if key.high is None else [key.high + 1])  # type: ignore[operator]
+    bad = [key.low - 1, key.high + 1, math.nan, math.inf, 10**400, -(10**5000)]
     with pytest.raises(ConfigError, match=f"^test: {name}: .*allowed: a ") as caught:
         KVCommConfig.from_mapping({**values, name: data.draw(st.sampled_from(bad))}, "test")
     assert key.allowed in str(caught.value)
+
+
+def test_every_number_has_bounds_of_its_own_type_that_hold_its_default() -> None:
+    for name in NUMBERS:
+        key = keys()[name]
+        assert {type(key.low), type(key.high)} == {type(key.default)}, name
+        assert -math.inf < key.low <= key.default <= key.high < math.inf, name  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("seam_tokens", True, "seam_tokens: True is true/false; allowed: a whole number from 0"),
-        ("seam_tokens", 4.0, "is a number with a point"),
+        (
+            "seam_tokens",
+            4.0,
+            "4.0 is not written as a whole number; allowed: a whole",
+        ),
+        ("max_sequences", 1e12, "1000000000000.0 is not written as a whole number"),
+        ("max_sequences", 10**12, "1000000000000 is out of range; allowed: a whole number from 1"),
+        ("seam_tokens", 10**5000, "<number of about 5001 digits> is out of range"),
+        ("ridge", 10**5000, "<number of about 5001 digits> is out of range; allowed: a number"),
+        ("ridge", math.inf, "inf is not a finite number"),
+        ("seam_tokens", math.nan, "nan is not a finite number"),
+        ("ridge", b"1" * 5000, "... is of another type; allowed: a number from 0.01 to 1000.0"),
         ("seam_tokens", "16", "seam_tokens: '16' is text"),
         ("seam_tokens", None, "seam_tokens: None is empty"),
         ("seam_tokens", 5000, "5000 is out of range; allowed: a whole number from 0 to 4096"),
-        ("report", 1, "report: 1 is a whole number; allowed: true or false"),
-        ("report", "yes", "report: 'yes' is text; allowed: true or false"),
+        ("self_check", 1, "self_check: 1 is a whole number; allowed: true or false"),
+        ("self_check", "yes", "self_check: 'yes' is text; allowed: true or false"),
+        ("report", "yes", "report: 'yes' is not known; allowed: one of auto, coarse, full, off"),
         ("mode", "fast", "mode: 'fast' is not known; allowed: one of off, rotate, seam"),
         ("mode", True, "mode: True is not known"),
-        ("min_reuse_share", [0.3], "is a list; allowed: a number from 0.0 to 1.0"),
+        ("min_reuse_share", [0.3], "[0.3] is a list; allowed: a number from 0.0 to 1.0"),
     ],
+    ids=shown,
 )
 def test_a_wrong_value_is_refused_naming_source_key_value_and_what_is_allowed(
     name: str, value: object, said: str
@@ -103,6 +133,30 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(typo: str, meant: 
         KVCommConfig.from_mapping({typo: 1}, "test")
 
 
+@pytest.mark.parametrize(
+    "name", ["zzz", "tokens", "x" * 10**6, "line\nfeed", 7, None, (1, 2)], ids=shown
+)
+def test_an_unknown_key_is_answered_with_three_known_ones_at_most_and_where_all_are(
+    name: object,
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVCommConfig.from_mapping({name: 1}, "test")  # type: ignore[dict-item]
+    said = str(caught.value)
+    assert said.startswith("test: unknown key ")
+    assert said.endswith(" all keys are in docs/config.md and in `vllm serve --help=KVCommConfig`")
+    assert sum(f"'{known}'" in said for known in keys()) <= 3
+    assert said.isprintable()
+    assert len(said) < 300
+
+
+def test_of_very_many_problems_only_the_first_are_told() -> None:
+    with pytest.raises(ConfigError) as caught:
+        KVCommConfig.from_mapping({f"key{number}": 1 for number in range(10**5)}, "test")
+    *told, last = str(caught.value).splitlines()
+    assert len(told) == MAX_PROBLEMS
+    assert last == "test: there are more problems"
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         KVCommConfig.from_mapping({"seam_tokens": -1, "zzz": 0, "report": "no"}, "test")
@@ -115,11 +169,11 @@ def test_the_configuration_cannot_be_changed_after_the_check() -> None:
 
 
 def test_the_log_line_marks_what_differs_from_the_default() -> None:
-    line = KVCommConfig(seam_tokens=4, report=False).describe()
+    line = KVCommConfig(seam_tokens=4, audits=False).describe()
     assert "\n" not in line
     assert [part for part in line.split(", ") if part.endswith("*")] == [
         "seam_tokens=4*",
-        "report=false*",
+        "audits=false*",
     ]
     assert len(line.split(", ")) == len(keys())
 
@@ -127,55 +181,6 @@ def test_the_log_line_marks_what_differs_from_the_default() -> None:
 def test_combinations_that_defeat_themselves_are_warned_about() -> None:
     assert KVCommConfig().warnings() == ()
     assert "window_tokens=64" in KVCommConfig(window_tokens=64).warnings()[0]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"a: [1", "not valid YAML: expected ',' or ']'"),
-        (b"- mode", "must be a mapping of keys to values (lines like `mode: seam`), but is of"),
-        (b"seam", "but is of type str"),
-        (b"\xff\xfe\x00", "not a text file in UTF-8"),
-        (b"mode: seam\nmode: off\n", "key 'mode' is given twice (line 2, column 1)"),
-        (b"mode: !!python/object:os.system {}", "not valid YAML: could not determine"),
-        (b"[" * 5000, "not valid YAML"),
-        (b"1: 2", "unknown key 1"),
-    ],
-)
-def test_a_file_that_is_no_configuration_is_refused_in_one_clear_line(
-    tmp_path: Path, content: bytes, said: str
-) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError) as caught:
-        load_file(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
-        load_file(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        load_file(tmp_path)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_file("nul\0name")
-
-
-@pytest.mark.parametrize("content", ["", "# only a comment\n", "{}"])
-def test_an_empty_file_means_all_defaults(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "empty.yaml"
-    path.write_text(content)
-    assert load_file(path) == KVCommConfig()
-
-
-def test_mode_off_can_be_written_without_quotes(tmp_path: Path) -> None:
-    path = tmp_path / "off.yaml"
-    path.write_text("mode: off")
-    assert load_file(path).mode == "off"
-    # Other YAML readers, vLLM's among them, turn the word into false.
-    assert KVCommConfig.from_mapping(yaml.safe_load("mode: off"), "test").mode == "off"
 
 
 @pytest.mark.parametrize("path", generated(ROOT), ids=lambda path: path.name)
@@ -205,3 +210,34 @@ def test_reading_the_configuration_imports_neither_torch_nor_vllm() -> None:
         "kvcomm_vllm.plugin; assert not {'torch', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(list(keys())) | st.text() | st.integers() | st.just(Huge(HUGE)),
+        python_values,
+        max_size=5,
+    )
+)
+def test_any_values_at_all_give_a_configuration_within_bounds_or_short_lines(
+    values: dict[str, object],
+) -> None:
+    try:
+        config = KVCommConfig.from_mapping(values, "test")
+    except ConfigError as error:
+        refused = [name for name in values if f"test: {name_of(name)}" in str(error)]
+        assert refused
+        for line in str(error).splitlines():
+            assert is_short_line(line)
+            assert any(line.startswith(f"test: {name_of(name)}") for name in refused)
+        return
+    for name, value in config.to_mapping().items():
+        key = keys()[name]
+        assert type(value) is type(key.default)
+        assert key.problem(value) is None
+
+
+@pytest.mark.parametrize(("given", "meant"), [(True, "auto"), (False, "off")])
+def test_report_may_still_be_yes_or_no(given: bool, meant: str) -> None:
+    assert KVCommConfig.from_mapping({"report": given}, "test").report == meant

@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from kvcomm_vllm.metrics import METRICS, KVCommPromMetrics, KVCommStats
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.scheduler.spans import Treatment
 
 counts = st.dictionaries(
     st.sampled_from([f"{metric}/{label}" for metric in METRICS for label in ("a", "b/c")]),
@@ -25,13 +24,13 @@ counts = st.dictionaries(
 
 def request(**changes: Any) -> Any:
     """What is read of a finished request's state: 10 tokens local, 30 reused, 24 computed."""
-    spans = [(0, 10, "local"), (10, 20, "computed"), (20, 50, "reused"), (50, 64, "computed")]
     state: dict[str, Any] = {
-        "treatments": lambda: [(a, b, Treatment(kind)) for a, b, kind in spans],
+        "counts": lambda: {"local": 10, "reused": 30, "computed": 24},
+        "parts": lambda: {"corrected": 0, "from_approximate": 0},
         "declined": {},
         "outcome": "reused",
     }
-    return SimpleNamespace(**{"reused": None, **state, **changes})
+    return SimpleNamespace(**{**state, **changes})
 
 
 @given(st.lists(counts, max_size=5))
@@ -83,11 +82,17 @@ def test_a_finished_request_counts_its_tokens_once_each() -> None:
 
 def test_what_is_corrected_or_from_approximate_kv_is_counted_beside_what_is_reused() -> None:
     stats = KVCommStats()
-    plan = SimpleNamespace(corrected_tokens=20, tokens_from_approximate=12)
-    stats.count_request(request(reused=plan))
+    parts = {"corrected": 20, "from_approximate": 12}
+    stats.count_request(request(parts=lambda: parts))
     assert stats.data["tokens/reused"] == 30
     assert stats.data["tokens/corrected"] == 20
     assert stats.data["tokens/from_approximate"] == 12
+
+
+def test_the_prompt_of_a_request_that_never_ran_is_not_counted_as_computed() -> None:
+    stats = KVCommStats()
+    stats.count_request(request(outcome="aborted"))
+    assert stats.data == {"requests/aborted": 1}
 
 
 def test_a_declined_request_counts_why() -> None:
