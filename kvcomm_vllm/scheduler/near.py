@@ -58,7 +58,8 @@ def may_explain(state: RequestState, config: KVCommConfig) -> bool:
 
 def note(state: RequestState, config: KVCommConfig, index: SequenceIndex) -> None:
     """Put what is near into the request's report, if it asks and may be told."""
-    if state.hints.explain and state.limits is not None and may_explain(state, config):
+    wanted = state.hints.explain and config.report and state.limits is not None
+    if wanted and may_explain(state, config):
         state.near = [stretch.row() for stretch in explain(state, index)]
 
 

@@ -95,6 +95,14 @@ def test_nobody_looks_unless_asked(
     assert "near" not in engine.served["asks"].report
 
 
+def test_nobody_looks_where_no_report_is_given(
+    make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = with_source(make_engine(report=False))
+    monkeypatch.setattr(near, "explain", lambda *given: pytest.fail("looked"))
+    assert engine.serve("asks", PROMPT, hints=EXPLAIN).report == {}
+
+
 def test_nobody_looks_where_nothing_may_be_told(
     make_engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
