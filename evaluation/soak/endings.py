@@ -26,6 +26,16 @@ def by_long_length(rng: random.Random, tenant: Tenant) -> Item:
     return Item(0, "", CHAT, body, finish=("length",))
 
 
+def by_length_in_a_crowd(rng: random.Random, tenant: Tenant) -> Item:
+    """A short prompt that grows: many are admitted, and some must go again."""
+    body = {
+        "messages": [{"role": "user", "content": story(rng, 15)}],
+        "max_tokens": rng.randint(60, 140),
+        "ignore_eos": True,
+    }
+    return Item(0, "", CHAT, body, finish=("length",))
+
+
 def by_end_of_text(rng: random.Random, tenant: Tenant) -> Item:
     body = {
         "messages": tenant.chat(tenant.documents(1), "Be brief."),
@@ -84,6 +94,7 @@ def leaves_in_decode(rng: random.Random, tenant: Tenant) -> Item:
 ENDINGS = {
     by_length: 8,
     by_long_length: 7,
+    by_length_in_a_crowd: 10,
     by_end_of_text: 3,
     by_stop_token: 3,
     by_stop_string: 3,

@@ -17,6 +17,7 @@ class Options:
     storm: seconds of a round in which clients send new requests.
     blocks: pages of the KV cache, of 32 tokens; far fewer than the clients could use.
     compared: requests a round that are compared with dense ones.
+    plain: 1 = without the plugin, to see what of all this is vLLM's own.
     """
 
     model: str
@@ -25,8 +26,9 @@ class Options:
     seed: int = 20261128
     clients: int = 24
     storm: float = 90.0
-    blocks: int = 56
+    blocks: int = 48
     compared: int = 6
+    plain: int = 0
 
 
 def parse(arguments: list[str] | None = None) -> Options:

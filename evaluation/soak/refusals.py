@@ -30,7 +30,6 @@ BAD_BODIES: tuple[tuple[str, dict[str, Any], int], ...] = (
     (CHAT, {"temperature": -1}, 400),
     (CHAT, {"n": 0}, 400),
     (CHAT, {"model": "another"}, 404),
-    (CHAT, {"use_beam_search": True, "stream": True}, 400),
     (CHAT, {"structured_outputs": {"regex": "("}}, 400),
     (CHAT, {"cache_salt": ""}, 400),
     (CHAT, {"top_logprobs": 1000, "logprobs": True}, 400),

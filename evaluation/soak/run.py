@@ -20,7 +20,7 @@ from evaluation.soak.checks import faults_of
 from evaluation.soak.clients import storm
 from evaluation.soak.dense import compare
 from evaluation.soak.events import trouble
-from evaluation.soak.meter import Log, memory_mb
+from evaluation.soak.meter import Log, memory_mb, wrong_lines
 from evaluation.soak.options import LIMIT, Options, parse
 from evaluation.soak.promises import Fault, Promise
 from evaluation.soak.result import Result, Round, write
@@ -38,13 +38,14 @@ def soaked(options: Options) -> Iterator[Server]:
     """A server short of memory, with the routes for developers; its answers are float32."""
     options.out.mkdir(parents=True, exist_ok=True)
     config = options.out / "kvcomm.yaml"
-    config.write_text(SETTINGS)
+    config.write_text(SETTINGS)  # read with the plugin only
     extra = ["--dtype", "float32", "--max-model-len", str(LIMIT)]
     extra += ["--num-gpu-blocks-override", str(options.blocks), "--max-num-batched-tokens", "512"]
     extra += ["--enable-log-requests", "--no-log-error-stack", "--disable-uvicorn-access-log"]
     port = free_port()
+    connector = not options.plain
     command = serve_command(
-        options.model, port, on_gpu=False, connector=True, config=config, extra=extra
+        options.model, port, on_gpu=False, connector=connector, config=config, extra=extra
     )
     env = serve_env(options.model, on_gpu=False)
     env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -87,8 +88,7 @@ def rounds(options: Options, server: Server, result: Result) -> None:
             )
         )
         print(result.rounds[-1].line(len(result.rounds)), flush=True)
-    log.follow()
-    result.faults += [Fault(Promise.CLEAN, "", 0, line) for line in log.wrong]
+    result.faults += [Fault(Promise.CLEAN, "", 0, line) for line in wrong_lines(server.log)]
 
 
 def main(arguments: list[str] | None = None) -> Result:

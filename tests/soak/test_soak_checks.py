@@ -12,7 +12,7 @@ from evaluation.soak.checks import faults_of
 from evaluation.soak.dense import difference
 from evaluation.soak.events import Event
 from evaluation.soak.item import CHAT, TEXT, Item, Outcome
-from evaluation.soak.meter import Log, Reading
+from evaluation.soak.meter import Log, Reading, wrong_lines
 from evaluation.soak.promises import Promise
 from evaluation.soak.result import grown
 from evaluation.soak.script import DECK, KINDS, Script
@@ -103,18 +103,34 @@ def test_aborted_are_the_requests_with_no_end_of_their_own() -> None:
     assert reading.aborted == 2
 
 
-def test_the_log_is_read_piece_by_piece_and_errors_are_found(tmp_path: Path) -> None:
+TRACEBACK = """ERROR:    Exception in ASGI application
+Traceback (most recent call last):
+  File "a.py", line 1, in run
+  File "serving.py", line 678, in {name}
+    step = top_logprobs[i]
+IndexError: list index out of range
+"""
+
+
+def test_requests_in_the_log_are_counted_piece_by_piece(tmp_path: Path) -> None:
     path = tmp_path / "server.log"
-    path.write_text(
-        "INFO Added request cmpl-1.\nERROR The model `another` does not exist.\nINFO Ad"
-    )
+    path.write_text("INFO Added request cmpl-1.\nINFO Ad")
     log = Log(path)
     log.follow()
-    assert (log.added, log.wrong) == (1, [])
+    assert log.added == 1
     with path.open("a") as more:
-        more.write("ded request cmpl-2.\nERROR it broke\n")
+        more.write("ded request cmpl-2.\n")
     log.follow()
-    assert (log.added, log.wrong) == (2, ["ERROR it broke"])
+    assert log.added == 2
+
+
+def test_errors_in_the_log_are_found_save_what_vllm_is_known_to_write(tmp_path: Path) -> None:
+    path = tmp_path / "server.log"
+    known = TRACEBACK.format(name="_create_completion_logprobs")
+    path.write_text(f"INFO one\nERROR x The model `another` does not exist. y\n{known}INFO two\n")
+    assert wrong_lines(path) == []
+    path.write_text(f"{known}ERROR it broke\n{TRACEBACK.format(name='another')}")
+    assert [line.split()[0] for line in wrong_lines(path)] == ["ERROR", "ERROR:", "Traceback"]
 
 
 def test_a_deck_has_every_kind_and_depends_on_the_seed_alone() -> None:
