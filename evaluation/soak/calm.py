@@ -17,6 +17,7 @@ from evaluation.soak.script import SALTS
 from evaluation.soak.texts import story
 
 PATIENCE_SECONDS = 60.0
+LEARNING_SECONDS = 8.0
 SPAN = 30  # tokens: what a positive control must reuse at least
 
 
@@ -74,6 +75,18 @@ class Calm:
         if not _until(even):
             self.say(Promise.TREATED, (before, read(self.base_url)))
 
+    def learns(self) -> None:
+        """Time to learn from what was served; resets have dropped most of it."""
+
+        def done() -> bool:
+            lessons = read(self.base_url).lessons
+            ended = lessons["learned"] + lessons["dropped"] + lessons["failed"]
+            return ended == lessons["queued"]
+
+        _until(done, LEARNING_SECONDS)
+        if failed := read(self.base_url).lessons["failed"]:
+            self.say(Promise.LEARNED, f"{failed} so far")
+
     def resets(self, everything: bool) -> int:
         """A reset succeeds and nothing survives it; how many were tried until one did."""
         known = story(self.rng, 150)
@@ -123,8 +136,8 @@ class Calm:
                 self.say(Promise.OWN, (owner, told))
 
 
-def _until(true: Callable[[], bool]) -> bool:
-    end = time.monotonic() + PATIENCE_SECONDS
+def _until(true: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
+    end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
             return False

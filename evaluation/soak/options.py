@@ -26,7 +26,7 @@ class Options:
     seed: int = 20261128
     clients: int = 24
     storm: float = 90.0
-    blocks: int = 48
+    blocks: int = 40
     compared: int = 6
     plain: int = 0
 

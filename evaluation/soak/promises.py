@@ -24,6 +24,7 @@ class Promise(enum.StrEnum):
     COUNTED = "requests by outcome are those of the engine"
     TREATED = "treated tokens are the prompts' tokens"
     FREED = "no page is left in use after a drain"
+    LEARNED = "no lesson fails"
     RESET = "a reset succeeds after a drain"
     FORGOTTEN = "nothing stale is reused after a reset"
     PAUSED = "an idle server can be paused, and goes on"

@@ -70,6 +70,7 @@ def rounds(options: Options, server: Server, result: Result) -> None:
         log.follow()
         calm = Calm(server.base_url, model, log, random.Random(rng.random()))
         reading = calm.drained()
+        calm.learns()
         wrong = compare(server.base_url, model, outcomes, options.compared)
         calm.keeps_apart()
         calm.pauses()
