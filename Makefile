@@ -8,6 +8,9 @@ SMOLLM2 := models/SmolLM2-135M-Instruct
 GEMMA   := models/gemma-3-270m
 MODEL   ?= $(SMOLLM2)
 ARGS    ?=
+# Of `make soak`: how long, and which script; empty for the default.
+SECONDS ?=
+SEED    ?=
 # Where PyTorch's CPU build is asked for when pip does not find it otherwise.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export TORCH_INDEX
@@ -19,7 +22,7 @@ READY := $(VENV)/.kvcomm-ready
 MODEL_FILES := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model model-gemma demo test lint format bench clean
+.PHONY: help setup model model-gemma demo test soak lint format bench clean
 
 help: ## this list
 	@echo 'make TARGET [MODEL=folder-or-huggingface-id] [ARGS="..."] [VENV=.venv] [PYTHON=python3.11]'
@@ -48,6 +51,9 @@ demo: $(READY) $(MODEL_FILES) ## five agents on one question, plain vLLM against
 
 test: $(READY) $(SMOLLM2)/config.json ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(READY) $(SMOLLM2)/config.json ## ten minutes of everything at once; SECONDS=600 SEED=number
+	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(BIN)/python -m pytest tests/soak -m soak $(ARGS)
 
 lint: $(READY) ## ruff (rules, format) and mypy
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ class Hints:
         seam_tokens: tokens computed at the start of each reused span.
         spans: the only token ranges ``[start, end)`` of the prompt that may be reused, in order.
         learn: serve this request exactly and learn from it (modes ``anchor`` and ``paper``).
+        explain: look for text that is stored in another rendering, and say so in the report.
     """
 
     mode: str | None = None
@@ -49,6 +50,7 @@ class Hints:
     seam_tokens: int | None = None
     spans: tuple[tuple[int, int], ...] | None = None
     learn: bool = False
+    explain: bool = False
 
     def clip(self, matches: list[Match]) -> list[Match]:
         """The parts of ``matches`` inside ``spans``, in order; without spans all of them."""
@@ -100,7 +102,8 @@ def parse_hints(kv_transfer_params: object) -> Hints:
         agent=_agent(given.get("agent")),
         seam_tokens=_seam_tokens(given.get("seam_tokens")),
         spans=_spans(given.get("spans")),
-        learn=_learn(given.get("learn")),
+        learn=_flag("learn", given.get("learn")),
+        explain=_flag("explain", given.get("explain")),
     )
 
 
@@ -133,10 +136,10 @@ def _seam_tokens(value: object) -> int | None:
     raise _refused("seam_tokens", value, key.allowed)
 
 
-def _learn(value: object) -> bool:
+def _flag(name: str, value: object) -> bool:
     if value is None or isinstance(value, bool):
         return bool(value)
-    raise _refused("learn", value, "true or false")
+    raise _refused(name, value, "true or false")
 
 
 def _spans(value: object) -> tuple[tuple[int, int], ...] | None:

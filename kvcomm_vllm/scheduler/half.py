@@ -21,6 +21,7 @@ from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler import near
 from kvcomm_vllm.scheduler.cover import cover
 from kvcomm_vllm.scheduler.index import SequenceIndex
 from kvcomm_vllm.scheduler.operations import operations
@@ -217,6 +218,7 @@ class SchedulerHalf:
             state.served_approximate = state.local - state.first_approximate
         self.learning.admitted(state)
         self.paper.admitted(state, plan)
+        near.note(state, self.config, self.store.index)
         if plan is not None:
             state.declined.clear()
             state.slots = state.planned_slots

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import replace
 
@@ -175,6 +176,10 @@ class SequenceIndex:
     def oldest(self) -> Sequence | None:
         """The least recently used sequence."""
         return next(iter(self._slot_of), None)
+
+    def recent(self, namespace: bytes) -> Iterator[Sequence]:
+        """A namespace's sequences, the most recently used first."""
+        return (s for s in reversed(self._slot_of) if s.namespace == namespace)
 
     def sweep_candidates(self, count: int) -> list[Sequence]:
         """The next `count` sequences in turn, or all: for the caller to check that they live."""

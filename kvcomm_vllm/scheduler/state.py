@@ -54,6 +54,7 @@ class RequestState:
         generation: see :class:`~kvcomm_vllm.scheduler.sequence.Sequence`.
         planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
         lesson: what can be learned from the last plan.
+        near: rows of the report about text stored in another rendering; None where not looked for.
         probe, verdicts: what mode ``paper`` asked the workers, and what its gate said.
     """
 
@@ -93,6 +94,7 @@ class RequestState:
     probe: Probe | None = None
     verdicts: list[Verdict] = field(default_factory=list)
     declined: Counter[str] = field(default_factory=Counter)
+    near: list[list[int | float | str]] | None = None
     _tokens: np.ndarray | None = None
 
     @classmethod
@@ -222,6 +224,8 @@ class RequestState:
         }
         if self.hints.agent is not None:
             report["agent"] = self.hints.agent
+        if self.near is not None:
+            report["near"] = self.near
         if self.message:
             report["message"] = self.message
         return report
