@@ -67,6 +67,9 @@ class KVCommConnector(KVConnectorBase_V1):
             self._scheduler = SchedulerHalf(
                 self.config, block_size, budget, off, compat.find_wake_up()
             )
+            self._vllm_scheduler = compat.find_scheduler()
+            if self._vllm_scheduler is not None and self.config.report:
+                compat.add_reports(self._vllm_scheduler, self._scheduler.tell)
             logger.info("kvcomm: %s", self.config.describe())
         else:
             from kvcomm_vllm.worker.half import WorkerHalf
@@ -126,6 +129,7 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
+        compat.uncount_hits(self._vllm_scheduler, self._scheduler.take_computed_hits())
         if not message.empty:
             compat.require_load_before_forward(scheduler_output)
         return message

@@ -198,6 +198,11 @@ class Reason(enum.StrEnum):
         Scope.REQUEST,
         "The prompt holds images, audio or video.",
     )
+    STREAMING_INPUT = (
+        "streaming_input",
+        Scope.REQUEST,
+        "The prompt arrives in pieces, and vLLM takes back tokens between them.",
+    )
     LORA = (
         "lora",
         Scope.REQUEST,

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvcomm_vllm import compat
 from kvcomm_vllm.anchors.learning import Learning
 from kvcomm_vllm.anchors.lessons import Lessons
 from kvcomm_vllm.anchors.paper_mode import PaperMode
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.hints import FIELD
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
@@ -65,6 +67,8 @@ class SchedulerHalf:
         self.finder: SourceFinder
         self._planned: list[RequestState] = []
         self._ops: list[RequestOps] = []
+        self._ended: dict[str, dict[str, Any]] = {}
+        self._computed_hits = 0
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
@@ -168,6 +172,8 @@ class SchedulerHalf:
         if plan is not None:
             assert external == plan.external_tokens, "vLLM takes external tokens as offered"
             state.loading = True
+            if not request.num_preemptions:
+                self._computed_hits += plan.hole_tokens
             self._ops.append(operations(state.id, plan, state.tokens(), block_ids, self.block_size))
             for span in plan.spans:
                 self.store.index.touch(span.source.sequence)
@@ -184,10 +190,17 @@ class SchedulerHalf:
         if plan is not None:
             state.declined.clear()
             state.slots = state.planned_slots
+            compat.count_cached_tokens(state.request, plan.local, plan.reused_tokens)
+
+    def take_computed_hits(self) -> int:
+        """Tokens of this step's admissions that are computed, though vLLM counts them as hits."""
+        taken, self._computed_hits = self._computed_hits, 0
+        return taken
 
     # ---- the step goes to the workers and comes back ---------------------------------------------
 
     def build_message(self, output: SchedulerOutput) -> StepMessage:
+        self._ended.clear()
         for state in self._planned:
             self._forget(state)
         self._planned.clear()
@@ -226,6 +239,7 @@ class SchedulerHalf:
             else:
                 state.failed = True
                 state.decline(Reason.LOAD_FAILED)
+                compat.count_cached_tokens(state.request, state.served_local, 0)
                 self.store.drop(state)
 
     def finish(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
@@ -239,7 +253,23 @@ class SchedulerHalf:
         if state.lesson is not None:  # what it can teach waits for an idle moment
             self.lessons.add(state.lesson)
         self.stats.count_request(state)
-        return {"kvcomm": state.report()} if self.config.report else None
+        if not self.config.report:
+            return None
+        self._ended[state.id] = report = {FIELD: state.report()}
+        return report
+
+    def tell(self, request_id: str) -> dict[str, Any] | None:
+        """What the output of a request that has none brings along: its report with the first one,
+        as vLLM's front end may answer before the engine hears of an end; and with the last one of a
+        request that vLLM ended without asking (an error).
+        """
+        state = self.states.get(request_id)
+        if state is None:
+            return self._ended.get(request_id)
+        if state.told or not self.config.report:
+            return None
+        state.told = True
+        return {FIELD: state.report()}
 
     def reset(self) -> None:
         self.store.clear(list(self.states.values()))

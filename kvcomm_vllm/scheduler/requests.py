@@ -53,7 +53,7 @@ def new_state(
 
 def unshareable(request: Request) -> Reason | None:
     """Why this request can neither reuse nor be reused, if so: its KV does not follow from token
-    ids alone.
+    ids alone, or these do not stay.
     """
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return Reason.PROMPT_EMBEDS
@@ -61,6 +61,8 @@ def unshareable(request: Request) -> Reason | None:
         return Reason.MULTIMODAL
     if request.lora_request is not None:
         return Reason.LORA
+    if getattr(request, "resumable", False):
+        return Reason.STREAMING_INPUT
     return None
 
 

@@ -42,6 +42,7 @@ class RequestState:
         served: the plan of the first admission, ``served_local`` its local hit: what the report
             speaks of.
         confirmed, failed: the workers' word on that plan.
+        told: the report has gone out with the first output.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
         planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
@@ -67,6 +68,7 @@ class RequestState:
     served_local: int = 0
     confirmed: bool = False
     failed: bool = False
+    told: bool = False
     sequence: Sequence | None = None
     prefill_tokens: int = 0
     first_approximate: int | None = None
