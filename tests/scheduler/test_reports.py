@@ -6,6 +6,7 @@ of its prompt were cached.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from engine_without_worker import EngineWithoutWorker
 from scripts import words
 from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import PrefixCacheStats
+
+from kvcomm_vllm import compat
 
 Make = Callable[..., EngineWithoutWorker]
 
@@ -116,6 +119,25 @@ def test_a_stop_string_is_seen_late_and_what_was_computed_is_found(
     assert listener.spans("reused") == [(9 + SEAM, 9 + 20)]
     engine.run()
     check_idle(engine)
+
+
+def test_reports_that_fail_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(compat.logger, "exception", said.append)
+    answer = SimpleNamespace(request_id="second", kv_transfer_params=None)
+
+    def update() -> dict[int, Any]:
+        return {0: SimpleNamespace(outputs=[answer])}
+
+    def tell(request_id: str) -> dict[str, Any]:
+        raise KeyError(request_id)
+
+    scheduler = SimpleNamespace(update_from_output=update)
+    compat.add_reports(scheduler, tell)
+    for _ in range(2):
+        assert scheduler.update_from_output()[0].outputs == [answer]
+    assert len(said) == 1
+    assert scheduler.update_from_output is update
 
 
 def test_what_ended_is_not_remembered(make_engine: Make) -> None:
