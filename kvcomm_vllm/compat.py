@@ -8,15 +8,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+# Only loggers below "vllm" have a handler.
+logger = init_logger("vllm.kvcomm")
 
 
 def _from_the_stack(attribute: str) -> Any | None:
@@ -56,6 +62,63 @@ def find_wake_up() -> Callable[[], None] | None:
     if message is None or engine is None:
         return None
     return partial(engine.input_queue.put_nowait, (message, None))
+
+
+def add_reports(scheduler: Any, tell: Callable[[str], dict[str, Any] | None]) -> None:
+    """Let ``tell(request_id)`` add ``kv_transfer_params`` to outputs that have none.
+
+    vLLM asks the connector for them when a request ends in the engine, and has no hook for the
+    outputs before: so this scheduler's ``update_from_output`` is wrapped, until anything in here
+    fails.
+    """
+    update = scheduler.update_from_output
+
+    @wraps(update)
+    def update_from_output(*args: Any, **kwargs: Any) -> Any:
+        outputs = update(*args, **kwargs)
+        try:
+            for of_client in outputs.values():
+                for output in of_client.outputs:
+                    told = tell(output.request_id)
+                    if told is not None and output.kv_transfer_params is None:
+                        output.kv_transfer_params = told
+        except Exception:
+            scheduler.update_from_output = update
+            logger.exception("kvcomm: answers that a stop string ends have no report from now on")
+        return outputs
+
+    scheduler.update_from_output = update_from_output
+
+
+def count_cached_tokens(request: Request, local: int, reused: int) -> None:
+    """Correct the count of a prompt's cached tokens that the first output takes to the front end.
+
+    vLLM takes all external tokens for cached ones, also those that were computed between what was
+    loaded.
+    """
+    stats = getattr(request, "prefill_stats", None)
+    if stats is None:  # told already
+        return
+    with suppress(AttributeError, TypeError):  # of another version, with its own idea of them
+        stats.set(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_local_cached_tokens=local,
+            num_external_cached_tokens=reused,
+        )
+
+
+def uncount_hits(scheduler: Any, tokens: int) -> None:
+    """Take ``tokens`` that were computed from the hits vLLM has counted for its connector in the
+    step it is just scheduling.
+    """
+    stats: Any = getattr(scheduler, "connector_prefix_cache_stats", None)
+    if not 0 < tokens <= getattr(stats, "hits", 0):
+        return
+    stats.hits -= tokens
+    for source, hits in getattr(stats, "hits_by_source", {}).items():
+        if hits >= tokens:
+            stats.hits_by_source[source] = hits - tokens
+            break
 
 
 def require_load_before_forward(output: SchedulerOutput) -> None:

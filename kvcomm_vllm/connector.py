@@ -72,6 +72,9 @@ class KVCommConnector(KVConnectorBase_V1):
             self._scheduler = SchedulerHalf(
                 self.config, block_size, budget, off, compat.find_wake_up()
             )
+            self._vllm_scheduler = compat.find_scheduler()
+            if self._vllm_scheduler is not None and self.config.report != "off":
+                compat.add_reports(self._vllm_scheduler, self._scheduler.tell)
             logger.info("kvcomm: %s", self.config.describe())
             if self.config.default_on and self.config.mode != "off":
                 logger.warning("kvcomm: %s", SHARING)
@@ -133,6 +136,7 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
+        compat.uncount_hits(self._vllm_scheduler, self._scheduler.take_computed_hits())
         if not message.empty:
             compat.require_load_before_forward(scheduler_output)
         return message

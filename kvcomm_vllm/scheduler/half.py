@@ -14,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from kvcomm_vllm import compat
 from kvcomm_vllm.anchors.learning import Learning
 from kvcomm_vllm.anchors.lessons import Lessons
 from kvcomm_vllm.anchors.paper_mode import PaperMode
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.hints import FIELD
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
@@ -74,6 +76,8 @@ class SchedulerHalf:
         # ended while their loads are on their way: if those fail, pages must be forgotten
         self._leaving: dict[str, RequestState] = {}
         self._ops: list[RequestOps] = []
+        self._ended: dict[str, dict[str, Any] | None] = {}
+        self._computed_hits = 0
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
@@ -84,7 +88,7 @@ class SchedulerHalf:
         self.paper = PaperMode(self.config, self.lessons, self.pages)
 
     def on_new_request(self, request: Request) -> None:
-        state = new_state(request, self.config, self.stats, self.secret, self.off)
+        state = new_state(request, self.config, self.secret, self.off)
         self.states[request.request_id] = state
         if self._active(state):
             exact = self.pages.leading(request.block_hashes) * self.block_size
@@ -197,6 +201,8 @@ class SchedulerHalf:
         if plan is not None:
             assert external == plan.external_tokens, "vLLM takes external tokens as offered"
             state.loading = True
+            if not request.num_preemptions:
+                self._computed_hits += plan.hole_tokens
             ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
             if self._too_large(plan):
                 state.awaited = True
@@ -222,10 +228,17 @@ class SchedulerHalf:
         if plan is not None:
             state.declined.clear()
             state.slots = state.planned_slots
+            compat.count_cached_tokens(state.request, plan.local, plan.reused_tokens)
+
+    def take_computed_hits(self) -> int:
+        """Tokens of this step's admissions that are computed, though vLLM counts them as hits."""
+        taken, self._computed_hits = self._computed_hits, 0
+        return taken
 
     # ---- the step goes to the workers and comes back ---------------------------------------------
 
     def build_message(self, output: SchedulerOutput) -> StepMessage:
+        self._ended.clear()
         for state in self._planned:
             self._forget(state)
         self._planned.clear()
@@ -271,6 +284,7 @@ class SchedulerHalf:
             else:
                 state.failed, state.awaited = True, False
                 state.decline(Reason.LOAD_FAILED)
+                compat.count_cached_tokens(state.request, state.served_local, 0)
                 self.store.drop(state)
 
     def finish(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
@@ -287,10 +301,28 @@ class SchedulerHalf:
         if state.lesson is not None:  # what it can teach waits for an idle moment
             self.lessons.add(state.lesson)
         self.stats.count_request(state)
+        self._ended[state.id] = report = self._report(state)
+        return report
+
+    def tell(self, request_id: str) -> dict[str, Any] | None:
+        """What the output of a request that has none brings along: its report with the first one,
+        as vLLM's front end may answer before the engine hears of an end; and with the last one of a
+        request that vLLM ended without asking (an error).
+        """
+        state = self.states.get(request_id)
+        if state is None:
+            return self._ended.get(request_id)
+        if state.told:
+            return None
+        state.told = True
+        return self._report(state)
+
+    def _report(self, state: RequestState) -> dict[str, Any] | None:
+        """The ``kv_transfer_params`` of the response."""
         if self.config.report == "off":
             return None
         full = state.trusted and self.config.report != "coarse"
-        return {"kvcomm": state.report() if full else state.coarse_report(self.block_size)}
+        return {FIELD: state.report() if full else state.coarse_report(self.block_size)}
 
     def reset(self) -> None:
         self.store.clear(list(self.states.values()))

@@ -178,6 +178,7 @@ class EngineWithoutWorker(SimulatedWorker):
         hints: object = None,
         salt: str | None = None,
         priority: int = 0,
+        resumable: bool = False,
         **sampling: Any,
     ) -> Request:
         """A request that will sample ``answer`` (default: 2 tokens) and then end."""
@@ -200,6 +201,7 @@ class EngineWithoutWorker(SimulatedWorker):
             priority=priority,
             arrival_time=float(len(self.served)),
             block_hasher=self.hasher,
+            resumable=resumable,
         )
         self.served[name] = Served(text, len(prompt))
         self._note_exact_hashes(text, salt)
@@ -308,7 +310,8 @@ class EngineWithoutWorker(SimulatedWorker):
         outputs = self.scheduler.update_from_output(job.output, job.result)
         for client in outputs.values():
             for output in client.outputs:
+                served = self.served[output.request_id]
+                served.outputs.append(output)
                 if output.finish_reason is not None:
-                    served = self.served[output.request_id]
                     served.finished = True
                     served.report = (output.kv_transfer_params or {}).get("kvcomm", {})

@@ -10,6 +10,7 @@ from typing import Any
 
 from simulated_anchors import SimulatedAnchors
 from simulated_memory import Row, SimulatedMemory, Text
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from kvcomm_vllm.anchors.lesson import Lesson
@@ -24,6 +25,7 @@ class Served:
     prompt_tokens: int
     loaded: list[RequestOps] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
+    outputs: list[EngineCoreOutput] = field(default_factory=list)
     finished: bool = False
 
     @property

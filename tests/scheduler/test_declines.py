@@ -69,16 +69,17 @@ def test_who_does_not_reuse_is_reused_all_the_same(make_engine: Make) -> None:
     ],
     ids=repr,
 )
-def test_bad_hints_are_counted_named_and_otherwise_ignored(
+def test_who_gives_bad_hints_is_served_exactly_and_told_why(
     make_engine: Make, hints: object
 ) -> None:
+    """Who misspells "off" must not get reuse."""
     engine = with_source(make_engine())
     engine.half.stats.take()
-    engine.add("second", READER, hints=hints)
+    second = engine.serve("second", READER, hints=hints)
     assert engine.half.stats.data["reasons/bad_hints"] == 1
-    engine.run()
-    assert engine.served["second"].report["reused"] == 38
-    assert engine.served["second"].report["message"].startswith("kvcomm")
+    assert second.loaded == []
+    assert second.declined == ["bad_hints"]
+    assert second.report["message"].startswith("kvcomm")
 
 
 def test_a_prompt_that_shares_nothing(make_engine: Make) -> None:
