@@ -160,8 +160,8 @@ class Reason(enum.StrEnum):
     BAD_HINTS = (
         "bad_hints",
         Scope.REQUEST,
-        "The request's kv_transfer_params.kvcomm is malformed. Over HTTP it is refused; offline the "
-        "request is served exactly.",
+        "The request's kv_transfer_params.kvcomm is malformed. Over HTTP it is refused; offline "
+        "the request is served exactly.",
     )
     NO_MATCH = (
         "no_match",
