@@ -156,6 +156,19 @@ def metadata_builders(runner: Any, private: bool) -> list[tuple[Any, list[str]]]
     return found
 
 
+def allow_amx() -> None:
+    """Ask Linux for the tile registers that vLLM's CPU attention uses (``amx`` pages).
+
+    A process that uses them unasked is killed (SIGILL). vLLM leaves the asking to the first large
+    bf16 product; our check at start may come before it.
+    """
+    import torch
+
+    ask = getattr(torch.cpu, "_init_amx", None)
+    if ask is not None:
+        ask()
+
+
 def forwards_embeddings(model: ModelConfig) -> bool:
     """Whether vLLM embeds tokens before it calls the model, text alone included."""
     return bool(model.enable_prompt_embeds or model.supports_multimodal_inputs)
