@@ -121,6 +121,32 @@ def uncount_hits(scheduler: Any, tokens: int) -> None:
             break
 
 
+def find_engine() -> Any | None:
+    """The engine core that is just creating its scheduler's connector, or None."""
+    return _from_the_stack("model_executor")
+
+
+def is_resting(scheduler: Any | None, engine: Any | None) -> bool:
+    """Whether the engine has been paused, put to sleep, or told to end; False where that cannot be
+    seen. May be asked before the scheduler is complete.
+    """
+    paused = bool(getattr(scheduler, "pause_state", 0))
+    asleep = bool(getattr(getattr(engine, "model_executor", None), "is_sleeping", False))
+    runs = getattr(engine, "is_running", None)  # an engine in the caller's process has none
+    return paused or asleep or (runs is not None and not runs())
+
+
+def weight_version(engine: Any | None) -> str | None:
+    """What the weights were called when they were last changed (vLLM 0.32+), or None."""
+    version = getattr(engine, "get_weight_version", None)
+    return None if version is None else str(version())
+
+
+def prefix_cache(pool: BlockPool) -> Any | None:
+    """The pool's table of cached pages. A reset puts a new one in its place, and tells nobody."""
+    return getattr(pool, "cached_block_hash_to_block", None)
+
+
 def require_load_before_forward(output: SchedulerOutput) -> None:
     """vLLM 0.30+ runs ``start_load_kv`` before the forward only if this flag is set."""
     if hasattr(output, "has_sync_kv_loads"):

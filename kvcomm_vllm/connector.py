@@ -60,6 +60,7 @@ class KVCommConnector(KVConnectorBase_V1):
         self.config = KVCommConfig.from_mapping(extra, "kv_connector_extra_config")
         block_size = vllm_config.cache_config.block_size
         if role is KVConnectorRole.SCHEDULER:
+            from kvcomm_vllm.scheduler.engine_state import EngineState
             from kvcomm_vllm.scheduler.half import SchedulerHalf
 
             self._off = engine_off(vllm_config, kv_cache_config)
@@ -69,8 +70,9 @@ class KVCommConnector(KVConnectorBase_V1):
             budget = vllm_config.scheduler_config.max_num_batched_tokens
             # until workers report
             off = self._off.reason if self._off else Reason.DISABLED_AT_START
+            engine = EngineState(compat.find_scheduler(), compat.find_engine())
             self._scheduler = SchedulerHalf(
-                self.config, block_size, budget, off, compat.find_wake_up()
+                self.config, block_size, budget, off, engine, compat.find_wake_up()
             )
             self._vllm_scheduler = compat.find_scheduler()
             if self._vllm_scheduler is not None and self.config.report != "off":

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from kvcomm_vllm import compat
 from kvcomm_vllm.anchors.learning import Learning
 from kvcomm_vllm.anchors.lessons import Lessons
@@ -25,6 +27,7 @@ from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler import near
 from kvcomm_vllm.scheduler.cover import cover
+from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.index import SequenceIndex
 from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+logger = init_logger("vllm.kvcomm")
+
 
 class SchedulerHalf:
     """Args:
@@ -48,6 +53,7 @@ class SchedulerHalf:
     block_size: tokens per page; equals the granularity of vLLM's block hashes.
     max_batched_tokens: vLLM's token budget per step, the default cap for tokens computed in holes.
     off: why reuse is off for the whole engine, if it is.
+    engine: what its operator has done to it.
     wake: ends the engine's sleep, if it ever sleeps.
     """
 
@@ -57,6 +63,7 @@ class SchedulerHalf:
         block_size: int,
         max_batched_tokens: int,
         off: Reason | None,
+        engine: EngineState,
         wake: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
@@ -64,6 +71,7 @@ class SchedulerHalf:
         self.max_batched_tokens = max_batched_tokens
         self.spread = SpreadPlans(config.max_hole_tokens or max_batched_tokens)
         self.off = off
+        self.engine = engine
         self.wake = wake
         self.stats = KVCommStats()
         self.secret = os.urandom(32)  # of tenants' keys
@@ -81,13 +89,15 @@ class SchedulerHalf:
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
+        self.engine.watch(pool)
         self.pages = SourcePages(pool, self.block_size)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
-        self.lessons = Lessons(self.config, self.pages, self.stats, self.wake)
+        self.lessons = Lessons(self.config, self.pages, self.stats, self.engine, self.wake)
         self.learning = Learning(self.config, self.lessons, self.block_size)
         self.paper = PaperMode(self.config, self.lessons, self.pages)
 
     def on_new_request(self, request: Request) -> None:
+        self._keep_up()
         state = new_state(request, self.config, self.secret, self.off)
         self.states[request.request_id] = state
         if self._active(state):
@@ -106,6 +116,7 @@ class SchedulerHalf:
         Called once per scheduling attempt, so it consumes nothing: an attempt that was not admitted
         is forgotten first.
         """
+        self._keep_up()
         state = self.states.get(request.request_id)
         if state is None:
             return 0, False
@@ -239,6 +250,7 @@ class SchedulerHalf:
 
     def build_message(self, output: SchedulerOutput) -> StepMessage:
         self._ended.clear()
+        self._keep_up()
         for state in self._planned:
             self._forget(state)
         self._planned.clear()
@@ -256,10 +268,11 @@ class SchedulerHalf:
 
         Not while requests are alive, which vLLM counts itself: paused ones would never let it rest.
         """
-        return self.off is None and not self.states and self.lessons.due
+        return self.off is None and not self.states and self.lessons.due()
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
+        self._keep_up()
         self.lessons.on_report(report)
         if report.lesson >= 0:
             self._count_anchors()
@@ -324,7 +337,17 @@ class SchedulerHalf:
         full = state.trusted and self.config.report != "coarse"
         return {FIELD: state.report() if full else state.coarse_report(self.block_size)}
 
+    def _keep_up(self) -> None:
+        """Begin anew where the prefix cache was emptied or the weights were changed."""
+        if self.engine.renewed():
+            logger.info("kvcomm: prefix cache or weights are new, all is forgotten")
+            self.reset()
+
     def reset(self) -> None:
+        """KV of old weights must meet none of new ones, in pages or in what was learned."""
+        self.engine.renewed()  # known now
+        for state in self.states.values():
+            state.lesson = None
         self.store.clear(list(self.states.values()))
         self.lessons.clear()
         self.learning.clear()
