@@ -90,6 +90,32 @@ def add_reports(scheduler: Any, tell: Callable[[str], dict[str, Any] | None]) ->
     scheduler.update_from_output = update_from_output
 
 
+def let_go_before_resets(scheduler: Any, let_go: Callable[[], list[Request]]) -> None:
+    """Let requests whose KV arrives over several steps begin anew when running requests are reset.
+
+    vLLM sets running requests back, and raises where others wait for their KV. ``let_go`` returns
+    those of which nothing is on its way; to vLLM their load has then failed from the first token.
+    """
+    from vllm.v1.request import RequestStatus
+
+    reset = scheduler.reset_prefix_cache
+
+    @wraps(reset)
+    def reset_prefix_cache(reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
+        for request in let_go() if reset_running_requests else []:
+            if request.is_finished():
+                scheduler._free_blocks(request)
+                continue
+            request.num_computed_tokens = 0
+            scheduler.kv_cache_manager.free(request)
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+                scheduler.failed_recving_kv_req_ids.add(request.request_id)
+                scheduler.finished_recving_kv_req_ids.add(request.request_id)
+        return bool(reset(reset_running_requests, *args, **kwargs))
+
+    scheduler.reset_prefix_cache = reset_prefix_cache
+
+
 def count_cached_tokens(request: Request, local: int, reused: int) -> None:
     """Correct the count of a prompt's cached tokens that the first output takes to the front end.
 

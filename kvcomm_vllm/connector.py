@@ -75,8 +75,10 @@ class KVCommConnector(KVConnectorBase_V1):
                 self.config, block_size, budget, off, engine, compat.find_wake_up()
             )
             self._vllm_scheduler = compat.find_scheduler()
-            if self._vllm_scheduler is not None and self.config.report != "off":
-                compat.add_reports(self._vllm_scheduler, self._scheduler.tell)
+            if self._vllm_scheduler is not None:
+                compat.let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
+                if self.config.report != "off":
+                    compat.add_reports(self._vllm_scheduler, self._scheduler.tell)
             logger.info("kvcomm: %s", self.config.describe())
             if self.config.default_on and self.config.mode != "off":
                 logger.warning("kvcomm: %s", SHARING)

@@ -257,8 +257,8 @@ class SchedulerHalf:
         self.store.follow(output)
         room = self.max_batched_tokens - output.total_num_scheduled_tokens - self._hole_tokens()
         self._ops += self.spread.next_pieces(room)
-        idle = not self.states and not output.total_num_scheduled_tokens
-        probes, lesson = self.paper.take_probes(), self.lessons.next_op(idle)
+        busy = self.states or self._ops or output.total_num_scheduled_tokens
+        probes, lesson = self.paper.take_probes(), self.lessons.next_op(idle=not busy)
         message, self._ops = StepMessage(self._ops, probes, lesson), []
         return message
 
@@ -336,6 +336,20 @@ class SchedulerHalf:
             return None
         full = state.trusted and self.config.report != "coarse"
         return {FIELD: state.report() if full else state.coarse_report(self.block_size)}
+
+    def let_go(self) -> list[Request]:
+        """Requests with pages that vLLM does not run yet: they waited for their pieces, of which
+        none is on its way. They begin anew.
+        """
+        let_go = []
+        for state in [*self.states.values(), *self._leaving.values()]:
+            arrived = state.awaited and not state.loading
+            if self.spread.drop(state.id) or arrived:
+                self.pages.release(state.id)
+                self._leaving.pop(state.id, None)
+                state.loading = state.awaited = state.admitted = False
+                let_go.append(state.request)
+        return let_go
 
     def _keep_up(self) -> None:
         """Begin anew where the prefix cache was emptied or the weights were changed."""

@@ -241,6 +241,14 @@ class EngineWithoutWorker(SimulatedWorker):
             self.step()
         raise AssertionError(f"not finished after {steps} steps: {list(self.scheduler.requests)}")
 
+    def rest(self, steps: int = 2000) -> None:
+        """Step until the scheduler wants no more: all has ended, or it is paused."""
+        for _ in range(steps):
+            if not self.scheduler.has_requests():
+                return
+            self.step()
+        raise AssertionError(f"no rest after {steps} steps: {list(self.scheduler.requests)}")
+
     # ---- one step --------------------------------------------------------------------------------
 
     def step(self) -> SchedulerOutput:
@@ -283,7 +291,8 @@ class EngineWithoutWorker(SimulatedWorker):
             if message.requests:
                 assert job.output.has_sync_kv_loads, "loads must run before the forward"
             if message.lesson is not None:
-                assert not job.output.total_num_scheduled_tokens, "lessons are for idle steps"
+                busy = job.output.total_num_scheduled_tokens or message.requests
+                assert not busy, "lessons are for idle steps"
             tables = {row.request_id: row.table for row in job.rows}
             connector_output = self.work(message, tables, self.half.lessons._active)
         memory.forward(job.rows, "forward")

@@ -46,16 +46,14 @@ class OperatedCrowd(Crowd):
         elif choice < 0.8:
             engine.scheduler.set_pause_state(PauseState.UNPAUSED)
             return
-        while engine.scheduler.has_requests():
-            engine.step()
+        engine.rest()
         engine.drain()
         assert len(engine.lessons) == learned
 
     def new_weights(self) -> None:
         """As vLLM does behind a pause: nothing is under way when its cache is emptied."""
         engine = self.engine
-        while engine.scheduler.has_requests():
-            engine.step()
+        engine.rest()
         engine.drain()
         assert engine.scheduler.reset_prefix_cache(
             reset_running_requests=True, reset_connector=self.random.random() < 0.2

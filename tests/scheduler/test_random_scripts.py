@@ -69,11 +69,9 @@ class Crowd:
         elif choice < 0.29 and engine.scheduler.requests:
             engine.abort(self.random.choice(list(engine.scheduler.requests)))
         elif choice < 0.30:
-            # vLLM's own rule: no running request is reset while another waits for its KV
-            waits = any(state.awaited for state in engine.half.states.values())
-            busy = waits or engine.jobs or engine.half._leaving
+            # vLLM's own rule: no running request is reset while KV of another is on its way
             engine.scheduler.reset_prefix_cache(
-                reset_running_requests=self.random.random() < 0.5 and not busy,
+                reset_running_requests=self.random.random() < 0.5 and not engine.jobs,
                 reset_connector=self.random.random() < 0.5,
             )
 
