@@ -106,6 +106,8 @@ def let_go_before_resets(scheduler: Any, let_go: Callable[[], list[Request]]) ->
             if request.is_finished():
                 scheduler._free_blocks(request)
                 continue
+            if request.status == RequestStatus.RUNNING:
+                continue  # vLLM's own turn
             request.num_computed_tokens = 0
             scheduler.kv_cache_manager.free(request)
             if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:

@@ -8,7 +8,6 @@ tensors or objects of either half.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -95,6 +94,8 @@ class RequestOps:
     external token.
 
     Args:
+        first_token: first position of its plan. If anything fails, no KV from here on counts, what
+            other pieces were to write included.
         waits: the request waits until its ``last`` piece of work has been reported.
     """
 
@@ -103,15 +104,9 @@ class RequestOps:
     loads: list[LoadOp]
     holes: list[HoleOp]
     estimates: list[EstimateOp] = field(default_factory=list)
+    first_token: int = 0
     waits: bool = False
     last: bool = True
-
-    @property
-    def first_token(self) -> int:
-        """First position this request's operations write; its last one where there are none."""
-        starts = [op.prompt_start for op in self.loads] + [op.start for op in self.holes]
-        starts += [op.base.prompt_start for op in self.estimates]
-        return min(starts, default=sys.maxsize)
 
 
 @dataclass(slots=True)

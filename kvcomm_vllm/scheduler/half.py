@@ -338,13 +338,13 @@ class SchedulerHalf:
         return {FIELD: state.report() if full else state.coarse_report(self.block_size)}
 
     def let_go(self) -> list[Request]:
-        """Requests with pages that vLLM does not run yet: they waited for their pieces, of which
-        none is on its way. They begin anew.
+        """Requests that may have pages though vLLM does not run them: they waited for their pieces,
+        of which none is on its way. They begin anew.
         """
         let_go = []
         for state in [*self.states.values(), *self._leaving.values()]:
-            arrived = state.awaited and not state.loading
-            if self.spread.drop(state.id) or arrived:
+            ended = (state.awaited and not state.loading) or state.failed
+            if self.spread.drop(state.id) or ended:
                 self.pages.release(state.id)
                 self._leaving.pop(state.id, None)
                 state.loading = state.awaited = state.admitted = False

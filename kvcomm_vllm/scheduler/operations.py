@@ -30,6 +30,7 @@ def operations(
             for span in plan.spans
             if span.estimate is not None
         ],
+        first_token=plan.local,
     )
 
 
