@@ -58,7 +58,8 @@ def case_server(
 ) -> Iterator[Server]:
     """A server with the plugin, and the routes for developers that resetting needs."""
     port = free_port()
-    more = ["--trust-request-chat-template", "--no-log-error-stack", *extra]
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]
+    more = ["--trust-request-chat-template", "--no-log-error-stack", *tools, *extra]
     command = serve_command(model, port, on_gpu=False, connector=True, config=config, extra=more)
     env = serve_env(model, on_gpu=False) | {"VLLM_SERVER_DEV_MODE": "1"}
     with running("cases", command, port, env, folder / "server.log") as server:
