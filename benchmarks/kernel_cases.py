@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcomm_vllm.kernels import cpu_correct, cpu_load, portable, reference
+from kvcomm_vllm.kernels import reference
+from kvcomm_vllm.kernels.cpu import correct as cpu_correct
+from kvcomm_vllm.kernels.cpu import load as cpu_load
+from kvcomm_vllm.kernels.cpu import portable
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 

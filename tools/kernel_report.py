@@ -17,12 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import track
-
-from kvcomm_vllm.kernels import correct
-from kvcomm_vllm.kernels.compiled import Compiled, compile_for
-from kvcomm_vllm.kernels.traffic import bytes_per_row
-from kvcomm_vllm.kernels.variants import (
+from kernel_inspection.compiled import Compiled, compile_for
+from kernel_inspection.traffic import bytes_per_row
+from kernel_inspection.variants import (
     Shape,
     Variant,
     all_variants,
@@ -32,6 +29,9 @@ from kvcomm_vllm.kernels.variants import (
     load_variant,
     sum_variant,
 )
+from rich.progress import track
+
+from kvcomm_vllm.kernels import correct
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "kernels.md"

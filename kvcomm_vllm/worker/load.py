@@ -32,7 +32,7 @@ def load_kernel(device: torch.device) -> LoadKernel:
         from kvcomm_vllm.kernels import load as triton_load
 
         return triton_load.load
-    from kvcomm_vllm.kernels import cpu_load
+    from kvcomm_vllm.kernels.cpu import load as cpu_load
 
     if cpu_load.available():
         compat.let_vllm_scan_llvmlite()
@@ -47,7 +47,7 @@ def correct_kernel(examples: Sequence[tuple[PageGroup, Deviation]]) -> CorrectKe
         from kvcomm_vllm.kernels import correct
 
         return correct.load_corrected
-    from kvcomm_vllm.kernels import cpu_correct
+    from kvcomm_vllm.kernels.cpu import correct as cpu_correct
 
     for group, example in examples:
         cpu_correct.warm_up(group, example)

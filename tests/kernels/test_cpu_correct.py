@@ -8,7 +8,10 @@ import dataclasses
 import pytest
 import torch
 
-from kvcomm_vllm.kernels import cpu_correct, cpu_load, portable, reference
+from kvcomm_vllm.kernels import reference
+from kvcomm_vllm.kernels.cpu import correct as cpu_correct
+from kvcomm_vllm.kernels.cpu import load as cpu_load
+from kvcomm_vllm.kernels.cpu import portable
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
@@ -136,13 +139,13 @@ def test_every_token_of_a_page_in_pieces_gets_its_own_code() -> None:
 def test_a_cpu_without_bf16_products_multiplies_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     if not cpu_load.available():
         pytest.skip("numba cannot compile kernels on this machine")
-    from kvcomm_vllm.kernels import cpu_coded, cpu_lanes
+    from kvcomm_vllm.kernels.cpu import coded, lanes
 
     def forget() -> None:
         for function in ("coded_kernel", "_code_reader", "_readers", "_adder", "_writers"):
-            getattr(cpu_coded, function).cache_clear()
+            getattr(coded, function).cache_clear()
 
-    monkeypatch.setattr(cpu_lanes, "HAS_BF16", False)
+    monkeypatch.setattr(lanes, "HAS_BF16", False)
     forget()
     try:
         group = make_group(torch.bfloat16, 32, 64, 64, False)

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomm_vllm.kernels import cpu_load, portable, reference
+from kvcomm_vllm.kernels import reference
 from kvcomm_vllm.kernels.contract import ContractError
+from kvcomm_vllm.kernels.cpu import load as cpu_load
+from kvcomm_vllm.kernels.cpu import portable
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 Load = Callable[[PageGroup, torch.Tensor, torch.Tensor, Rotation], None]

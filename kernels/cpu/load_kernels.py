@@ -14,8 +14,8 @@ from typing import Any
 
 from numba import njit
 
-from kvcomm_vllm.kernels import cpu_lanes as lane
-from kvcomm_vllm.kernels.cpu_threads import compile_kernel, job_type, table
+from kvcomm_vllm.kernels.cpu import lanes as lane
+from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, table
 from kvcomm_vllm.kernels.pages import Packing
 
 JOB = job_type(

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcomm_vllm.kernels import cpu_load, cpu_tables, reference
+from kvcomm_vllm.kernels import reference
 from kvcomm_vllm.kernels.contract import (
     check_deviation,
     check_group,
     check_rotation,
     check_slots,
 )
-from kvcomm_vllm.kernels.cpu_load import KINDS
-from kvcomm_vllm.kernels.cpu_runs import Cut, Ints, Tokens, split
+from kvcomm_vllm.kernels.cpu import load, tables
+from kvcomm_vllm.kernels.cpu.load import KINDS
+from kvcomm_vllm.kernels.cpu.runs import Cut, Ints, Tokens, split
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
@@ -28,12 +29,12 @@ _LAYERS_PER_ITEM, _PAGES_PER_ITEM = 2, 8
 def supports(group: PageGroup) -> bool:
     """True if compiled kernels serve this group; the others work too, only slower."""
     whole_lanes = group.packing is Packing.VEC and group.head_dim % 16 == 0
-    return whole_lanes and cpu_load.supports(group)
+    return whole_lanes and load.supports(group)
 
 
 def warm_up(group: PageGroup, deviation: Deviation) -> None:
     """Compile what ``load_corrected`` needs for this group and this kind of deviation (seconds)."""
-    cpu_load.warm_up(group)
+    load.warm_up(group)
     if not supports(group):
         return
     if isinstance(deviation, MeanMap) and deviation.code is not None:
@@ -72,17 +73,17 @@ def load_corrected(
     tokens = split(src_slots, dst_slots, group.tokens_per_page)
     if len(tokens.index) == 0:
         return
-    tiled = cpu_tables.vec_tiles(group, tokens)
+    tiled = tables.vec_tiles(group, tokens)
     if skip:
         plain = dataclasses.replace(group, layers=group.layers[:skip])
-        cpu_load.move(plain, tokens, undo.then(redo), tiled)
+        load.move(plain, tokens, undo.then(redo), tiled)
     if skip < len(group.layers):
         group = dataclasses.replace(group, layers=group.layers[skip:])
         _Correction(group, tokens, tiled, undo, redo).apply(deviation)
 
 
 def _finish_kernel(group: PageGroup, deviation: Deviation) -> Any:
-    from kvcomm_vllm.kernels.cpu_correct_kernels import finish_kernel
+    from kvcomm_vllm.kernels.cpu.correct_kernels import finish_kernel
 
     kind = KINDS[group.layers[0].dtype]
     if isinstance(deviation, AnchorSum):
@@ -96,7 +97,7 @@ def _padded(rank: int) -> int:
 
 def _coded_kernels(group: PageGroup, rank: int, code: torch.dtype) -> tuple[Any, Any]:
     """The kernel, and the one that packs its factors where it needs that."""
-    from kvcomm_vllm.kernels.cpu_coded import coded_kernel, pack_kernel, paired
+    from kvcomm_vllm.kernels.cpu.coded import coded_kernel, pack_kernel, paired
 
     kind, rank = KINDS[group.layers[0].dtype], _padded(rank)
     pack = pack_kernel(group.head_dim, rank) if paired(kind) else None
@@ -120,20 +121,20 @@ class _Correction:
         page = group.layers[0][0]
         self.token_bytes = 2 * len(group.layers) * page.nbytes // group.tokens_per_page
         self.bounds, self.first = cut.bounds, np.append(cut.first, len(tokens.index))
-        self.job = dict[str, int]() | cpu_tables.head_rows(group)
+        self.job = dict[str, int]() | tables.head_rows(group)
         del self.job["rows"]  # every row is a channel here
         self.job |= {
             "bases": self.keep(np.array([layer.data_ptr() for layer in group.layers])),
             "layers": len(group.layers),
             "head_dim": group.head_dim,
-            "stream": cpu_tables.all_aligned(group),
+            "stream": tables.all_aligned(group),
             "blocks": self.keep(blocks),
             "block_count": len(blocks),
             "first_token": self.keep(self.first),
-            "token_values": self.keep(cpu_tables.vec_value_places(group, tokens)),
+            "token_values": self.keep(tables.vec_value_places(group, tokens)),
             "tokens": len(tokens.index),
-            "undo": self.keep(cpu_tables.vec_factors(tokens, cut, undo)),
-            "redo": self.keep(cpu_tables.vec_factors(tokens, cut, redo)),
+            "undo": self.keep(tables.vec_factors(tokens, cut, undo)),
+            "redo": self.keep(tables.vec_factors(tokens, cut, redo)),
         }
 
     def keep(self, memory: Any) -> int:
@@ -151,8 +152,8 @@ class _Correction:
             self._coded(deviation, deviation.code, deviation.up)
 
     def _finish(self, deviation: Deviation, fields: dict[str, int]) -> None:
-        from kvcomm_vllm.kernels.cpu_correct_kernels import JOB
-        from kvcomm_vllm.kernels.cpu_threads import run, share
+        from kvcomm_vllm.kernels.cpu.correct_kernels import JOB
+        from kvcomm_vllm.kernels.cpu.threads import run, share
 
         groups, layers = len(self.bounds) - 1, self.job["layers"]
         step = share(groups, layers)
@@ -190,8 +191,8 @@ class _Correction:
         }
 
     def _coded(self, deviation: MeanMap, code: torch.Tensor, up: torch.Tensor) -> None:
-        from kvcomm_vllm.kernels.cpu_coded import JOB
-        from kvcomm_vllm.kernels.cpu_threads import run
+        from kvcomm_vllm.kernels.cpu.coded import JOB
+        from kvcomm_vllm.kernels.cpu.threads import run
 
         kernel, pack = _coded_kernels(self.group, deviation.rank, code.dtype)
         up = up.float()

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvcomm_vllm.kernels import cpu_lanes as lane
-from kvcomm_vllm.kernels.cpu_kernels import block_access, entry
-from kvcomm_vllm.kernels.cpu_products import products, write_pairs
-from kvcomm_vllm.kernels.cpu_threads import compile_kernel, job_type, table
+from kvcomm_vllm.kernels.cpu import lanes as lane
+from kvcomm_vllm.kernels.cpu.load_kernels import block_access, entry
+from kvcomm_vllm.kernels.cpu.products import products, write_pairs
+from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, table
 
 JOB = job_type(
     *("bases", "layers", "layer_step", "heads", "head_bytes", "groups", "group_step"),

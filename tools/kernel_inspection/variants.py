@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from kernel_inspection.compiled import Launch
 from kvcomm_vllm.kernels import channel_distance, coded, collect, correct, distance, load
-from kvcomm_vllm.kernels.compiled import Launch
 from kvcomm_vllm.kernels.launch import (
     layers_per_program,
     next_power,
