@@ -19,6 +19,7 @@ from kvcomm_vllm.kernels.contract import (
 from kvcomm_vllm.kernels.cpu import load, tables
 from kvcomm_vllm.kernels.cpu.load import KINDS
 from kvcomm_vllm.kernels.cpu.runs import Cut, Ints, Tokens, split
+from kvcomm_vllm.kernels.cpu.tile_job import TileJob
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
@@ -85,10 +86,8 @@ def load_corrected(
 def _finish_kernel(group: PageGroup, deviation: Deviation) -> Any:
     from kvcomm_vllm.kernels.cpu.correct_kernels import finish_kernel
 
-    kind = KINDS[group.layers[0].dtype]
-    if isinstance(deviation, AnchorSum):
-        return finish_kernel(kind, ("anchors", KINDS[deviation.dk.dtype], deviation.per_channel))
-    return finish_kernel(kind, ("mean",))
+    arena_kind = KINDS[deviation.dk.dtype] if isinstance(deviation, AnchorSum) else None
+    return finish_kernel(KINDS[group.layers[0].dtype], arena_kind)
 
 
 def _padded(rank: int) -> int:
@@ -104,8 +103,8 @@ def _coded_kernels(group: PageGroup, rank: int, code: torch.dtype) -> tuple[Any,
     return coded_kernel(kind, KINDS[code], group.head_dim, rank), pack
 
 
-class _Correction:
-    """One call: the job of its kernels, and the memory that job points to."""
+class _Correction(TileJob):
+    """One call."""
 
     def __init__(
         self,
@@ -115,33 +114,8 @@ class _Correction:
         undo: Rotation,
         redo: Rotation,
     ) -> None:
-        self.group, self.kept = group, list[Any]()
-        cut, blocks = tiled
-        self.index = tokens.index
-        page = group.layers[0][0]
-        self.token_bytes = 2 * len(group.layers) * page.nbytes // group.tokens_per_page
-        self.bounds, self.first = cut.bounds, np.append(cut.first, len(tokens.index))
-        self.job = dict[str, int]() | tables.head_rows(group)
-        del self.job["rows"]  # every row is a channel here
-        self.job |= {
-            "bases": self.keep(np.array([layer.data_ptr() for layer in group.layers])),
-            "layers": len(group.layers),
-            "head_dim": group.head_dim,
-            "stream": tables.all_aligned(group),
-            "blocks": self.keep(blocks),
-            "block_count": len(blocks),
-            "first_token": self.keep(self.first),
-            "token_values": self.keep(tables.vec_value_places(group, tokens)),
-            "tokens": len(tokens.index),
-            "undo": self.keep(tables.vec_factors(tokens, cut, undo)),
-            "redo": self.keep(tables.vec_factors(tokens, cut, redo)),
-        }
-
-    def keep(self, memory: Any) -> int:
-        """Address of the array or tensor, made contiguous, which lives as long as this call."""
-        array = np.ascontiguousarray(memory)
-        self.kept.append(array)
-        return int(array.ctypes.data)
+        super().__init__(group, tokens, tiled, undo)
+        self.job |= {"redo": self.turns(redo), "stream": tables.all_aligned(group)}
 
     def apply(self, deviation: Deviation) -> None:
         if isinstance(deviation, AnchorSum):
@@ -159,15 +133,11 @@ class _Correction:
         step = share(groups, layers)
         fields = dict.fromkeys((JOB.names or ())[2:], 0) | self.job | fields
         fields |= {"groups": groups, "layer_step": step, "block_bounds": self.keep(self.bounds)}
-        work_bytes = len(self.index) * self.token_bytes
         kernel = _finish_kernel(self.group, deviation)
-        run(kernel, JOB, groups * -(-layers // step), work_bytes=work_bytes, **fields)
+        run(kernel, JOB, groups * -(-layers // step), work_bytes=self.work_bytes, **fields)
 
     def _anchors(self, deviation: AnchorSum) -> dict[str, int]:
         dk, size = deviation.dk, deviation.dk.itemsize
-        weights = [deviation.wk.float().numpy(), deviation.wv.float().numpy()]
-        if not deviation.per_channel:
-            weights = [weight[:, self.index] for weight in weights]
         return {
             "dk": dk.data_ptr(),
             "dv": deviation.dv.data_ptr(),
@@ -175,8 +145,8 @@ class _Correction:
             "layer_stride": dk.stride(1) * size,
             "head_stride": dk.stride(2) * size,
             "anchor_rows": self.keep(deviation.rows.numpy()[:, self.index]),
-            "wk": self.keep(weights[0]),
-            "wv": self.keep(weights[1]),
+            "wk": self.keep(deviation.wk.numpy()[:, self.index]),
+            "wv": self.keep(deviation.wv.numpy()[:, self.index]),
             "anchors": len(deviation.rows),
         }
 
@@ -217,5 +187,4 @@ class _Correction:
         }
         if pack is not None:
             run(pack, JOB, layers * self.group.kv_heads, work_bytes=2 * up.nbytes, **self.job)
-        work_bytes = len(self.index) * self.token_bytes
-        run(kernel, JOB, parts * -(-groups // pages), work_bytes=work_bytes, **self.job)
+        run(kernel, JOB, parts * -(-groups // pages), work_bytes=self.work_bytes, **self.job)

@@ -117,7 +117,7 @@ def _mean_fill() -> Any:
 
 
 @cache
-def _anchor_fill(arena_kind: str, per_channel: bool) -> Any:
+def _anchor_fill(arena_kind: str) -> Any:
     words, arena = lane.MEMORY["fp32"], lane.MEMORY[arena_kind]
     factor, store, widen, size = words.read, words.write, arena.read, arena.size
     fused, spread, zero, prefetch = lane.fused, lane.spread, lane.zero, lane.prefetch
@@ -133,13 +133,8 @@ def _anchor_fill(arena_kind: str, per_channel: bool) -> Any:
                 continue
             at = row * job.row_stride + layer * job.layer_stride + head * job.head_stride
             weight = (anchor * job.tokens + token) * 4
-            if per_channel:
-                weight = ((anchor * job.layers + layer) * job.heads + head) * dim * 4
+            wk, wv = spread(job.wk + weight), spread(job.wv + weight)
             for c in range(0, dim, 16):
-                if per_channel:
-                    wk, wv = factor(job.wk + weight + c * 4), factor(job.wv + weight + c * 4)
-                else:
-                    wk, wv = spread(job.wk + weight), spread(job.wv + weight)
                 k, v = out + c * 4, out + (dim + c) * 4
                 prefetch(job.dk + at + job.head_stride + c * size)
                 prefetch(job.dv + at + job.head_stride + c * size)
@@ -150,12 +145,9 @@ def _anchor_fill(arena_kind: str, per_channel: bool) -> Any:
 
 
 @cache
-def finish_kernel(kind: str, deviation: tuple[Any, ...]) -> Any:
-    """Writes the corrected pages.
-
-    ``deviation``: ``("mean",)`` or ``("anchors", kind, per_channel)``.
-    """
-    fill = _mean_fill() if deviation[0] == "mean" else _anchor_fill(*deviation[1:])
+def finish_kernel(kind: str, arena_kind: str | None) -> Any:
+    """Writes the corrected pages: with a sum of anchors, or where there is no arena with a mean."""
+    fill = _anchor_fill(arena_kind) if arena_kind else _mean_fill()
     finish = _finish(kind)
     memory, factor, line = lane.MEMORY[kind], lane.MEMORY["fp32"].read, 4 * lane.WIDTH
     read, write, size = memory.read, memory.write, memory.size

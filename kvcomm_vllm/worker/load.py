@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvcomm_vllm import compat
-from kvcomm_vllm.kernels.deviation import Deviation
+from kvcomm_vllm.kernels.deviation import Deviation, DistanceSums
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 from kvcomm_vllm.messages import LoadOp
 from kvcomm_vllm.worker.kv_view import LayerGroup
@@ -21,6 +21,9 @@ from kvcomm_vllm.worker.kv_view import LayerGroup
 LoadKernel = Callable[[PageGroup, torch.Tensor, torch.Tensor, Rotation], None]
 CorrectKernel = Callable[
     [PageGroup, torch.Tensor, torch.Tensor, Rotation, Rotation, Deviation], None
+]
+DistanceKernel = Callable[
+    [PageGroup, torch.Tensor, Rotation, torch.Tensor, torch.Tensor, torch.Tensor], DistanceSums
 ]
 
 
@@ -52,6 +55,19 @@ def correct_kernel(examples: Sequence[tuple[PageGroup, Deviation]]) -> CorrectKe
     for group, example in examples:
         cpu_correct.warm_up(group, example)
     return cpu_correct.load_corrected
+
+
+def distance_kernel(examples: Sequence[tuple[PageGroup, torch.dtype]]) -> DistanceKernel:
+    """The same for distances to anchors, in arenas of these dtypes."""
+    if examples[0][0].layers[0].device.type != "cpu":
+        from kvcomm_vllm.kernels import distance
+
+        return distance.distance
+    from kvcomm_vllm.kernels.cpu import distance as cpu_distance
+
+    for group, arena in examples:
+        cpu_distance.warm_up(group, arena)
+    return cpu_distance.distance
 
 
 @dataclass(frozen=True)
