@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our flags on vLLM's command line, and our checks before vLLM builds an engine.
+"""Our flags on vLLM's command line, our checks before vLLM builds an engine, and what we add to the
+front end of an engine that is ours.
 
-vLLM has no hook for either, so two methods of ``EngineArgs`` are wrapped (same names in 0.20 to
-0.33): ``add_cli_args`` and ``create_model_config``, which every way to start an engine goes through
-before it looks at ``kv_transfer_config``.
+vLLM has no hook for any of them, so two methods of ``EngineArgs`` are wrapped (same names in 0.20
+to 0.33): ``add_cli_args`` and ``create_model_config``, which every way to start an engine goes
+through before it looks at ``kv_transfer_config``; and, where that names us, those of the front end
+through which hints and reports go (:func:`wrap_front_end`).
 """
 
 from __future__ import annotations
@@ -11,12 +13,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import inspect
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from vllm.config import KVTransferConfig, ModelConfig
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
+from kvcomm_vllm import late_reports
+from kvcomm_vllm.carried_hints import with_carried_hints
 from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.config_file import load_file
 from kvcomm_vllm.hints_http import MIDDLEWARE
@@ -31,6 +38,12 @@ _BOTH = (
     "--kv-transfer-config and --kv-connector/--kvcomm-config both say which KV connector to use; "
     "give one of them"
 )
+# Where the front end makes requests and answers: module, class.
+_LLM_ENGINE = ("vllm.v1.engine.llm_engine", "LLMEngine")
+_ASYNC_ENGINE = ("vllm.v1.engine.async_llm", "AsyncLLM")
+_OUTPUTS = ("vllm.v1.engine.output_processor", "RequestState")
+_BATCHES = ("vllm.entrypoints.openai.chat_completion.batch_serving", "OpenAIServingChatBatch")
+_TEXTS = ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion")
 _DESCRIPTION = """Reuse of other requests' KV cache at any place of a prompt (kvcomm_vllm)."""
 _CONNECTOR_HELP = (
     "KV connector to use. kvcomm lets agents reuse the KV cache of text that another agent's "
@@ -56,10 +69,69 @@ def install() -> None:
     def with_our_checks(self: EngineArgs) -> ModelConfig:
         model = create_model_config(self)
         check_engine(self, model)
+        if is_ours(self.kv_transfer_config):
+            wrap_front_end(isinstance(self, AsyncEngineArgs))
         return model
 
     EngineArgs.add_cli_args = staticmethod(with_our_flags)
     EngineArgs.create_model_config = with_our_checks
+
+
+def wrap_front_end(serving: bool) -> None:
+    """Let hints reach every engine request, and reports every answer, in the process that makes
+    the requests; does nothing the second time.
+
+    Args:
+        serving: for the asynchronous engine and its HTTP API; otherwise for ``LLM``.
+    """
+    engine = _ASYNC_ENGINE if serving else _LLM_ENGINE
+    _wrap(*engine, "add_request", with_hints, "request_id prompt params")
+    output = "new_token_ids pooling_output finish_reason stop_reason kv_transfer_params"
+    _wrap(*_OUTPUTS, "make_request_output", late_reports.with_kept_report, output)
+    if serving:
+        chat, text = late_reports.with_batch_reports, late_reports.with_choices_reports
+        _wrap(*_BATCHES, "chat_completion_full_generator_batch", chat, "request generators")
+        _wrap(*_TEXTS, "request_output_to_completion_response", text, "final_res_batch")
+
+
+def with_hints(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Around ``add_request`` of an engine: all that is asked of it comes through there."""
+
+    def with_request_hints(
+        self: Any, request_id: Any, prompt: Any, params: Any, *rest: Any, **named: Any
+    ) -> Any:
+        return add_request(self, request_id, prompt, with_carried_hints(params), *rest, **named)
+
+    return with_request_hints
+
+
+def _wrap(
+    module: str,
+    owner: str,
+    name: str,
+    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]],
+    arguments: str,
+) -> None:
+    """Wrap a method, once, if its first arguments behind ``self`` have these names; otherwise the
+    front end works as vLLM made it.
+    """
+    try:
+        holder = getattr(import_module(module), owner)
+        found = getattr(holder, name)
+        if getattr(found, "kvcomm_wraps", False):
+            return
+        _, *names = inspect.signature(found).parameters
+        if names[: len(arguments.split())] != arguments.split():
+            raise TypeError(f"its arguments are {names}")
+        wrapped = functools.wraps(found)(wrapper(found))
+        wrapped.kvcomm_wraps = True  # type: ignore[attr-defined]
+        setattr(holder, name, wrapped)
+    except Exception as error:
+        logger.warning(
+            "kvcomm: %s.%s cannot be wrapped (%s: %s): hints do not reach requests that vLLM makes "
+            "itself, or some answers have no report",
+            *(owner, name, type(error).__name__, error),
+        )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -210,6 +282,7 @@ def _connector_name(value: str) -> str:
 
 
 def _add_middleware(namespace: argparse.Namespace) -> None:
+    """First in the list is next to the routes: what others make of a body, ours sees as well."""
     given = getattr(namespace, "middleware", None)
     if given is not None and MIDDLEWARE not in given:
-        namespace.middleware = [*given, MIDDLEWARE]
+        namespace.middleware = [MIDDLEWARE, *given]

@@ -60,6 +60,7 @@ class KVCommConnector(KVConnectorBase_V1):
         self.config = KVCommConfig.from_mapping(extra, "kv_connector_extra_config")
         block_size = vllm_config.cache_config.block_size
         if role is KVConnectorRole.SCHEDULER:
+            from kvcomm_vllm.scheduler.engine_state import EngineState
             from kvcomm_vllm.scheduler.half import SchedulerHalf
 
             self._off = engine_off(vllm_config, kv_cache_config)
@@ -69,9 +70,15 @@ class KVCommConnector(KVConnectorBase_V1):
             budget = vllm_config.scheduler_config.max_num_batched_tokens
             # until workers report
             off = self._off.reason if self._off else Reason.DISABLED_AT_START
+            engine = EngineState(compat.find_scheduler(), compat.find_engine())
             self._scheduler = SchedulerHalf(
-                self.config, block_size, budget, off, compat.find_wake_up()
+                self.config, block_size, budget, off, engine, compat.find_wake_up()
             )
+            self._vllm_scheduler = compat.find_scheduler()
+            if self._vllm_scheduler is not None:
+                compat.let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
+                if self.config.report != "off":
+                    compat.add_reports(self._vllm_scheduler, self._scheduler.tell)
             logger.info("kvcomm: %s", self.config.describe())
             if self.config.default_on and self.config.mode != "off":
                 logger.warning("kvcomm: %s", SHARING)
@@ -133,6 +140,7 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
+        compat.uncount_hits(self._vllm_scheduler, self._scheduler.take_computed_hits())
         if not message.empty:
             compat.require_load_before_forward(scheduler_output)
         return message

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
@@ -152,12 +152,19 @@ class KVCommStats(KVConnectorStats):
 
 
 class KVCommPromMetrics(KVConnectorPromMetrics):
-    """Registers ``METRICS`` and adds the engines' counts to them."""
+    """Registers ``METRICS`` and adds the engines' counts to them.
+
+    Attributes:
+        here: those of this process, the API server's, if it has any.
+    """
+
+    here: ClassVar[KVCommPromMetrics | None] = None
 
     def __init__(
         self, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine: Any
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine)
+        KVCommPromMetrics.here = self
         self._counters = {
             key: self._counter_cls(
                 name=metric.name,
@@ -172,3 +179,12 @@ class KVCommPromMetrics(KVConnectorPromMetrics):
         for key, value in transfer_stats_data.items():
             metric, label = key.split("/", 1)
             self._counters[metric].labels(*labels, label).inc(value)
+
+
+def count_here(reason: Reason) -> None:
+    """Count what the API server itself decides, before there is a request: under the first
+    engine's name.
+    """
+    here = KVCommPromMetrics.here
+    if here is not None:
+        here.observe({f"reasons/{reason.value}": 1}, min(here.per_engine_labelvalues))

@@ -160,7 +160,8 @@ class Reason(enum.StrEnum):
     BAD_HINTS = (
         "bad_hints",
         Scope.REQUEST,
-        "The request's kv_transfer_params.kvcomm is malformed; it was ignored.",
+        "The request's kv_transfer_params.kvcomm is malformed. Over HTTP it is refused; offline "
+        "the request is served exactly.",
     )
     NO_MATCH = (
         "no_match",
@@ -203,6 +204,11 @@ class Reason(enum.StrEnum):
         "multimodal",
         Scope.REQUEST,
         "The prompt holds images, audio or video.",
+    )
+    STREAMING_INPUT = (
+        "streaming_input",
+        Scope.REQUEST,
+        "The prompt arrives in pieces, and vLLM takes back tokens between them.",
     )
     LORA = (
         "lora",

@@ -20,7 +20,7 @@ from evaluation.cases.judge import Verdict, judge
 from evaluation.cases.table import markdown, summary
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env
-from kvcomm_vllm.cli.server import Server, free_port, running
+from kvcomm_vllm.cli.server import Server, free_port, running, stop_at_sigterm
 
 DEFAULTS = {"temperature": 0, "max_tokens": 8}
 
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of names")
     parser.add_argument("--server-arg", action="append", default=[])
     options = parser.parse_args()
+    stop_at_sigterm()
     cases = [
         case
         for case in load_cases(options.folder)

@@ -8,8 +8,11 @@ served from.
 
 Then the spans are learned, one per idle step: learning takes longer than computing a piece does.
 
-Between two steps a lesson holds no page: its scratch pages are free, and stay as they are as long
-as nothing is allocated, which is what cancels it. It starts again with what it has not taught yet.
+A lesson holds no page, not even while a piece is under way: its scratch pages are free, and stay as
+they are as long as nothing is allocated, which is what interrupts it. Workers take steps in their
+order, so whoever gets a page next writes it after the piece has read it; and vLLM's prefix cache,
+which cannot be reset while a page is held, can be at any time. It starts again with what it has not
+taught yet.
 """
 
 from __future__ import annotations
@@ -98,17 +101,13 @@ class Lesson:
         self.parts, self.taught = parts, []
         self.end, self.computed = end, min(known * size, end)
         scratch = -(-end // size) - known
-        if not pages.hold(HOLDER, self._used(), needed=2 * scratch):
+        used = self.pages + [block for _, part in parts for block in part.blocks]
+        # held until the scratch pages have been chosen, which are to be others
+        if not pages.hold(HOLDER, used, needed=2 * scratch):
             return False
         self.pages += pages.hold_scratch(HOLDER, scratch)
+        pages.release(HOLDER)
         return True
-
-    def resume(self, pages: SourcePages) -> None:
-        """Take its pages again, which nobody has touched since the last step."""
-        pages.hold(HOLDER, self._used(), needed=0)
-
-    def _used(self) -> list[int]:
-        return self.pages + [block for _, part in self.parts for block in part.blocks]
 
     def next_op(self, max_tokens: int) -> LessonOp:
         """The next piece: ``max_tokens`` to compute at most or, once all are, a span to learn."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lessons wait here until vLLM has had nothing to do for a while, and are taken one by one.
 
-No request ever waits for more than the piece that is running as it arrives.
+No request ever waits for more than the piece that is running as it arrives, nor does an operator:
+nothing is learned while the engine is paused, asleep or about to end.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections import deque
 from collections.abc import Callable
 
 from kvcomm_vllm.anchors.alarm import Alarm
-from kvcomm_vllm.anchors.lesson import HOLDER, Lesson
+from kvcomm_vllm.anchors.lesson import Lesson
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import LessonOp, StepReport
 from kvcomm_vllm.metrics import KVCommStats
+from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.pages import SourcePages
 
 MAX_LESSONS = 64  # waiting; the oldest are dropped, their pages are the first to be gone
@@ -25,6 +27,7 @@ NAP_SECONDS = 2e-3  # between two looks of an engine that cannot be woken
 class Lessons:
     """Args:
     pages: vLLM's pages.
+    engine: says when nothing may be learned.
     wake: ends the engine's sleep; without it the engine goes round while lessons wait.
     """
 
@@ -33,16 +36,19 @@ class Lessons:
         config: KVCommConfig,
         pages: SourcePages,
         stats: KVCommStats,
+        engine: EngineState,
         wake: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.pages = pages
         self.stats = stats
+        self.engine = engine
         self.alarm = Alarm(wake) if wake else None
         self._numbers = itertools.count()
         self._waiting: deque[Lesson] = deque()
         self._active: Lesson | None = None
         self._in_flight = False
+        self._interrupted = False
         self._idle_since: float | None = None
         self._sent_at = 0.0
         self._ready_at = 0.0
@@ -63,9 +69,11 @@ class Lessons:
         """Whether there is something to learn."""
         return bool(self._waiting) or self._active is not None
 
-    @property
     def due(self) -> bool:
-        """Whether vLLM's loop is to go on although no request is left."""
+        """Whether vLLM's loop is to go on although no request is left; asked before it sleeps."""
+        if self.engine.resting:
+            self._interrupt()
+            return False
         if not self.pending:
             return False
         asleep = self.alarm is not None and self._idle_since is not None and not self._in_flight
@@ -79,9 +87,8 @@ class Lessons:
 
     def next_op(self, idle: bool) -> LessonOp | None:
         """Called every step; ``idle`` if no request is alive."""
-        if not idle:
-            self._idle_since = None
-            self._cancel()
+        if not idle or self.engine.resting:
+            self._interrupt()
             return None
         if not self.pending:
             return None
@@ -93,13 +100,11 @@ class Lessons:
             return None
         if self._in_flight:
             return None
-        if self._active is not None:
-            self._active.resume(self.pages)
-        else:
+        if self._active is None:
             self._start()
         if self._active is None:
             return None
-        self._in_flight, self._sent_at = True, now
+        self._in_flight, self._interrupted, self._sent_at = True, False, now
         return self._active.next_op(self.config.audit_tokens)
 
     def _rest(self, seconds: float) -> None:
@@ -116,12 +121,21 @@ class Lessons:
                 return
             self.stats.count_lesson("dropped")
 
-    def _cancel(self) -> None:
-        """A request has come: the lesson starts from its beginning when there is time again.
+    def _interrupt(self) -> None:
+        """A request has come, or an operator wants the engine to rest: when that is over, the quiet
+        time begins anew, and the lesson from its beginning.
 
         A piece that is under way (asynchronous scheduling) is waited for: it may be the last one.
         """
-        if self._active is not None and not self._in_flight:
+        self._idle_since = None
+        if self.alarm:
+            self.alarm.stop()
+        self._interrupted = True
+        if not self._in_flight:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        if self._active is not None:
             self._waiting.append(self._active)
             self._active = None
 
@@ -130,7 +144,6 @@ class Lessons:
             return
         now = time.monotonic()
         self._ready_at = now + (now - self._sent_at) * (1 / self.config.audit_share - 1)
-        self.pages.release(HOLDER)
         self._in_flight = False
         if self.alarm and self._idle_since is not None and now < self._next_at:
             self.alarm.set(self._next_at - now)
@@ -144,8 +157,8 @@ class Lessons:
         elif lesson.done(report):
             self._active = None
             self.stats.count_lesson("learned")
-        elif self._idle_since is None:
-            self._cancel()
+        elif self._interrupted:
+            self._put_back()
 
     def clear(self) -> None:
         """Weights or caches were reset: what waits is about KV that is gone."""

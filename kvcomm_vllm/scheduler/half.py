@@ -14,15 +14,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
+from kvcomm_vllm import compat
 from kvcomm_vllm.anchors.learning import Learning
 from kvcomm_vllm.anchors.lessons import Lessons
 from kvcomm_vllm.anchors.paper_mode import PaperMode
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.hints import FIELD
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler import near
 from kvcomm_vllm.scheduler.cover import cover
+from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.index import SequenceIndex
 from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+logger = init_logger("vllm.kvcomm")
+
 
 class SchedulerHalf:
     """Args:
@@ -46,6 +53,7 @@ class SchedulerHalf:
     block_size: tokens per page; equals the granularity of vLLM's block hashes.
     max_batched_tokens: vLLM's token budget per step, the default cap for tokens computed in holes.
     off: why reuse is off for the whole engine, if it is.
+    engine: what its operator has done to it.
     wake: ends the engine's sleep, if it ever sleeps.
     """
 
@@ -55,6 +63,7 @@ class SchedulerHalf:
         block_size: int,
         max_batched_tokens: int,
         off: Reason | None,
+        engine: EngineState,
         wake: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
@@ -62,6 +71,7 @@ class SchedulerHalf:
         self.max_batched_tokens = max_batched_tokens
         self.spread = SpreadPlans(config.max_hole_tokens or max_batched_tokens)
         self.off = off
+        self.engine = engine
         self.wake = wake
         self.stats = KVCommStats()
         self.secret = os.urandom(32)  # of tenants' keys
@@ -74,17 +84,21 @@ class SchedulerHalf:
         # ended while their loads are on their way: if those fail, pages must be forgotten
         self._leaving: dict[str, RequestState] = {}
         self._ops: list[RequestOps] = []
+        self._ended: dict[str, dict[str, Any] | None] = {}
+        self._computed_hits = 0
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
+        self.engine.watch(pool)
         self.pages = SourcePages(pool, self.block_size)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
-        self.lessons = Lessons(self.config, self.pages, self.stats, self.wake)
+        self.lessons = Lessons(self.config, self.pages, self.stats, self.engine, self.wake)
         self.learning = Learning(self.config, self.lessons, self.block_size)
         self.paper = PaperMode(self.config, self.lessons, self.pages)
 
     def on_new_request(self, request: Request) -> None:
-        state = new_state(request, self.config, self.stats, self.secret, self.off)
+        self._keep_up()
+        state = new_state(request, self.config, self.secret, self.off)
         self.states[request.request_id] = state
         if self._active(state):
             exact = self.pages.leading(request.block_hashes) * self.block_size
@@ -102,6 +116,7 @@ class SchedulerHalf:
         Called once per scheduling attempt, so it consumes nothing: an attempt that was not admitted
         is forgotten first.
         """
+        self._keep_up()
         state = self.states.get(request.request_id)
         if state is None:
             return 0, False
@@ -197,6 +212,8 @@ class SchedulerHalf:
         if plan is not None:
             assert external == plan.external_tokens, "vLLM takes external tokens as offered"
             state.loading = True
+            if not request.num_preemptions:
+                self._computed_hits += plan.hole_tokens
             ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
             if self._too_large(plan):
                 state.awaited = True
@@ -222,18 +239,26 @@ class SchedulerHalf:
         if plan is not None:
             state.declined.clear()
             state.slots = state.planned_slots
+            compat.count_cached_tokens(state.request, plan.local, plan.reused_tokens)
+
+    def take_computed_hits(self) -> int:
+        """Tokens of this step's admissions that are computed, though vLLM counts them as hits."""
+        taken, self._computed_hits = self._computed_hits, 0
+        return taken
 
     # ---- the step goes to the workers and comes back ---------------------------------------------
 
     def build_message(self, output: SchedulerOutput) -> StepMessage:
+        self._ended.clear()
+        self._keep_up()
         for state in self._planned:
             self._forget(state)
         self._planned.clear()
         self.store.follow(output)
         room = self.max_batched_tokens - output.total_num_scheduled_tokens - self._hole_tokens()
         self._ops += self.spread.next_pieces(room)
-        idle = not self.states and not output.total_num_scheduled_tokens
-        probes, lesson = self.paper.take_probes(), self.lessons.next_op(idle)
+        busy = self.states or self._ops or output.total_num_scheduled_tokens
+        probes, lesson = self.paper.take_probes(), self.lessons.next_op(idle=not busy)
         message, self._ops = StepMessage(self._ops, probes, lesson), []
         return message
 
@@ -243,10 +268,11 @@ class SchedulerHalf:
 
         Not while requests are alive, which vLLM counts itself: paused ones would never let it rest.
         """
-        return self.off is None and not self.states and self.lessons.due
+        return self.off is None and not self.states and self.lessons.due()
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
+        self._keep_up()
         self.lessons.on_report(report)
         if report.lesson >= 0:
             self._count_anchors()
@@ -271,6 +297,7 @@ class SchedulerHalf:
             else:
                 state.failed, state.awaited = True, False
                 state.decline(Reason.LOAD_FAILED)
+                compat.count_cached_tokens(state.request, state.served_local, 0)
                 self.store.drop(state)
 
     def finish(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
@@ -287,12 +314,54 @@ class SchedulerHalf:
         if state.lesson is not None:  # what it can teach waits for an idle moment
             self.lessons.add(state.lesson)
         self.stats.count_request(state)
+        self._ended[state.id] = report = self._report(state)
+        return report
+
+    def tell(self, request_id: str) -> dict[str, Any] | None:
+        """What the output of a request that has none brings along: its report with the first one,
+        as vLLM's front end may answer before the engine hears of an end; and with the last one of a
+        request that vLLM ended without asking (an error).
+        """
+        state = self.states.get(request_id)
+        if state is None:
+            return self._ended.get(request_id)
+        if state.told:
+            return None
+        state.told = True
+        return self._report(state)
+
+    def _report(self, state: RequestState) -> dict[str, Any] | None:
+        """The ``kv_transfer_params`` of the response."""
         if self.config.report == "off":
             return None
         full = state.trusted and self.config.report != "coarse"
-        return {"kvcomm": state.report() if full else state.coarse_report(self.block_size)}
+        return {FIELD: state.report() if full else state.coarse_report(self.block_size)}
+
+    def let_go(self) -> list[Request]:
+        """Requests with pages that vLLM does not run yet: they waited for their pieces, of which
+        none is on its way. They begin anew.
+        """
+        let_go = []
+        for state in [*self.states.values(), *self._leaving.values()]:
+            arrived = state.awaited and not state.loading
+            if self.spread.drop(state.id) or arrived:
+                self.pages.release(state.id)
+                self._leaving.pop(state.id, None)
+                state.loading = state.awaited = state.admitted = False
+                let_go.append(state.request)
+        return let_go
+
+    def _keep_up(self) -> None:
+        """Begin anew where the prefix cache was emptied or the weights were changed."""
+        if self.engine.renewed():
+            logger.info("kvcomm: prefix cache or weights are new, all is forgotten")
+            self.reset()
 
     def reset(self) -> None:
+        """KV of old weights must meet none of new ones, in pages or in what was learned."""
+        self.engine.renewed()  # known now
+        for state in self.states.values():
+            state.lesson = None
         self.store.clear(list(self.states.values()))
         self.lessons.clear()
         self.learning.clear()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.hints import HintError, Hints, parse_hints
-from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.planner import Limits
 from kvcomm_vllm.scheduler.state import RequestState, namespace_of
@@ -21,25 +20,24 @@ if TYPE_CHECKING:
 def new_state(
     request: Request,
     config: KVCommConfig,
-    stats: KVCommStats,
     secret: bytes,
     engine_off: Reason | None = None,
 ) -> RequestState:
-    """Hints that cannot be used are counted, named in the report, and otherwise as if not given.
+    """Hints that cannot be used are counted and named in the report; what its sender meant may have
+    been an exact answer, so that is what the request gets.
 
     Args:
         secret: makes tenants' keys of their cache salts.
     """
-    hints, message = Hints(), ""
+    hints, message, refused = Hints(), "", None
     try:
         hints = parse_hints(request.kv_transfer_params)
     except HintError as error:
-        message = str(error)
-        stats.count_reason(Reason.BAD_HINTS)
+        message, refused = str(error), Reason.BAD_HINTS
     asked = config.default_on or hints.mode is not None
     mode = hints.mode or (config.mode if asked else "off")
     apart = unshareable(request)
-    off = engine_off or apart
+    off = engine_off or apart or refused
     if off is None and request.skip_reading_prefix_cache:
         off = Reason.PROMPT_LOGPROBS
     if off is None and mode == "off":
@@ -59,7 +57,7 @@ def new_state(
 
 def unshareable(request: Request) -> Reason | None:
     """Why this request can neither reuse nor be reused, if so: its KV does not follow from token
-    ids alone.
+    ids alone, or these do not stay.
     """
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return Reason.PROMPT_EMBEDS
@@ -67,6 +65,8 @@ def unshareable(request: Request) -> Reason | None:
         return Reason.MULTIMODAL
     if request.lora_request is not None:
         return Reason.LORA
+    if getattr(request, "resumable", False):
+        return Reason.STREAMING_INPUT
     return None
 
 

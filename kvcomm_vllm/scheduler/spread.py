@@ -86,6 +86,14 @@ class SpreadPlans:
         if job is not None:
             job.abandoned = True
 
+    def drop(self, request_id: str) -> bool:
+        """Forget a request, unless a piece of it is on its way."""
+        job = self._jobs.get(request_id)
+        if job is None or job.out:
+            return False
+        del self._jobs[request_id]
+        return True
+
     def on_report(self, report: StepReport) -> StepReport:
         """The report as if each plan had been one piece: it says nothing of those that are not
         finished, and a plan is done if all its pieces were.

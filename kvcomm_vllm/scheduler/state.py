@@ -49,6 +49,7 @@ class RequestState:
         served: the plan of the first admission, ``served_local`` its local hit, of which
             ``served_approximate`` tokens are approximate: what the report speaks of.
         confirmed, failed: the workers' word on that plan.
+        told: the report has gone out with the first output.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
         generation: see :class:`~kvcomm_vllm.scheduler.sequence.Sequence`.
@@ -79,6 +80,7 @@ class RequestState:
     served_approximate: int = 0
     confirmed: bool = False
     failed: bool = False
+    told: bool = False
     sequence: Sequence | None = None
     prefill_tokens: int = 0
     first_approximate: int | None = None

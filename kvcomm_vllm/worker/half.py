@@ -86,6 +86,8 @@ class WorkerHalf:
         self.groups = build_groups(layers, self.runner.model)
         pages = self.groups[0].pages
         device = pages.layers[0].device
+        if device.type == "cpu":
+            compat.allow_amx()
         self.kernel = load_kernel(device)
         self.side_forward = SideForward(self.runner, self.block_size)
         if self.config.self_check:

@@ -10,7 +10,15 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 
-SETTINGS = {"min_span_tokens": 8, "min_reuse_tokens": 16, "seam_tokens": 4, "window_tokens": 8}
+SETTINGS = {
+    "min_span_tokens": 8,
+    "min_reuse_tokens": 16,
+    "seam_tokens": 4,
+    "window_tokens": 8,
+    "private_price": 0.0,
+    "max_unseen_share": 1.0,
+    "report": "full",
+}
 
 
 def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any) -> LLM:

@@ -6,16 +6,12 @@ computed there.
 from collections.abc import Iterable
 
 import pytest
-import torch
-from engines import Answer, ask, connector, core, make_engine, text
+from engines import Answer, ask, core, make_engine, text
+from stored_kv import first_layer
 from vllm import LLM
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.scheduler import half
-from kvcomm_vllm.scheduler.planner import Limits
-from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source
-from kvcomm_vllm.worker.load import slots_of
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 pytestmark = pytest.mark.engine
 
@@ -23,13 +19,13 @@ SHARED = text(1, 200)
 TAIL = text(9, 6)
 
 
-def holes_only(local: int, sources: Iterable[Source], limits: Limits) -> Plan:
+def holes_only(local: int, spans: Iterable[ReuseSpan], *rest: object) -> Plan:
     """A plan that ends like a real one but reuses nothing: three holes, up to the end of the last
-    source.
+    span.
     """
-    source = list(sources)[-1]
-    cuts = [local + 7, local + 40, source.end]
-    return Plan(local, tuple(ReuseSpan(cut, cut, 0, source) for cut in cuts))
+    last = list(spans)[-1]
+    cuts = [local + 7, local + 40, last.end]
+    return Plan(local, tuple(ReuseSpan(cut, cut, 0, last.source) for cut in cuts))
 
 
 PROMPTS = [text(seed, 60 + seed) + SHARED + TAIL for seed in (3, 4, 5)]
@@ -52,41 +48,16 @@ def test_holes_alone_give_exactly_the_dense_answer(
     check_holes(reusing, ask(plain, *PROMPTS, tokens=12), monkeypatch)
 
 
-def stored_keys_values(
-    llm: LLM, prompt: list[int], layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of the newest stored sequence that starts with this prompt: fp32 ``[tokens, heads,
-    head_dim]``.
-    """
-    scheduler = connector(llm)._scheduler
-    index = scheduler.store.index
-    match = index.leading(scheduler_namespace(llm), torch.tensor(prompt, dtype=torch.int32).numpy())
-    assert match is not None
-    sequence = match.sequence
-    blocks = [scheduler.pages.lookup(h).block_id for h in sequence.block_hashes]
-    group = get_kv_transfer_group()._worker.groups[0]
-    count = len(sequence.tokens)
-    return packing.read(group.pages, layer, torch.from_numpy(slots_of(blocks, 0, count, 32)))
-
-
-def scheduler_namespace(llm: LLM) -> bytes:
-    from types import SimpleNamespace
-
-    from kvcomm_vllm.scheduler.state import namespace_of
-
-    return namespace_of(SimpleNamespace(cache_salt=None))  # type: ignore[arg-type]
-
-
 def test_moved_keys_of_the_first_layer_equal_native_ones(tiny_llama: str, reusing: LLM) -> None:
     """Layer 0 sees no context, so re-rotation alone must give what a dense prefill gives there."""
     prompt = text(6, 75) + SHARED + TAIL
     ask(reusing, text(7, 64) + SHARED + TAIL)
     answer = ask(reusing, prompt)[0]
     start, end = next(s[:2] for s in answer.report["spans"] if s[2] == "reused")
-    moved = stored_keys_values(reusing, prompt, layer=0)
+    moved = first_layer(reusing, prompt)
     core(reusing).scheduler.reset_prefix_cache(reset_connector=True)
     ask(reusing, prompt, hints={"mode": "off"})
-    native = stored_keys_values(reusing, prompt, layer=0)
+    native = first_layer(reusing, prompt)
     keys, values = (
         pair[0][start:end] - pair[1][start:end] for pair in zip(moved, native, strict=True)
     )

@@ -31,7 +31,7 @@ def agents(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     """One server, set up the way a ``vllm serve --config FILE`` user would."""
     folder = tmp_path_factory.mktemp("server")
     ours, theirs = folder / "kvcomm.yaml", folder / "vllm.yaml"
-    ours.write_text("seam_tokens: 8\n")
+    ours.write_text("seam_tokens: 8\nreport: full\n")
     theirs.write_text(f"kv-connector: kvcomm\nkvcomm-config: {ours}\n")
     port = free_port()
     # with the routes for developers vLLM logs a traceback for every HTTP error, unless told not to

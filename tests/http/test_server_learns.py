@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
 
 def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_path: Path) -> None:
     config = tmp_path / "kvcomm.yaml"
-    config.write_text("mode: anchor\naudit_idle_seconds: 0.1\n")
+    config.write_text("mode: anchor\naudit_idle_seconds: 0.1\nreport: full\n")
     port = free_port()
     command = serve_command(smollm2, port, on_gpu=False, connector=True, config=config, extra=[])
     env = serve_env(smollm2, on_gpu=False)

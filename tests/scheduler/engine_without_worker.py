@@ -178,6 +178,7 @@ class EngineWithoutWorker(SimulatedWorker):
         hints: object = None,
         salt: str | None = None,
         priority: int = 0,
+        resumable: bool = False,
         **sampling: Any,
     ) -> Request:
         """A request that will sample ``answer`` (default: 2 tokens) and then end."""
@@ -200,6 +201,7 @@ class EngineWithoutWorker(SimulatedWorker):
             priority=priority,
             arrival_time=float(len(self.served)),
             block_hasher=self.hasher,
+            resumable=resumable,
         )
         self.served[name] = Served(text, len(prompt))
         self._note_exact_hashes(text, salt)
@@ -238,6 +240,14 @@ class EngineWithoutWorker(SimulatedWorker):
                 return
             self.step()
         raise AssertionError(f"not finished after {steps} steps: {list(self.scheduler.requests)}")
+
+    def rest(self, steps: int = 2000) -> None:
+        """Step until the scheduler wants no more: all has ended, or it is paused."""
+        for _ in range(steps):
+            if not self.scheduler.has_requests():
+                return
+            self.step()
+        raise AssertionError(f"no rest after {steps} steps: {list(self.scheduler.requests)}")
 
     # ---- one step --------------------------------------------------------------------------------
 
@@ -281,7 +291,8 @@ class EngineWithoutWorker(SimulatedWorker):
             if message.requests:
                 assert job.output.has_sync_kv_loads, "loads must run before the forward"
             if message.lesson is not None:
-                assert not job.output.total_num_scheduled_tokens, "lessons are for idle steps"
+                busy = job.output.total_num_scheduled_tokens or message.requests
+                assert not busy, "lessons are for idle steps"
             tables = {row.request_id: row.table for row in job.rows}
             connector_output = self.work(message, tables, self.half.lessons._active)
         memory.forward(job.rows, "forward")
@@ -308,7 +319,8 @@ class EngineWithoutWorker(SimulatedWorker):
         outputs = self.scheduler.update_from_output(job.output, job.result)
         for client in outputs.values():
             for output in client.outputs:
+                served = self.served[output.request_id]
+                served.outputs.append(output)
                 if output.finish_reason is not None:
-                    served = self.served[output.request_id]
                     served.finished = True
                     served.report = (output.kv_transfer_params or {}).get("kvcomm", {})

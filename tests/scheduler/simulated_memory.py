@@ -3,8 +3,9 @@
 
 A slot holds a token, its position (the rotation its key carries) and a digest of all tokens up to
 it (the context its KV was computed in). ``exact`` says that a dense prefill of that context would
-have produced the same. Reading a slot that was never written, or that holds something else than the
-reader expects, is an ``AssertionError``: on a real machine it would be a wrong answer.
+have produced the same. ``weights`` counts how often the model's weights had been replaced when it
+was written. Reading a slot that was never written, or that holds something else than the reader
+expects, is an ``AssertionError``: on a real machine it would be a wrong answer.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class SimulatedMemory:
         self.position = np.zeros(size, np.int64)
         self.context = np.zeros(size, np.int64)
         self.exact = np.zeros(size, np.bool_)
+        self.weights = np.zeros(size, np.int64)
+        self.weights_now = 0
         self.garbage = False  # a load failed in this step: what is computed on top is void, too
 
     def slots(self, table: list[int], start: int, end: int) -> Slots:
@@ -218,6 +221,7 @@ class SimulatedMemory:
         self.token[target] = text.tokens[begin:end]
         self.position[target] = np.arange(begin, end)
         self.context[target] = text.contexts[begin:end]
+        self.weights[target] = self.weights_now
 
     def _expect(
         self, slots: Slots, tokens: NDArray[np.int64], positions: NDArray[np.int64], name: str
@@ -229,6 +233,7 @@ class SimulatedMemory:
             ("unwritten slots", good),
             ("wrong tokens", self.token[slots] == tokens),
             ("wrong positions", self.position[slots] == positions),
+            ("KV of old weights", self.weights[slots] == self.weights_now),
         ):
             bad = np.flatnonzero(~fits)
             assert not len(bad), (

@@ -10,6 +10,7 @@ from typing import Any
 
 from simulated_anchors import SimulatedAnchors
 from simulated_memory import Row, SimulatedMemory, Text
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from kvcomm_vllm.anchors.lesson import Lesson
@@ -24,6 +25,7 @@ class Served:
     prompt_tokens: int
     loaded: list[RequestOps] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
+    outputs: list[EngineCoreOutput] = field(default_factory=list)
     finished: bool = False
 
     @property
@@ -49,6 +51,7 @@ class SimulatedWorker:
         self.fail: Callable[[RequestOps], bool] = lambda ops: False
         self.fail_lesson: Callable[[LessonOp], bool] = lambda op: False
         self.lessons: list[LessonOp] = []
+        self.taught: dict[int, int] = {}  # entry -> with which weights it began
         self.errors = [0.1, 1.0, 0.1, 1.0, 0.2, 0.2]
         self.probes: list[ProbeOp] = []
         # as if the first anchor were the same and all others far
@@ -92,6 +95,8 @@ class SimulatedWorker:
                     for page in ops.block_ids[at:]
                 },
             )
+        for op in (op for ops in requests for op in ops.loads if op.entry >= 0):
+            assert self.taught[op.entry] == self.memory.weights_now, "corrected for old weights"
         texts = {ops.request_id: self.served[ops.request_id].text for ops in requests}
         self.memory.load(requests, texts)
         for ops in requests:
@@ -143,7 +148,9 @@ class SimulatedWorker:
         if op.hole is not None:
             end = op.hole.start + len(op.hole.tokens)
             self.memory.forward([Row("lesson", text, op.block_ids, op.hole.start, end)], "lesson")
+        self.taught.update(dict.fromkeys(op.fresh, self.memory.weights_now))
         for span in op.spans:
+            assert self.taught[span.entry] == self.memory.weights_now, "old anchors are added to"
             self.memory.expect_lesson(op.block_ids, span, text)
             report.errors.append(list(self.errors))
         for anchor in op.anchors:

@@ -37,7 +37,7 @@ def test_an_engine_sleeps_while_a_lesson_waits_and_is_woken_for_it(make_engine: 
     while engine.scheduler.has_requests() and not rung.acquire(blocking=False):
         engine.step()
     rung.acquire(timeout=60)
-    assert lessons.due, "it is time"
+    assert lessons.due(), "it is time"
     assert engine.scheduler.has_requests()
     engine.idle()
     assert not lessons.pending
@@ -53,9 +53,9 @@ def test_a_request_puts_the_moment_off(make_engine: Make) -> None:
     assert lessons.pending
     assert not engine.scheduler.has_requests(), "the engine sleeps"
     hear(engine, 2)
-    assert lessons.due, "until it has been seen idle, it goes on"
+    assert lessons.due(), "until it has been seen idle, it goes on"
     engine.idle()
-    assert not lessons.due
+    assert not lessons.due()
     lessons.alarm.stop()
 
 

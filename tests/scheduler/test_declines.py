@@ -69,16 +69,15 @@ def test_who_does_not_reuse_is_reused_all_the_same(make_engine: Make) -> None:
     ],
     ids=repr,
 )
-def test_bad_hints_are_counted_named_and_otherwise_ignored(
+def test_who_gives_bad_hints_is_served_exactly_and_told_why(
     make_engine: Make, hints: object
 ) -> None:
+    """Who misspells "off" must not get reuse."""
     engine = with_source(make_engine())
-    engine.half.stats.take()
-    engine.add("second", READER, hints=hints)
-    assert engine.half.stats.data["reasons/bad_hints"] == 1
-    engine.run()
-    assert engine.served["second"].report["reused"] == 38
-    assert engine.served["second"].report["message"].startswith("kvcomm")
+    second = engine.serve("second", READER, hints=hints)
+    assert second.loaded == []
+    assert second.declined == ["bad_hints"]
+    assert second.report["message"].startswith("kvcomm")
 
 
 def test_a_prompt_that_shares_nothing(make_engine: Make) -> None:
@@ -138,7 +137,7 @@ def test_what_does_not_follow_from_token_ids_is_neither_served_nor_stored(
     half, blocks = engine.half, list(range(1, 15))
     request = special_request(engine, **fields())
     half.on_new_request(request)
-    assert half.match(request, 0) == 0
+    assert half.match(request, 0) == (0, False)
     half.admit(request, blocks, 0)
     report = half.finish(request, blocks)
     assert report is not None

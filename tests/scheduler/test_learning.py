@@ -114,6 +114,32 @@ def test_a_request_ends_a_lesson_at_once_and_it_begins_anew(make_engine: Make) -
     check_idle(engine)
 
 
+def test_a_request_that_comes_and_goes_while_a_piece_is_under_way_ends_the_lesson_all_the_same(
+    make_engine: Make,
+) -> None:
+    """It may have been given the pages in which the lesson computes."""
+    engine = make_engine(**ANCHOR, audit_tokens=8, pipeline=2)
+    hear(engine, 0)
+    hear(engine, 1)
+    while not engine.lessons:
+        engine.step()
+    (begun,) = engine.lessons
+    assert begun.hole is not None
+    assert engine.half.lessons._in_flight
+    engine.add("user", words("user", 60))
+    engine.schedule()
+    _, pages = engine.trace[-1]["user"]
+    assert begun.block_ids[begun.hole.start // engine.block_size] in pages
+    engine.abort("user")
+    engine.schedule()  # idle again, and the workers have not answered yet
+    engine.drain()
+    engine.step()
+    assert engine.lessons[1].hole == begun.hole
+    engine.idle()
+    assert any(op.spans for op in engine.lessons)
+    check_idle(engine)
+
+
 def hear_two(engine: EngineWithoutWorker, number: int, **options):
     """Two agents are told something new, then this one hears both texts."""
     said = [words(f"{name} {number}", 40) for name in ("question", "answer")]

@@ -166,19 +166,15 @@ def test_children_of_one_prompt_share_its_private_pages(make_engine: Make) -> No
     check_idle(engine)
 
 
-def test_a_reset_of_the_prefix_cache_empties_the_index(make_engine: Make) -> None:
+@pytest.mark.parametrize("connector_too", [False, True])
+def test_a_reset_of_the_prefix_cache_empties_the_index(
+    make_engine: Make, connector_too: bool
+) -> None:
     engine = make_engine()
     engine.serve("source", [*words("one", 20), *QUESTION])
-    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
-    assert owners(engine) == []
+    assert engine.scheduler.reset_prefix_cache(reset_connector=connector_too)
     assert engine.serve("second", READER).declined == ["no_match"]
-
-
-def test_a_reset_that_spares_the_connector_makes_sources_misses(make_engine: Make) -> None:
-    engine = make_engine()
-    engine.serve("source", [*words("one", 20), *QUESTION])
-    assert engine.scheduler.reset_prefix_cache()
-    assert engine.serve("second", READER).declined == ["source_evicted"]
+    assert owners(engine) == ["second"]
 
 
 def test_a_reset_under_running_requests_lets_them_finish(make_engine: Make) -> None:

@@ -25,7 +25,8 @@ class Crowd:
         self.messages = [words((seed, n), self.random.randint(9, 45)) for n in range(5)]
         self.prefixes = [words((seed, "agent", n), self.random.randint(1, 25)) for n in range(4)]
         self.conversations: list[list[int]] = []
-        self.capacity = (len(engine.pool.blocks) - 1) * engine.block_size
+        room = (len(engine.pool.blocks) - 1) * engine.block_size
+        self.capacity = min(room, engine.scheduler.max_model_len)
         self.count = 0
         if failures:
             engine.fail = lambda ops: self.random.random() < 0.15
@@ -68,21 +69,30 @@ class Crowd:
         elif choice < 0.29 and engine.scheduler.requests:
             engine.abort(self.random.choice(list(engine.scheduler.requests)))
         elif choice < 0.30:
-            # vLLM's own rule: no running request is reset while another waits for its KV
-            waits = any(state.awaited for state in engine.half.states.values())
-            busy = waits or engine.jobs or engine.half._leaving
+            # vLLM's own rule: no running request is reset while KV of another is on its way
             engine.scheduler.reset_prefix_cache(
-                reset_running_requests=self.random.random() < 0.5 and not busy,
+                reset_running_requests=self.random.random() < 0.5 and not engine.jobs,
                 reset_connector=self.random.random() < 0.5,
             )
 
+    def end(self) -> None:
+        """Nobody acts any more."""
 
-def play(engine: EngineWithoutWorker, seed: int, steps: int, failures: bool = False) -> None:
-    crowd = Crowd(engine, seed, failures)
+
+def play(
+    engine: EngineWithoutWorker,
+    seed: int,
+    steps: int,
+    failures: bool = False,
+    crowd: type[Crowd] = Crowd,
+) -> None:
+    agents = crowd(engine, seed, failures)
     for _ in range(steps):
-        crowd.act()
+        agents.act()
         engine.step()
+    agents.end()
     engine.run(steps=3000)
+    engine.idle()
     check_idle(engine)
     finished = [name for name, served in engine.served.items() if served.finished]
     for name in finished:

@@ -12,6 +12,7 @@ from engine_without_worker import EngineWithoutWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import words
+from vllm.v1.core.sched.interface import PauseState
 
 from kvcomm_vllm.messages import HoleOp, LoadOp, RequestOps, StepReport
 from kvcomm_vllm.scheduler.spread import SpreadPlans
@@ -185,3 +186,34 @@ def test_pieces_are_the_holes_in_order_and_none_is_too_large(
     assert ended
     assert computed == [token for hole in given_holes for token in hole.tokens]
     assert plans.next_pieces(64) == []
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_an_operator_resets_while_it_waits_and_it_begins_anew(
+    make_engine: Make, paused: bool
+) -> None:
+    """vLLM itself raises where a request waits for its KV."""
+    engine = engine_with_source(make_engine)
+    engine.add("large", LARGE, words("answer", 9))
+    for _ in range(2):
+        engine.step()
+    if paused:
+        engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        engine.rest()
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.run()
+    assert engine.served["large"].report["computed"] == len(LARGE)
+    check_report(engine, "large")
+    check_idle(engine)
+
+
+def test_a_reset_after_its_client_has_hung_up_frees_its_pages(make_engine: Make) -> None:
+    engine = engine_with_source(make_engine)
+    engine.add("large", LARGE)
+    for _ in range(2):
+        engine.step()
+    engine.abort("large")
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.idle()
+    check_idle(engine)
