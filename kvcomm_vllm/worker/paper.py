@@ -239,7 +239,7 @@ class PaperArena:
             yield layer, turn_keys(k, undo, pages.interleaved), v
 
     def _write(self, layer: Layer, block_ids: list[int], start: int, both: torch.Tensor) -> None:
-        """Unrotated K and V ``[tokens, kv_heads, 2 * head_dim]`` to the positions from ``start``."""
+        """``both`` is unrotated K and V ``[tokens, kv_heads, 2 * head_dim]``; from ``start`` on."""
         slots = slots_of(block_ids, start, len(both), self.block_size)
         positions = start + torch.arange(len(both), device=self.device)
         pages, (k, v) = layer.group.pages, both.chunk(2, dim=-1)
