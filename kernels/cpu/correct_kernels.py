@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from kvcomm_vllm.kernels.cpu import lanes as lane
-from kvcomm_vllm.kernels.cpu.load_kernels import block_access, entry
+from kvcomm_vllm.kernels.cpu.load_kernels import block_access, entry, rotation
 from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, table
 
 JOB = job_type(
@@ -43,17 +43,15 @@ def _finish(kind: str) -> Any:
     """Turns K of tiles t and u back, adds their deviations, turns it to its place and writes it."""
     fetch, put = block_access(kind)
     factor, line = lane.MEMORY["fp32"].read, 4 * lane.WIDTH
-    add, fused, multiply, negate = lane.add, lane.fused, lane.multiply, lane.negate
+    add, rotate = lane.add, rotation()
 
     @njit
     def turn(base, a, b, block, undo, redo, da, db, ahead):  # type: ignore[no-untyped-def]
         x, y = fetch(base, a, block, ahead), fetch(base, b, block, ahead)
-        c, s = factor(undo), factor(undo + line)
-        u = add(fused(x, c, negate(multiply(y, s))), factor(da))
-        v = add(fused(y, c, multiply(x, s)), factor(db))
-        c, s = factor(redo), factor(redo + line)
-        put(base + a, fused(u, c, negate(multiply(v, s))), block)
-        put(base + b, fused(v, c, multiply(u, s)), block)
+        x, y = rotate(x, y, undo)
+        x, y = rotate(add(x, factor(da)), add(y, factor(db)), redo)
+        put(base + a, x, block)
+        put(base + b, y, block)
 
     @njit
     def shift(base, a, block, deviation, ahead):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from kvcomm_vllm.kernels.cpu import lanes as lane
-from kvcomm_vllm.kernels.cpu.load_kernels import block_access, entry
+from kvcomm_vllm.kernels.cpu.load_kernels import block_access, entry, rotation
 from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, table
 
 JOB = job_type(
@@ -27,9 +27,7 @@ LINE = 4 * lane.WIDTH  # bytes of 16 words
 def _keys(kind: str) -> Any:
     """Unrotated K of a tile of one head, fp32 ``[16, head_dim]``; ``space`` is as large again."""
     fetch, _ = block_access(kind)
-    words, transpose = lane.MEMORY["fp32"], lane.transpose
-    factor, store = words.read, words.write
-    fused, multiply, negate = lane.fused, lane.multiply, lane.negate
+    store, transpose, rotate = lane.MEMORY["fp32"].write, lane.transpose, rotation()
 
     @njit
     def keys(job, base, t, space, out):  # type: ignore[no-untyped-def]
@@ -39,9 +37,9 @@ def _keys(kind: str) -> Any:
             a = pair * job.first_step
             b = a + job.second_step
             x, y = fetch(base, a * row, block, ahead), fetch(base, b * row, block, ahead)
-            c, s = factor(turn), factor(turn + LINE)
-            store(space + a * LINE, fused(x, c, negate(multiply(y, s))))
-            store(space + b * LINE, fused(y, c, multiply(x, s)))
+            x, y = rotate(x, y, turn)
+            store(space + a * LINE, x)
+            store(space + b * LINE, y)
             turn += 2 * LINE
         for a in range(2 * job.pairs, job.head_dim):
             store(space + a * LINE, fetch(base, a * row, block, ahead))
