@@ -31,7 +31,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["kvcomm_vllm", "kvcomm_vllm.*"]), "kvcomm_vllm.kernels"],
+    packages=[
+        *find_packages(include=["kvcomm_vllm", "kvcomm_vllm.*"]),
+        "kvcomm_vllm.kernels",
+        "kvcomm_vllm.kernels.cpu",
+    ],
     # kernels/ is a folder of its own for its readers, and a part of the package for Python. It has
     # no __init__.py: run from the root of a checkout, transformers would take a package named
     # "kernels" for the one of that name on PyPI.

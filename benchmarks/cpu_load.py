@@ -22,7 +22,10 @@ from pathlib import Path
 import torch
 
 from kvcomm_vllm.cli.machine import cpu_model
-from kvcomm_vllm.kernels import cpu_correct, cpu_load, packing, portable
+from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.kernels.cpu import correct as cpu_correct
+from kvcomm_vllm.kernels.cpu import load as cpu_load
+from kvcomm_vllm.kernels.cpu import portable
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcomm_vllm.kernels import cpu_correct, cpu_load, portable, reference
+from kvcomm_vllm.kernels import reference
+from kvcomm_vllm.kernels.cpu import correct as cpu_correct
+from kvcomm_vllm.kernels.cpu import distance as cpu_distance
+from kvcomm_vllm.kernels.cpu import load as cpu_load
+from kvcomm_vllm.kernels.cpu import portable
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
@@ -126,7 +130,8 @@ class Workload:
         coded = self.means(RANK)
         extra = int(head) + sum(part.nbytes for part in (coded.code, coded.up) if part is not None)
         yield self._corrected(f"load + mean + code of rank {RANK}", coded, extra)
-        yield from self._triton_only()
+        yield self._distance()
+        yield self._collect()
 
     def _load(self) -> Operation:
         turn = self.undo.then(self.redo)
@@ -165,23 +170,27 @@ class Workload:
             }
         return Operation(name, 2 * self.row_bytes + extra, providers)
 
-    def _triton_only(self) -> Iterator[Operation]:
-        """Rotate, collect and distance: Triton beside eager torch; eager alone on the CPU."""
-        s, group, src, undo = self.shape, self.group, self.src, self.undo
-        size = (self.tokens, s.layers, s.heads, s.head_dim)
-        base_k, base_v, out_k, out_v = (self._random(*size) for _ in range(4))
+    def _distance(self) -> Operation:
         pool = self.anchors()
-        inner = (group, src, undo, base_k, base_v, out_k, out_v)
-        near = (group, src, undo, pool.dk, pool.dv, pool.rows)
-        rotate: dict[str, Run] = {"eager": lambda: reference.rotate(group, src, undo)}
-        collected: dict[str, Run] = {"eager": lambda: reference.collect(*inner)}
-        distances: dict[str, Run] = {"eager": lambda: reference.distance(*near)}
+        arguments = (self.group, self.src, self.undo, pool.dk, pool.dv, pool.rows)
+        providers: dict[str, Run] = {"eager": lambda: reference.distance(*arguments)}
         if self.device != "cpu":
-            from kvcomm_vllm.kernels import collect, distance, load
+            from kvcomm_vllm.kernels import distance
 
-            rotate = {"triton": lambda: load.rotate(group, src, undo), **rotate}
-            collected = {"triton": lambda: collect.collect(*inner), **collected}
-            distances = {"triton": lambda: distance.distance(*near), **distances}
-        yield Operation("rotate", self.row_bytes, rotate)
-        yield Operation("collect", self.row_bytes + 2 * self.arena_bytes, collected)
-        yield Operation("distance", self.row_bytes + ANCHORS * self.arena_bytes, distances)
+            providers = {"triton": lambda: distance.distance(*arguments), **providers}
+        elif cpu_load.available() and cpu_correct.supports(self.group):
+            cpu_distance.warm_up(self.group, pool.dk.dtype)
+            providers = {"cpu": lambda: cpu_distance.distance(*arguments), **providers}
+        return Operation("distance", self.row_bytes + ANCHORS * self.arena_bytes, providers)
+
+    def _collect(self) -> Operation:
+        """Eager alone on the CPU."""
+        s = self.shape
+        out_k, out_v = (self._random(self.tokens, s.layers, s.heads, s.head_dim) for _ in "kv")
+        arguments = (self.group, self.src, self.undo, out_k, out_v)
+        providers: dict[str, Run] = {"eager": lambda: reference.collect(*arguments)}
+        if self.device != "cpu":
+            from kvcomm_vllm.kernels import collect
+
+            providers = {"triton": lambda: collect.collect(*arguments), **providers}
+        return Operation("collect", self.row_bytes + self.arena_bytes, providers)

@@ -171,6 +171,20 @@ def check_rows(name: str, rows: torch.Tensor, tokens: int, arena_rows: int) -> N
         require(top < arena_rows, f"{name}: row {top} is outside an arena of {arena_rows} rows")
 
 
+def check_out(group: PageGroup, k: torch.Tensor, v: torch.Tensor, tokens: int) -> None:
+    """Rows for the KV of all layers, one per token."""
+    check_arena(group, "out", k, v, 0)
+    require(len(k) == tokens, f"{len(k)} output rows for {tokens} slots")
+
+
+def check_near(
+    group: PageGroup, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, tokens: int
+) -> None:
+    """Arenas of anchors that tokens are compared with, and the row of each."""
+    check_arena(group, "anchor arena", k, v, 0)
+    check_rows("rows", rows, tokens, len(k))
+
+
 def check_deviation(group: PageGroup, deviation: Deviation, tokens: int) -> None:
     """All tensors of a deviation fit the group and the tokens."""
     if isinstance(deviation, AnchorSum):
@@ -184,7 +198,7 @@ def check_anchor_sum(group: PageGroup, deviation: AnchorSum, tokens: int) -> Non
     d = deviation
     check_arena(group, "deviation arena", d.dk, d.dv, d.skip_layers)
     check_rows("deviation rows", d.rows, tokens, len(d.dk))
-    shape = (len(d.rows), *(d.dk.shape[1:] if d.per_channel else (tokens,)))
+    shape = (len(d.rows), tokens)
     for name, weights in (("wk", d.wk), ("wv", d.wv)):
         require(
             tuple(weights.shape) == shape and weights.dtype == torch.float32,

@@ -27,8 +27,6 @@ from kvcomm_vllm.kernels.launch import (
 )
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
-NO_WEIGHTS, TOKEN_WEIGHTS, CHANNEL_WEIGHTS = 0, 1, 2
-
 
 @triton.jit
 def load_sum_kernel(
@@ -67,13 +65,13 @@ def load_sum_kernel(
     INTERLEAVED: tl.constexpr,
     ELEMENT: tl.constexpr,
     FP8: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     BT: tl.constexpr,
     BL: tl.constexpr,
 ):
     """Program (i_t, i_l): BT tokens, all heads of BL layers; an inner loop sums over the anchors.
 
-    Weights: none (all 1), per token ``[A, T]``, or per channel ``[A, L - SKIP, H, D]``.
+    Weights are ``[A, T]``; all are 1 where it is not WEIGHTED.
     """
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_t < T
@@ -115,24 +113,13 @@ def load_sum_kernel(
                 b_da = b_da.to(tl.float32)
                 b_db = b_db.to(tl.float32)
                 b_dc = b_dc.to(tl.float32)
-                if WEIGHTS == 1:
+                if WEIGHTED:
                     b_wk = tl.load(p_wk + tl.cast(i_a, tl.int64) * T + o_t, mask=m, other=0)
                     b_wv = tl.load(p_wv + tl.cast(i_a, tl.int64) * T + o_t, mask=m, other=0)
                     b_da = b_da * b_wk[:, None]
                     b_db = b_db * b_wk[:, None]
                     b_dc = b_dc * b_wk[:, None]
                     b_dv = b_dv * b_wv[:, None]
-                if WEIGHTS == 2:
-                    o_w = ((tl.cast(i_a, tl.int64) * (L - SKIP) + i_d) * H + i_h) * D
-                    o_one = tl.zeros((1,), tl.int64) + o_w
-                    m_one = o_one >= 0
-                    b_wa, b_wb, b_wc = blocks.load_key(
-                        p_wk + o_one, m_one, HALF, HALF_P, REST, REST_P, INTERLEAVED
-                    )
-                    b_da = b_da * b_wa
-                    b_db = b_db * b_wb
-                    b_dc = b_dc * b_wc
-                    b_dv = b_dv * blocks.load_row(p_wv + o_one, m_one, 0, D, D_P)
                 b_a += b_da
                 b_b += b_db
                 b_c += b_dc
@@ -164,18 +151,17 @@ class _Sum:
     rows: torch.Tensor
     wk: torch.Tensor
     wv: torch.Tensor
-    weights: int
+    weighted: bool
 
     @classmethod
     def of(cls, deviation: Deviation) -> _Sum:
         if isinstance(deviation, AnchorSum):
-            kind = CHANNEL_WEIGHTS if deviation.per_channel else TOKEN_WEIGHTS
             rows, wk, wv = deviation.rows, deviation.wk.contiguous(), deviation.wv.contiguous()
-            return cls(deviation.dk, deviation.dv, rows.contiguous(), wk, wv, kind)
+            return cls(deviation.dk, deviation.dv, rows.contiguous(), wk, wv, True)
         last = deviation.mean_k.shape[1] - 1
         rows = deviation.index.to(torch.int64).clamp(max=last)[None]
         dk, dv = deviation.mean_k.transpose(0, 1), deviation.mean_v.transpose(0, 1)
-        return cls(dk, dv, rows, dk, dv, NO_WEIGHTS)
+        return cls(dk, dv, rows, dk, dv, False)
 
 
 def load_corrected(
@@ -192,7 +178,7 @@ def load_corrected(
         group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
         src_slots, dst_slots: int64 ``[tokens]``; overlap rules as in ``load``.
         undo, redo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-old)`` and ``R(new)``.
-        deviation: where dK and dV come from (paper Eq. 6 and 7, or mean plus code).
+        deviation: where dK and dV come from (paper Eq. 6, or mean plus code).
 
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
@@ -214,11 +200,7 @@ def load_corrected(
         load_coded(group, a, src_slots, dst_slots, undo, redo, deviation)
         return
     s = _Sum.of(deviation)
-    # Channel weights are read once per block: a block twice as tall halves what they add.
-    wide = s.weights == CHANNEL_WEIGHTS
-    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize) * (
-        2 if wide else 1
-    )
+    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize)
     block_layers = layers_per_program(group.kv_heads, layers)
     grid = (cdiv(tokens, block_tokens), cdiv(layers, block_layers))
     load_sum_kernel[grid](
@@ -226,6 +208,6 @@ def load_corrected(
         undo.cos, undo.sin, redo.cos, redo.sin, a.k_scales, a.v_scales,
         s.dk, s.dv, s.rows, s.wk, s.wv,
         tokens, layers, len(s.rows), deviation.skip_layers, *a.strides, *s.dk.stride()[:3],
-        **a.constants, WEIGHTS=s.weights, BT=block_tokens, BL=block_layers,
-        num_warps=8 if wide else 4, enable_fp_fusion=True,
+        **a.constants, WEIGHTED=s.weighted, BT=block_tokens, BL=block_layers,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -16,15 +16,14 @@ import torch
 
 @dataclass(frozen=True)
 class AnchorSum:
-    """``dK = sum_a wk_a * dk[rows_a]``, the same for V (paper Eq. 6; with channel weights Eq. 7).
+    """``dK = sum_a wk_a * dk[rows_a]``, the same for V (paper Eq. 6).
 
     Args:
         dk, dv: arenas ``[arena_rows, layers, kv_heads, head_dim]``, one row per anchor token, any
             float dtype, channels contiguous.
         rows: int64 ``[anchors, tokens]``, arena row of anchor a for token t; negative = this anchor
             says nothing about this token. Anchors are picked without copying them.
-        wk, wv: fp32 weights ``[anchors, tokens]`` (placeholders) or ``[anchors, layers, kv_heads,
-            head_dim]`` (the paper's weights of a following prefix segment); both of one kind.
+        wk, wv: fp32 weights ``[anchors, tokens]``.
         skip_layers: leading layers of the group that have no deviation and no place in the arenas.
     """
 
@@ -34,32 +33,6 @@ class AnchorSum:
     wk: torch.Tensor
     wv: torch.Tensor
     skip_layers: int = 0
-
-    @property
-    def per_channel(self) -> bool:
-        """True if the weights are per (layer, head, channel) instead of per token."""
-        return self.wk.ndim == 4
-
-    @classmethod
-    def stacked(
-        cls,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        wk: torch.Tensor,
-        wv: torch.Tensor,
-        skip_layers: int = 0,
-    ) -> AnchorSum:
-        """From the paper's shape ``[anchors, layers, tokens, kv_heads, head_dim]``.
-
-        No copy if the memory is laid out as ``[anchors, tokens, layers, kv_heads, head_dim]``.
-        """
-        anchors, layers, tokens, heads, dim = dk.shape
-        rows = torch.arange(anchors * tokens, device=dk.device).reshape(anchors, tokens)
-
-        def arena(stack: torch.Tensor) -> torch.Tensor:
-            return stack.transpose(1, 2).reshape(anchors * tokens, layers, heads, dim)
-
-        return cls(arena(dk), arena(dv), rows, wk, wv, skip_layers)
 
 
 @dataclass(frozen=True)
@@ -101,12 +74,8 @@ class DistanceSums:
         square_v: ``[anchors]``, sum of (V - V_a)^2; its root is the gate's distance (paper Eq. 5).
         abs_k, abs_v: ``[anchors, tokens]``, sum of |K - K_a| over layers, heads and channels;
             divided by their count over all ranks it is the paper's per-token distance (Eq. 6).
-        square_channel_k, square_channel_v: ``[anchors, layers, kv_heads, head_dim]``, sum over
-            tokens of the squares (Eq. 7); None unless asked for.
     """
 
     square_v: torch.Tensor
     abs_k: torch.Tensor
     abs_v: torch.Tensor
-    square_channel_k: torch.Tensor | None = None
-    square_channel_v: torch.Tensor | None = None

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from kvcomm_vllm.kernels import blocks
-from kvcomm_vllm.kernels.channel_distance import channel_sums
-from kvcomm_vllm.kernels.contract import check_arena, check_rotation, check_rows, check_slots
+from kvcomm_vllm.kernels.contract import check_near, check_rotation, check_slots
 from kvcomm_vllm.kernels.deviation import DistanceSums
 from kvcomm_vllm.kernels.launch import cdiv, group_arguments, tokens_per_block
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
@@ -114,8 +113,6 @@ def distance(
     anchor_k: torch.Tensor,
     anchor_v: torch.Tensor,
     rows: torch.Tensor,
-    *,
-    per_channel: bool = False,
 ) -> DistanceSums:
     """Sums of differences between the span at ``slots`` and A anchors, in the unrotated frame.
 
@@ -126,19 +123,17 @@ def distance(
         anchor_k, anchor_v: arenas of anchors' base KV ``[arena_rows, layers, kv_heads, head_dim]``.
         rows: int64 ``[anchors, tokens]``, the arena row each token is compared with; negative =
             none.
-        per_channel: also sum squares over tokens per (layer, head, channel); one more launch.
 
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
 
-    Moves at least ``2 * head_dim * (cache itemsize + anchors * arena itemsize)`` bytes per token,
-    layer and head in each of the two launches (paper Eq. 5; Eq. 6 and 7).
+    One launch. Moves at least ``2 * head_dim * (cache itemsize + anchors * arena itemsize)`` bytes
+    per token, layer and head (paper Eq. 5 and 6).
     """
     a = group_arguments(group)
     check_slots(group, slots, slots)
     check_rotation(group, undo, len(slots))
-    check_arena(group, "anchor arena", anchor_k, anchor_v, 0)
-    check_rows("rows", rows, len(slots), len(anchor_k))
+    check_near(group, anchor_k, anchor_v, rows, len(slots))
     slots, rows = slots.contiguous(), rows.contiguous()
     anchors, tokens = rows.shape
     layers, heads = len(group.layers), group.kv_heads
@@ -155,7 +150,4 @@ def distance(
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     square_v, abs_k, abs_v = parts.sum((1, 2))
-    if not per_channel:
-        return DistanceSums(square_v.sum(1), abs_k, abs_v)
-    channel_k, channel_v = channel_sums(group, a, slots, undo, anchor_k, anchor_v, rows)
-    return DistanceSums(square_v.sum(1), abs_k, abs_v, channel_k, channel_v)
+    return DistanceSums(square_v.sum(1), abs_k, abs_v)

@@ -110,13 +110,12 @@ def group_arguments(group: PageGroup) -> GroupArguments:
     return made
 
 
-def layers_per_program(heads: int, layers: int, wanted_rows: int = 16) -> int:
+def layers_per_program(heads: int, layers: int) -> int:
     """Layers one program walks through: rotation factors are read once for that many layers' heads.
 
-    At 16 (layer, head) rows per program the factors are under 7% of a load's traffic; a rotation
-    alone moves half as much and wants 32.
+    At 16 (layer, head) rows per program the factors are under 7% of a load's traffic.
     """
-    return max(1, min(layers, -(-wanted_rows // heads)))
+    return max(1, min(layers, cdiv(16, heads)))
 
 
 def cdiv(a: int, b: int) -> int:

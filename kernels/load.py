@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load without deviation, and rotation alone: ``K[dst] = turn * K[src]``, ``V[dst] = V[src]``."""
+"""Load without deviation: ``K[dst] = turn * K[src]``, ``V[dst] = V[src]``."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -45,13 +45,8 @@ def load_kernel(
     FP8: tl.constexpr,
     BT: tl.constexpr,
     BL: tl.constexpr,
-    KEYS_ONLY: tl.constexpr,
 ):
-    """Program (i_t, i_l): BT tokens, all heads of BL layers. An fp8 scale cancels, so none is read.
-
-    KEYS_ONLY (rotation in place) moves half of the rotated channels alone: what a rotation leaves
-    alone is neither read nor written when source and destination are the same.
-    """
+    """Program (i_t, i_l): BT tokens, all heads of BL layers. An fp8 scale cancels: none is read."""
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_t < T
     b_src = tl.load(p_src + o_t, mask=m_t, other=-1)
@@ -67,39 +62,16 @@ def load_kernel(
             p_layer = blocks.layer_pointer(p_layers, i_l, ELEMENT)
             p_from = p_layer + o_src + tl.cast(i % H, tl.int64) * stride_head
             p_to = p_layer + o_dst + tl.cast(i % H, tl.int64) * stride_head
-            MOVED: tl.constexpr = 0 if KEYS_ONLY else REST
-            b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, MOVED, REST_P, INTERLEAVED)
-            if not KEYS_ONLY:
-                b_v = blocks.load_row(p_from, m, D, D, D_P)
+            b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+            b_v = blocks.load_row(p_from, m, D, D, D_P)
             if HALF > 0:
                 b_x, b_y = blocks.turn(
                     blocks.decode(b_a, FP8), blocks.decode(b_b, FP8), b_cos, b_sin
                 )
                 b_a = blocks.encode(b_x, ELEMENT, FP8)
                 b_b = blocks.encode(b_y, ELEMENT, FP8)
-            blocks.store_key(p_to, b_a, b_b, b_c, m, HALF, HALF_P, MOVED, REST_P, INTERLEAVED)
-            if not KEYS_ONLY:
-                blocks.store_row(p_to, b_v, m, D, D, D_P)
-
-
-def _launch(
-    group: PageGroup, src: torch.Tensor, dst: torch.Tensor, turn: Rotation, keys_only: bool
-) -> None:
-    a = group_arguments(group)
-    check_slots(group, src, dst)
-    check_rotation(group, turn, len(src))
-    tokens, layers = len(src), len(group.layers)
-    if tokens == 0 or (keys_only and group.rotary_dim == 0):
-        return
-    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize)
-    block_layers = layers_per_program(group.kv_heads, layers, 32 if keys_only else 16)
-    grid = (cdiv(tokens, block_tokens), cdiv(layers, block_layers))
-    load_kernel[grid](
-        a.pointers, src.contiguous(), dst.contiguous(), turn.cos, turn.sin,
-        tokens, layers, *a.strides,
-        **a.constants, BT=block_tokens, BL=block_layers, KEYS_ONLY=keys_only,
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+            blocks.store_key(p_to, b_a, b_b, b_c, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+            blocks.store_row(p_to, b_v, m, D, D, D_P)
 
 
 def load(
@@ -118,13 +90,18 @@ def load(
 
     Moves at least ``4 * head_dim * itemsize`` bytes per token, layer and head.
     """
-    _launch(group, src_slots, dst_slots, turn, keys_only=False)
-
-
-def rotate(group: PageGroup, slots: torch.Tensor, turn: Rotation) -> None:
-    """``K[slots] = turn * K[slots]`` in place in all layers, one launch; V is not touched.
-
-    Args and errors as :func:`load`. Moves ``2 * rotary_dim * itemsize`` bytes per token,
-    layer and head.
-    """
-    _launch(group, slots, slots, turn, keys_only=True)
+    a = group_arguments(group)
+    check_slots(group, src_slots, dst_slots)
+    check_rotation(group, turn, len(src_slots))
+    tokens, layers = len(src_slots), len(group.layers)
+    if tokens == 0:
+        return
+    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize)
+    block_layers = layers_per_program(group.kv_heads, layers)
+    grid = (cdiv(tokens, block_tokens), cdiv(layers, block_layers))
+    load_kernel[grid](
+        a.pointers, src_slots.contiguous(), dst_slots.contiguous(), turn.cos, turn.sin,
+        tokens, layers, *a.strides,
+        **a.constants, BT=block_tokens, BL=block_layers,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -8,14 +8,14 @@ token's.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.contract import (
     check_deviation,
     check_group,
+    check_near,
+    check_out,
     check_rotation,
     check_slots,
 )
@@ -61,32 +61,12 @@ def load(
         packing.write(group, layer, dst_slots[keep], turn_keys(k, turn, group.interleaved), v)
 
 
-def rotate(group: PageGroup, slots: torch.Tensor, turn: Rotation) -> None:
-    """``K[slots] = turn * K[slots]`` in place in all layers; V is not touched."""
-    check_group(group)
-    check_slots(group, slots, slots)
-    check_rotation(group, turn, len(slots))
-    keep = slots >= 0
-    turn = _pick(turn, keep)
-    for layer in range(len(group.layers)):
-        k, v = packing.read(group, layer, slots[keep])
-        packing.write(group, layer, slots[keep], turn_keys(k, turn, group.interleaved), v)
-
-
 def deviate(
     deviation: Deviation, layer: int, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dK, dV) of one layer for the tokens ``keep``, unrotated: ``[tokens, heads, head_dim]``."""
     if isinstance(deviation, AnchorSum):
-        rows = deviation.rows[:, keep]
-        covered = (rows >= 0)[..., None, None]
-
-        def blend(arena: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            d = arena[rows.clamp(min=0), layer].float() * covered
-            w = weights[:, None, layer] if weights.ndim == 4 else weights[:, keep, None, None]
-            return (w.float() * d).sum(0)
-
-        return blend(deviation.dk, deviation.wk), blend(deviation.dv, deviation.wv)
+        return _blend(deviation, layer, keep)
     index = deviation.index[keep].long().clamp(max=deviation.mean_k.shape[1] - 1)
     dk, dv = deviation.mean_k[layer, index].float(), deviation.mean_v[layer, index].float()
     if deviation.code is None or deviation.up is None:
@@ -94,6 +74,17 @@ def deviate(
     code, up = deviation.code[keep, layer].float(), deviation.up[layer].float()
     more_k, more_v = torch.einsum("tr,hrj->thj", code, up).chunk(2, dim=-1)
     return dk + more_k, dv + more_v
+
+
+def _blend(anchors: AnchorSum, layer: int, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Anchor by anchor: all of them together would take as often the memory of one layer."""
+    rows, dim = anchors.rows[:, keep], anchors.dk.shape[2:]
+    dk, dv = rows.new_zeros((2, rows.shape[1], *dim), dtype=torch.float32)
+    for a, row in enumerate(rows):
+        near, covered = row.clamp(min=0), row >= 0
+        for total, arena, weight in ((dk, anchors.dk, anchors.wk), (dv, anchors.dv, anchors.wv)):
+            total += (weight[a, keep] * covered)[:, None, None] * arena[near, layer].float()
+    return dk, dv
 
 
 def load_corrected(
@@ -126,31 +117,25 @@ def collect(
     group: PageGroup,
     slots: torch.Tensor,
     undo: Rotation,
-    base_k: torch.Tensor | None,
-    base_v: torch.Tensor | None,
     out_k: torch.Tensor,
     out_v: torch.Tensor,
-    *,
-    skip_layers: int = 0,
 ) -> None:
-    """``out_k = undo * K[slots] - base_k``, ``out_v = V[slots] - base_v``, rounded once.
+    """``out_k = undo * K[slots]``, ``out_v = V[slots]``, rounded once.
 
     Args:
-        base_k, base_v: base KV, unrotated, ``[tokens, layers - skip_layers, heads, head_dim]``, any
-            strides and float dtype; None = zero, which stores the unrotated KV itself.
-        out_k, out_v: rows of an arena, same shape; rows of negative slots stay as they are.
+        out_k, out_v: ``[tokens, layers, heads, head_dim]``; rows of negative slots stay as they
+            are.
     """
     check_group(group)
     check_slots(group, slots, slots)
     check_rotation(group, undo, len(slots))
+    check_out(group, out_k, out_v, len(slots))
     keep = slots >= 0
     undo = _pick(undo, keep)
-    for layer in range(skip_layers, len(group.layers)):
+    for layer in range(len(group.layers)):
         k, v = packing.read(group, layer, slots[keep])
-        k, at = turn_keys(k, undo, group.interleaved), layer - skip_layers
-        if base_k is not None and base_v is not None:
-            k, v = k - base_k[keep, at].float(), v - base_v[keep, at].float()
-        out_k[keep, at], out_v[keep, at] = k.to(out_k.dtype), v.to(out_v.dtype)
+        k = turn_keys(k, undo, group.interleaved)
+        out_k[keep, layer], out_v[keep, layer] = k.to(out_k.dtype), v.to(out_v.dtype)
 
 
 def distance(
@@ -160,8 +145,6 @@ def distance(
     anchor_k: torch.Tensor,
     anchor_v: torch.Tensor,
     rows: torch.Tensor,
-    *,
-    per_channel: bool = False,
 ) -> DistanceSums:
     """Sums of differences between the span at ``slots`` and A anchors, in the unrotated frame.
 
@@ -169,29 +152,23 @@ def distance(
         anchor_k, anchor_v: arenas of anchors' base KV ``[arena_rows, layers, heads, head_dim]``.
         rows: int64 ``[anchors, tokens]``, the arena row each token is compared with; negative, or a
             negative slot, contributes zero.
-        per_channel: also compute the sums over tokens per (layer, head, channel).
     """
     check_group(group)
     check_slots(group, slots, slots)
     check_rotation(group, undo, len(slots))
-    anchors, tokens = rows.shape
-    layers, heads, dim = len(group.layers), group.kv_heads, group.head_dim
+    check_near(group, anchor_k, anchor_v, rows, len(slots))
     keep = slots >= 0
     undo = _pick(undo, keep)
-    new = partial(torch.zeros, device=slots.device)
-    square_v, abs_k, abs_v = new(anchors), new((anchors, tokens)), new((anchors, tokens))
-    channel_k, channel_v = (new((anchors, layers, heads, dim)) for _ in range(2))
-    covered = (rows[:, keep] >= 0)[..., None, None]
-    for layer in range(layers):
+    square_v = torch.zeros(len(rows), device=slots.device)
+    abs_k, abs_v = torch.zeros((2, *rows.shape), device=slots.device)
+    for layer in range(len(group.layers)):
         k, v = packing.read(group, layer, slots[keep])
         k = turn_keys(k, undo, group.interleaved)
-        near = rows[:, keep].clamp(min=0)
-        diff_k = (k - anchor_k[near, layer].float()) * covered
-        diff_v = (v - anchor_v[near, layer].float()) * covered
-        square_v += diff_v.square().sum((1, 2, 3))
-        abs_k[:, keep] += diff_k.abs().sum((2, 3))
-        abs_v[:, keep] += diff_v.abs().sum((2, 3))
-        channel_k[:, layer], channel_v[:, layer] = diff_k.square().sum(1), diff_v.square().sum(1)
-    if not per_channel:
-        return DistanceSums(square_v, abs_k, abs_v)
-    return DistanceSums(square_v, abs_k, abs_v, channel_k, channel_v)
+        for a, row in enumerate(rows[:, keep]):
+            near, covered = row.clamp(min=0), (row >= 0)[:, None, None]
+            diff_k = (k - anchor_k[near, layer].float()) * covered
+            diff_v = (v - anchor_v[near, layer].float()) * covered
+            square_v[a] += diff_v.square().sum()
+            abs_k[a, keep] += diff_k.abs().sum((1, 2))
+            abs_v[a, keep] += diff_v.abs().sum((1, 2))
+    return DistanceSums(square_v, abs_k, abs_v)

@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import track
-
-from kvcomm_vllm.kernels import correct
-from kvcomm_vllm.kernels.compiled import Compiled, compile_for
-from kvcomm_vllm.kernels.traffic import bytes_per_row
-from kvcomm_vllm.kernels.variants import (
+from kernel_inspection.compiled import Compiled, compile_for
+from kernel_inspection.traffic import bytes_per_row
+from kernel_inspection.variants import (
+    ANCHORS,
     Shape,
     Variant,
     all_variants,
@@ -32,6 +30,7 @@ from kvcomm_vllm.kernels.variants import (
     load_variant,
     sum_variant,
 )
+from rich.progress import track
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "kernels.md"
@@ -128,13 +127,11 @@ def roofline() -> str:
         shape = Shape(heads=model.heads, head_dim=model.head_dim, layers=model.layers)
         variants = (
             load_variant(shape),
-            load_variant(shape, keys_only=True),
-            sum_variant(shape, correct.TOKEN_WEIGHTS),
-            sum_variant(shape, correct.NO_WEIGHTS),
+            sum_variant(shape, ANCHORS),
+            sum_variant(shape, 0),
             code_variant(shape),
             collect_variant(shape),
             distance_variant(shape),
-            distance_variant(shape, 32, per_channel=True),
         )
         for variant in variants:
             row = [model.name, variant.name.rsplit(", ", 1)[0]]

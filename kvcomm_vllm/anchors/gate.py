@@ -105,9 +105,3 @@ def _activated(
     below = int(np.searchsorted(np.cumsum(similarity[order]), top_p, side="left"))
     kept = (below or len(order)) if paper_quirks else below + 1
     return [int(i) for i in order[:kept]]
-
-
-def counted(counts: SequenceOf[int], activated: SequenceOf[int]) -> list[int]:
-    """Activation counts with 1 added for each activated index; indices beyond them are ignored."""
-    hit = set(activated)
-    return [count + (i in hit) for i, count in enumerate(counts)]

@@ -6,25 +6,10 @@ each was used, and which one must go (section 3.4). The tensors lie in the worke
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 MAX_FLAGS = 4096  # messages whose prediction is remembered; the oldest are new again
-
-
-@dataclass(slots=True)
-class Anchor:
-    """One message in the pool.
-
-    Attributes:
-        tokens: its length in this slot.
-        earlier_tokens: length of all slots before it in the prompt that stored it first.
-        consumers: agents whose deviations it holds, in the order they came.
-    """
-
-    tokens: int
-    earlier_tokens: int = 0
-    consumers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -32,10 +17,10 @@ class Stored:
     """What a store did.
 
     Attributes:
-        stored: whether the consumer's deviations belong into the pool; False = drop them.
+        stored: whether its deviations belong into the pool; False = drop them.
         evicted: the message that lost its count for it.
         freed: whether the evicted message held an anchor, whose memory is free now. With quirks
-            that may be the stored message itself: what earlier consumers knew of it is lost.
+            that may be the stored message itself: what was known of it is lost.
     """
 
     stored: bool
@@ -69,7 +54,7 @@ class PaperPool:
         self.max_anchor_num = max_anchor_num
         self.window = window
         self.paper_quirks = paper_quirks
-        self._anchors: dict[str, Anchor] = {}
+        self._anchors: dict[str, int] = {}  # tokens of each
         self._counts: dict[str, int] = {}
         self._new: dict[str, bool] = {}
 
@@ -87,16 +72,7 @@ class PaperPool:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each anchor, in pool order."""
-        return [anchor.tokens for anchor in self._anchors.values()]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Activations by message, in pool order; with quirks also of messages that are no anchors,
-        and in an order of their own."""
-        return dict(self._counts)
-
-    def anchor(self, message: str) -> Anchor | None:
-        return self._anchors.get(message)
+        return list(self._anchors.values())
 
     def is_new(self, message: str) -> bool:
         """Whether the gate last called the message a new anchor; True where it was not asked."""
@@ -111,11 +87,6 @@ class PaperPool:
         if self.paper_quirks and new_anchor:
             self._counts[message] = 0
 
-    def count(self, message: str, activations: int = 1) -> None:
-        """Add activations; nothing happens if the message has been evicted meanwhile."""
-        if message in self._counts:
-            self._counts[message] += activations
-
     def activate(self, indices: Iterable[int]) -> None:
         """Add one activation per index of :class:`~kvcomm_vllm.anchors.gate.GateDecision`.
 
@@ -126,13 +97,8 @@ class PaperPool:
             if index < len(keys):
                 self._counts[keys[index]] += 1
 
-    def store(
-        self, message: str, consumer: str, tokens: int = 0, earlier_tokens: int = 0
-    ) -> Stored:
-        """A consumer's deviations of a message are known: insert it, or add them to its anchor.
-
-        Lengths are those of the first store.
-        """
+    def store(self, message: str, tokens: int) -> Stored:
+        """Deviations of a message are known: insert it, of the length of its first store."""
         if not self.is_new(message):
             return Stored(stored=False)
         evicted, freed = None, False
@@ -140,12 +106,9 @@ class PaperPool:
             evicted = min(islice(self._counts, self.window), key=self._counts.__getitem__)
             del self._counts[evicted]
             freed = self._anchors.pop(evicted, None) is not None
-        anchor = self._anchors.get(message)
-        if anchor is None:
-            anchor = self._anchors[message] = Anchor(tokens, earlier_tokens)
+        if message not in self._anchors:
+            self._anchors[message] = tokens
             self._counts[message] = 0
-        if consumer not in anchor.consumers:
-            anchor.consumers.append(consumer)
         return Stored(True, evicted, freed)
 
     def _must_evict(self, message: str) -> bool:

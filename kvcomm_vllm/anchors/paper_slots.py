@@ -82,7 +82,7 @@ class PaperSlots:
         start = self._take(count, key)
         if start is None:
             return None
-        outcome = slot.pool.store(message, key, tokens)
+        outcome = slot.pool.store(message, tokens)
         if outcome.freed and outcome.evicted is not None:
             self._give_back(slot, outcome.evicted)
         self._give_back(slot, message)  # with quirks a message is stored again

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvcomm_vllm import compat
-from kvcomm_vllm.kernels.deviation import Deviation
+from kvcomm_vllm.kernels.deviation import Deviation, DistanceSums
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 from kvcomm_vllm.messages import LoadOp
 from kvcomm_vllm.worker.kv_view import LayerGroup
@@ -21,6 +21,9 @@ from kvcomm_vllm.worker.kv_view import LayerGroup
 LoadKernel = Callable[[PageGroup, torch.Tensor, torch.Tensor, Rotation], None]
 CorrectKernel = Callable[
     [PageGroup, torch.Tensor, torch.Tensor, Rotation, Rotation, Deviation], None
+]
+DistanceKernel = Callable[
+    [PageGroup, torch.Tensor, Rotation, torch.Tensor, torch.Tensor, torch.Tensor], DistanceSums
 ]
 
 
@@ -32,7 +35,7 @@ def load_kernel(device: torch.device) -> LoadKernel:
         from kvcomm_vllm.kernels import load as triton_load
 
         return triton_load.load
-    from kvcomm_vllm.kernels import cpu_load
+    from kvcomm_vllm.kernels.cpu import load as cpu_load
 
     if cpu_load.available():
         compat.let_vllm_scan_llvmlite()
@@ -47,11 +50,24 @@ def correct_kernel(examples: Sequence[tuple[PageGroup, Deviation]]) -> CorrectKe
         from kvcomm_vllm.kernels import correct
 
         return correct.load_corrected
-    from kvcomm_vllm.kernels import cpu_correct
+    from kvcomm_vllm.kernels.cpu import correct as cpu_correct
 
     for group, example in examples:
         cpu_correct.warm_up(group, example)
     return cpu_correct.load_corrected
+
+
+def distance_kernel(examples: Sequence[tuple[PageGroup, torch.dtype]]) -> DistanceKernel:
+    """The same for distances to anchors, in arenas of these dtypes."""
+    if examples[0][0].layers[0].device.type != "cpu":
+        from kvcomm_vllm.kernels import distance
+
+        return distance.distance
+    from kvcomm_vllm.kernels.cpu import distance as cpu_distance
+
+    for group, arena in examples:
+        cpu_distance.warm_up(group, arena)
+    return cpu_distance.distance
 
 
 @dataclass(frozen=True)

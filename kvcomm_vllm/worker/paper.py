@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mode ``paper``, worker side: an arena of anchors, the gate's distances, and estimated KV.
 
-Plain torch on every device, layer by layer, so that no more than one layer of a message is held in
-fp32: this mode is there to be compared with.
+Messages are compared and corrected by the kernels. The text behind them is plain torch on every
+device, layer by layer, so that no more than one layer of a message is held in fp32.
 """
 
 from __future__ import annotations
@@ -20,27 +20,57 @@ from kvcomm_vllm.anchors.estimators.paper import (
 )
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.kernels.deviation import AnchorSum, DistanceSums
+from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.messages import AnchorOp, AnchorRows, EstimateOp, LoadOp
 from kvcomm_vllm.worker.kv_view import LayerGroup
-from kvcomm_vllm.worker.load import slots_of
+from kvcomm_vllm.worker.load import (
+    CorrectKernel,
+    DistanceKernel,
+    correct_kernel,
+    distance_kernel,
+    slots_of,
+    token_moves,
+)
+
+
+class GroupArena:
+    """One layer group's part of the arena, K unrotated: ``[rows, layers, kv_heads, 2 * head_dim]``.
+
+    Attributes:
+        base: base KV of messages; true KV of the text behind them.
+        change: true minus base KV of messages, without the first ``skip_layers`` layers.
+    """
+
+    def __init__(self, group: LayerGroup, rows: int, skip_layers: int) -> None:
+        self.group = group
+        self.skip_layers = skip_layers
+        layers, dtype = len(group.pages.layers), _arena_dtype(group.pages)
+        shape = (rows, group.pages.kv_heads, 2 * group.pages.head_dim)
+        device = group.pages.layers[0].device
+        # layer by layer in memory, as everything here goes through it
+        self.base, self.change = (
+            torch.zeros((count, *shape), dtype=dtype, device=device).transpose(0, 1)
+            for count in (layers, layers - skip_layers)
+        )
+
+    def changes(self, rows: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor) -> AnchorSum:
+        """The weighted sum of the changes in ``rows``; see :class:`AnchorSum`."""
+        dk, dv = self.change.chunk(2, dim=-1)
+        return AnchorSum(dk, dv, rows, wk, wv, self.skip_layers)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's part of the arena: ``[rows, kv_heads, 2 * head_dim]`` each, K unrotated.
-
-    Args:
-        base: base KV of messages; true KV of the text behind them.
-        change: true minus base KV of messages.
-        first: the model's first layer, which has no deviation.
+    """One layer of an arena, its ``number`` in its group; ``change`` is None for the model's first
+    layer, which has no deviation.
     """
 
     group: LayerGroup
     number: int
     base: torch.Tensor
-    change: torch.Tensor
-    first: bool
+    change: torch.Tensor | None
 
 
 class PaperArena:
@@ -55,34 +85,51 @@ class PaperArena:
     ) -> None:
         self.block_size = block_size
         self.temperature = config.paper_temperature
+        # the model's first layer has no deviation: its K and V follow from token and position
+        skips = [int(number == 0) for number in range(len(groups))]
+        self.row_bytes = sum(
+            _row_bytes(group.pages, skip) for group, skip in zip(groups, skips, strict=True)
+        )
+        self.rows = config.paper_memory_mb * 2**20 // self.row_bytes if allowed else 0
+        self.parts = [
+            GroupArena(group, self.rows, skip) for group, skip in zip(groups, skips, strict=True)
+        ]
         pages = [group.pages for group in groups]
         self.device = pages[0].layers[0].device
-        sizes = [2 * p.kv_heads * p.head_dim * len(p.layers) for p in pages]
-        dtypes = [_arena_dtype(p.layers[0].dtype) for p in pages]
-        self.row_bytes = sum(2 * n * d.itemsize for n, d in zip(sizes, dtypes, strict=True))
-        self.rows = config.paper_memory_mb * 2**20 // self.row_bytes if allowed else 0
-        self.elements = sum(sizes) // 2  # of K, or of V, of one token
-        self.layers: list[Layer] = []
-        for group, dtype in zip(groups, dtypes, strict=True):
-            p = group.pages
-            for number in range(len(p.layers)):
-                shape = (self.rows, p.kv_heads, 2 * p.head_dim)
-                base, change = (
-                    torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2)
-                )
-                self.layers.append(Layer(group, number, base, change, first=not self.layers))
+        # of K, or of V, of one token
+        self.elements = sum(p.kv_heads * p.head_dim * len(p.layers) for p in pages)
+        self.distance: DistanceKernel | None = None
+        self.correct: CorrectKernel | None = None
+        if self.rows:
+            self.distance = distance_kernel([(p.group.pages, p.base.dtype) for p in self.parts])
+            self.correct = correct_kernel([(p.group.pages, _example(p)) for p in self.parts])
+
+    @property
+    def layers(self) -> Iterator[Layer]:
+        """Every layer of the model, group by group."""
+        for part in self.parts:
+            changes = (None,) * part.skip_layers + part.change.unbind(1)
+            bases = part.base.unbind(1)
+            for number, (base, change) in enumerate(zip(bases, changes, strict=True)):
+                yield Layer(part.group, number, base, change)
 
     # ---- the gate --------------------------------------------------------------------------------
 
     def distances(self, load: LoadOp, anchors: Sequence[AnchorRows]) -> list[float]:
         """``sum (V - V_a)^2`` over everything, one per anchor (paper Eq. 5)."""
-        total = torch.zeros(len(anchors), dtype=torch.float64)
-        for layer, _, v in self._base(load):
-            dim = layer.group.pages.head_dim
-            for a, rows in enumerate(anchors):
-                near = layer.base[rows.start : rows.start + load.length, :, dim:]
-                total[a] += float((v - near.float()).square().sum())
+        total = sum(part.square_v.double() for part in self._sums(load, anchors))
+        assert isinstance(total, torch.Tensor)
         return [float(x) for x in total]
+
+    def _sums(self, load: LoadOp, anchors: Sequence[AnchorRows]) -> Iterator[DistanceSums]:
+        """Per layer group, between a message and the first tokens of the anchors."""
+        assert self.distance is not None
+        slots, positions = self._source(load)
+        rows = self._rows(anchors, load.length)
+        for part in self.parts:
+            near_k, near_v = part.base.chunk(2, dim=-1)
+            undo = part.group.rope.undo(positions)
+            yield self.distance(part.group.pages, slots, undo, near_k, near_v, rows)
 
     # ---- estimates -------------------------------------------------------------------------------
 
@@ -92,34 +139,34 @@ class PaperArena:
         Weights of Eq. 7 add up to 1 over the anchors that know a token, and the deviation is from
         one base for all: so what is written is the weighted mean of the anchors' own true KV.
         """
-        weight_k, weight_v = self._token_weights(op)
-        place = op.base.prompt_start
+        assert self.correct is not None
+        moves = token_moves([(block_ids, op.base)], self.block_size, self.device)
+        weights = self._token_weights(op)
+        rows = self._rows(op.anchors, op.base.length)
+        for part in self.parts:
+            self.correct(
+                part.group.pages,
+                moves.source_slots,
+                moves.slots,
+                part.group.rope.undo(moves.source_positions),
+                part.group.rope.redo(moves.positions),
+                part.changes(rows, *weights),
+            )
+        if op.start == op.stop:
+            return
         for layer, k, v in self._base(op.base):
-            dim = layer.group.pages.head_dim
-            per_channel = self._channel_distances(layer, op, torch.cat((k, v), dim=-1))
-            if not layer.first:
-                for a, rows in enumerate(op.anchors):
-                    change = layer.change[rows.start : rows.start + op.base.length].float()
-                    k = k + weight_k[a, :, None, None] * change[..., :dim]
-                    v = v + weight_v[a, :, None, None] * change[..., dim:]
-            self._write(layer, block_ids, place, k, v)
-            if op.start < op.stop:
-                both = self._behind(layer, op, per_channel)
-                self._write(layer, block_ids, op.start, both[..., :dim], both[..., dim:])
+            near = self._channel_distances(layer, op, torch.cat((k, v), dim=-1))
+            self._write(layer, block_ids, op.start, self._behind(layer, op, near))
 
     def _token_weights(self, op: EstimateOp) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 ``[anchors, tokens]`` for K and for V, from all layers."""
-        sums = torch.zeros(2, len(op.anchors), op.base.length, device=self.device)
-        for layer, k, v in self._base(op.base):
-            dim = layer.group.pages.head_dim
-            for a, rows in enumerate(op.anchors):
-                near = layer.base[rows.start : rows.start + op.base.length].float()
-                sums[0, a] += (k - near[..., :dim]).abs().sum((1, 2))
-                sums[1, a] += (v - near[..., dim:]).abs().sum((1, 2))
-        weights = [
-            softmax_weights(token_distances(part, self.elements), self.temperature) for part in sums
-        ]
-        return weights[0], weights[1]
+        sums = list(self._sums(op.base, op.anchors))
+        both = (sum(s.abs_k for s in sums), sum(s.abs_v for s in sums))
+        wk, wv = (
+            softmax_weights(token_distances(torch.as_tensor(part), self.elements), self.temperature)
+            for part in both
+        )
+        return wk, wv
 
     def _channel_distances(self, layer: Layer, op: EstimateOp, x: torch.Tensor) -> torch.Tensor:
         """fp32 ``[anchors, kv_heads, 2 * head_dim]``: the message against each anchor's last
@@ -164,34 +211,55 @@ class PaperArena:
         for (layer, *base), (_, *exact), (_, *after) in parts:
             found = torch.cat(base, dim=-1)
             layer.base[rows.start : middle] = found.to(layer.base.dtype)
-            change = torch.cat(exact, dim=-1) - found
-            layer.change[rows.start : middle] = change.to(layer.change.dtype)
+            if layer.change is not None:
+                change = torch.cat(exact, dim=-1) - found
+                layer.change[rows.start : middle] = change.to(layer.change.dtype)
             layer.base[middle : rows.end] = torch.cat(after, dim=-1).to(layer.base.dtype)
 
     # ---- pages -----------------------------------------------------------------------------------
 
+    def _rows(self, anchors: Sequence[AnchorRows], tokens: int) -> torch.Tensor:
+        """Rows of the anchors' first tokens: int64 ``[anchors, tokens]``."""
+        first = torch.tensor([rows.start for rows in anchors], dtype=torch.int64)
+        return (first[:, None] + torch.arange(tokens)).to(self.device)
+
+    def _source(self, load: LoadOp) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots and positions of a load's source, int64 ``[tokens]`` each."""
+        slots = slots_of(load.source_blocks, load.source_offset, load.length, self.block_size)
+        positions = load.source_start + torch.arange(load.length, device=self.device)
+        return torch.from_numpy(slots).to(self.device), positions
+
     def _base(self, load: LoadOp) -> Iterator[tuple[Layer, torch.Tensor, torch.Tensor]]:
         """Per layer unrotated K and V at a load's source: fp32 ``[tokens, kv_heads, head_dim]``."""
-        slots = slots_of(load.source_blocks, load.source_offset, load.length, self.block_size)
-        places = torch.from_numpy(slots).to(self.device)
-        positions = load.source_start + torch.arange(load.length, device=self.device)
+        slots, positions = self._source(load)
         for layer in self.layers:
             pages = layer.group.pages
-            k, v = packing.read(pages, layer.number, places)
+            k, v = packing.read(pages, layer.number, slots)
             undo = layer.group.rope.undo(positions)
             yield layer, turn_keys(k, undo, pages.interleaved), v
 
-    def _write(
-        self, layer: Layer, block_ids: list[int], start: int, k: torch.Tensor, v: torch.Tensor
-    ) -> None:
-        """Unrotated K and V to the positions from ``start``."""
-        slots = slots_of(block_ids, start, len(k), self.block_size)
-        positions = start + torch.arange(len(k), device=self.device)
-        pages = layer.group.pages
+    def _write(self, layer: Layer, block_ids: list[int], start: int, both: torch.Tensor) -> None:
+        """``both`` is unrotated K and V ``[tokens, kv_heads, 2 * head_dim]``; from ``start`` on."""
+        slots = slots_of(block_ids, start, len(both), self.block_size)
+        positions = start + torch.arange(len(both), device=self.device)
+        pages, (k, v) = layer.group.pages, both.chunk(2, dim=-1)
         turned = turn_keys(k, layer.group.rope.redo(positions), pages.interleaved)
         packing.write(pages, layer.number, torch.from_numpy(slots).to(self.device), turned, v)
 
 
-def _arena_dtype(dtype: torch.dtype) -> torch.dtype:
+def _example(part: GroupArena) -> AnchorSum:
+    """A correction of one token from one anchor."""
+    one = torch.ones(1, 1, device=part.base.device)
+    return part.changes(one.long(), one, one)
+
+
+def _row_bytes(pages: PageGroup, skip_layers: int) -> int:
+    """Of one token in one group's arenas."""
+    layers = 2 * len(pages.layers) - skip_layers
+    return layers * pages.kv_heads * 2 * pages.head_dim * _arena_dtype(pages).itemsize
+
+
+def _arena_dtype(pages: PageGroup) -> torch.dtype:
     """The cache's own dtype, bf16 for fp8."""
+    dtype = pages.layers[0].dtype
     return torch.bfloat16 if dtype.itemsize == 1 else dtype

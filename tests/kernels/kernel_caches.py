@@ -139,7 +139,7 @@ def rotation(case: Case, seed: int = 2) -> Rotation:
 
 
 def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
-    """``token``, ``channel`` (anchors), ``mean``, ``code`` (rank 12) or ``long`` (a rank of more
+    """``token`` (anchors), ``mean``, ``code`` (rank 12) or ``long`` (a rank of more
     than one block, factors in another dtype), layer 0 left out if there are more.
     """
     rng = generator(seed)
@@ -149,13 +149,13 @@ def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
     def random(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(size, generator=rng).to(dtype).to(DEVICE)
 
-    if kind in ("token", "channel"):
+    if kind == "token":
         anchors, arena = 3, 150
         rows = torch.randint(-2, arena, (anchors, case.tokens), generator=rng).to(DEVICE)
-        size = (anchors, case.tokens) if kind == "token" else (anchors, *shape)
-        dk = random(arena, *shape, dtype=torch.bfloat16)
-        dv = random(arena, *shape, dtype=torch.bfloat16)
-        return AnchorSum(dk, dv, rows, random(*size), random(*size), skip)
+        both = random(shape[0], arena, case.heads, 2 * case.head_dim, dtype=torch.bfloat16)
+        dk, dv = both.transpose(0, 1).chunk(2, dim=-1)  # as mode paper keeps them
+        wk, wv = random(2, anchors, case.tokens)
+        return AnchorSum(dk, dv, rows, wk, wv, skip)
     head = 9
     mean_k, mean_v = (random(shape[0], head + 1, *shape[1:], dtype=torch.float16) for _ in "kv")
     index = torch.arange(case.tokens, dtype=torch.int32, device=DEVICE)

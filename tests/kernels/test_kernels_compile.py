@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +15,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter cannot compile", allow_module_level=True)
 
-from kvcomm_vllm.kernels.compiled import Compiled, compile_for
-from kvcomm_vllm.kernels.traffic import bytes_per_row, wide_accesses
-from kvcomm_vllm.kernels.variants import Variant, all_variants
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from kernel_inspection.compiled import Compiled, compile_for
+from kernel_inspection.traffic import bytes_per_row, wide_accesses
+from kernel_inspection.variants import Variant, all_variants
 
 VARIANTS = list(all_variants())
 CAPABILITIES = (80, 90, 100)

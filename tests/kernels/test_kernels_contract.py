@@ -94,7 +94,7 @@ def test_packed_cpu_caches_are_refused_by_triton() -> None:
     layers = tuple(torch.zeros(4, 2, 32, 128) for _ in range(2))
     group = PageGroup(layers, Packing.VEC, 64, 64)
     with pytest.raises(ContractError, match="served by the CPU path"):
-        load.rotate(group, SRC, rotation(CASE))
+        load.load(group, SRC, DST, rotation(CASE))
 
 
 def test_deviations_that_do_not_fit_are_refused() -> None:
@@ -140,11 +140,9 @@ def test_arenas_that_do_not_fit_are_refused() -> None:
     group, turn = poisoned_group(CASE), rotation(CASE)
     good, bad = torch.zeros(4, 2, 3, 64), torch.zeros(4, 2, 3, 32)
     with pytest.raises(ContractError, match="out is"):
-        collect.collect(group, SRC, turn, None, None, bad, bad)
+        collect.collect(group, SRC, turn, bad, bad)
     longer = torch.zeros(5, 2, 3, 64)
     with pytest.raises(ContractError, match="5 output rows for 4 slots"):
-        collect.collect(group, SRC, turn, None, None, longer, longer)
-    with pytest.raises(ContractError, match="both of base_k and base_v"):
-        collect.collect(group, SRC, turn, good, None, good.clone(), good.clone())
+        collect.collect(group, SRC, turn, longer, longer)
     with pytest.raises(ContractError, match=r"rows is int64"):
         distance.distance(group, SRC, turn, good, good, torch.zeros(2, 3, dtype=torch.int64))

@@ -93,18 +93,19 @@ def test_packings_are_the_layouts_vllm_documents(packed: Packing) -> None:
     assert (flat[place[0]], flat[place[1]]) == (1.0, 2.0)
 
 
-def test_stacked_anchors_are_the_papers_weighted_sum() -> None:
-    """Eq. 6 written out over ``[anchors, layers, tokens, heads, dim]``."""
+def test_a_sum_of_anchors_is_the_papers_weighted_sum() -> None:
+    """Eq. 6 written out over ``[anchors, tokens, layers, heads, dim]``."""
     rng = torch.Generator().manual_seed(3)
     anchors, layers, tokens, heads, dim = 4, 2, 5, 3, 16
-    dk, dv = torch.randn(2, anchors, layers, tokens, heads, dim, generator=rng)
+    dk, dv = torch.randn(2, anchors, tokens, layers, heads, dim, generator=rng)
     wk, wv = torch.rand(2, anchors, tokens, generator=rng)
-    change = AnchorSum.stacked(dk, dv, wk, wv)
+    rows = torch.arange(anchors * tokens).reshape(anchors, tokens)
+    change = AnchorSum(dk.flatten(0, 1), dv.flatten(0, 1), rows, wk, wv)
     keep = torch.ones(tokens, dtype=torch.bool)
     for layer in range(layers):
         got_k, got_v = reference.deviate(change, layer, keep)
-        torch.testing.assert_close(got_k, torch.einsum("at,athd->thd", wk, dk[:, layer]))
-        torch.testing.assert_close(got_v, torch.einsum("at,athd->thd", wv, dv[:, layer]))
+        torch.testing.assert_close(got_k, torch.einsum("at,athd->thd", wk, dk[:, :, layer]))
+        torch.testing.assert_close(got_v, torch.einsum("at,athd->thd", wv, dv[:, :, layer]))
 
 
 def test_a_code_adds_its_sum_of_channels_to_the_mean_of_its_tokens_index() -> None:

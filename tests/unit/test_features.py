@@ -8,7 +8,7 @@ import torch
 
 from kvcomm_vllm.anchors.estimators.features import Features
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
-from kvcomm_vllm.kernels.reference import rotate
+from kvcomm_vllm.kernels.reference import load
 
 HEADS, DIM, PAGES, PAGE = 2, 8, 4, 16
 
@@ -49,7 +49,7 @@ def test_raw_features_are_the_pages_kv_with_its_rotation_undone():
     want = torch.stack([c[slots // PAGE, :, slots % PAGE] for c in pages.layers], dim=1)
     assert torch.equal(plain, want.flatten(1))
     forth = turn(3)
-    rotate(pages, slots, forth)
+    load(pages, slots, slots, forth)
     back = features.raw(slots, Rotation(forth.cos, -forth.sin))
     torch.testing.assert_close(back, plain)
 

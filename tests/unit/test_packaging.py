@@ -68,12 +68,14 @@ def test_wheel_adds_no_other_top_level_package(wheel: Path) -> None:
     assert tops == {"kvcomm_vllm", f"kvcomm_vllm-{kvcomm_vllm.__version__}.dist-info"}
 
 
-def test_unpacked_wheel_imports_its_kernels_from_itself(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["pages", "cpu.runs"])
+def test_unpacked_wheel_imports_its_kernels_from_itself(
+    wheel: Path, module: str, tmp_path: Path
+) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    module = sorted(f.stem for f in (ROOT / "kernels").glob("*.py"))[0]
     code = f"import importlib.util as u; print(u.find_spec('kvcomm_vllm.kernels.{module}').origin)"
-    origin = python(code, cwd=tmp_path, path=tmp_path)
-    assert Path(origin) == tmp_path / "kvcomm_vllm" / "kernels" / f"{module}.py"
+    origin = Path(python(code, cwd=tmp_path, path=tmp_path))
+    assert origin == tmp_path / "kvcomm_vllm/kernels" / f"{module.replace('.', '/')}.py"
 
 
 def test_metadata_states_the_one_version_and_requires_no_vllm(wheel: Path) -> None:

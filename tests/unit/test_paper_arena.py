@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import paper_formulas as formulas
 import pytest
 import torch
+from paper_formulas import Pair
 
-from kvcomm_vllm.anchors.estimators import paper
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
@@ -17,7 +18,6 @@ from kvcomm_vllm.worker.paper import PaperArena
 from kvcomm_vllm.worker.rope import Rope
 
 LAYERS, HEADS, DIM, PAGE = 3, 2, 16, 4
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.fixture
@@ -81,19 +81,18 @@ def test_estimates_are_those_of_the_papers_formulas(group: LayerGroup, arena: Pa
     rows, bases, trues = taught(group, arena)
     source, prompt, place, tokens = MESSAGE
     k, v = unrotated(group, blocks(source, tokens), 0, tokens)
-    base_k, base_v = stacked(bases)
     lengths = [r.tokens for r in rows]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    first = paper.anchor_rows(starts, lengths, tokens)
-    last = paper.anchor_rows(starts, lengths, tokens, last=True)
-    sums = paper.distance_sums(k, v, base_k, base_v, first, last)
-    weights = paper.weights(sums, LAYERS * HEADS * DIM)
+    first = formulas.anchor_rows(starts, lengths, tokens)
+    last = formulas.anchor_rows(starts, lengths, tokens, last=True)
+    sums = formulas.distance_sums((k, v), stacked(bases), first, last)
+    weights = formulas.weights(sums, LAYERS * HEADS * DIM, skip_layers=0)
     changes = [
         tuple(t[:n] - b for t, b in zip(true, base, strict=True))
         for true, base, n in zip(trues, bases, lengths, strict=True)
     ]
     dk, dv = stacked(changes)
-    expected = paper.blend(k, v, weights.placeholder(dk[:, 1:], dv[:, 1:], first))
+    expected = formulas.corrected((k, v), (dk[:, 1:], dv[:, 1:]), first, weights.token)
     # text behind: 6 tokens all anchors know, one more that two of them know
     end = place + tokens + 9
     op = EstimateOp(at(source, place, tokens), rows, end - 7, end, end, [7, 7, 6])
@@ -101,14 +100,9 @@ def test_estimates_are_those_of_the_papers_formulas(group: LayerGroup, arena: Pa
     arena.estimate(table, op)
     for found, right in zip(unrotated(group, table, place, tokens), expected, strict=True):
         torch.testing.assert_close(found, right, atol=2e-5, rtol=2e-5)
-    channel_k, channel_v = (
-        paper.softmax_weights(paper.channel_distances(s))
-        for s in (sums.square_channel_k, sums.square_channel_v)
-    )
-    found_k, found_v = unrotated(group, table, end - 6, 6)
-    for found, weight, part in ((found_k, channel_k, 0), (found_v, channel_v, 1)):
+    for part, found in enumerate(unrotated(group, table, end - 6, 6)):
         behind = torch.stack([true[part][-6:] for true in trues])
-        right = (weight[:, None] * behind).sum(0)
+        right = (weights.channel[part][:, None] * behind).sum(0)
         torch.testing.assert_close(found, right, atol=2e-5, rtol=2e-5)
 
 
@@ -159,7 +153,7 @@ def test_text_behind_that_the_nearest_anchor_does_not_know_is_still_a_number(
     op = EstimateOp(at(MESSAGE[0], 6, 11), tuple(rows), 33, 40, 40, (3, 7, 6))
     distances = torch.full((3, HEADS, 2 * DIM), 500.0)
     distances[0] = 0.0
-    found = arena._behind(arena.layers[1], op, distances)
+    found = arena._behind(list(arena.layers)[1], op, distances)
     assert found.isfinite().all()
     torch.testing.assert_close(found[0, :, DIM:], trues[1][1][-7, 1])
     torch.testing.assert_close(found[-1, :, DIM:], trues[0][1][-1, 1])

@@ -64,7 +64,7 @@ class Features:
             from kvcomm_vllm.kernels.reference import collect
         else:
             from kvcomm_vllm.kernels.collect import collect
-        collect(pages, slots, undo, None, None, k, v)
+        collect(pages, slots, undo, k, v)
         return found.flatten(1)
 
     def spread(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from kvcomm_vllm.kernels import cpu_lanes as lane
-from kvcomm_vllm.kernels.cpu_lanes import FLOATS, WIDTH, call, load_vector, splat
+from kvcomm_vllm.kernels.cpu import lanes as lane
+from kvcomm_vllm.kernels.cpu.lanes import FLOATS, WIDTH, call, load_vector, splat
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _BRAIN_PAIRS = ir.VectorType(lane.BRAIN, 2 * WIDTH)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcomm_vllm.kernels import cpu_tables, portable
 from kvcomm_vllm.kernels.contract import check_group, check_rotation, check_slots
-from kvcomm_vllm.kernels.cpu_runs import Cut, Ints, Tokens, split
+from kvcomm_vllm.kernels.cpu import portable, tables
+from kvcomm_vllm.kernels.cpu.runs import Cut, Ints, Tokens, split
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -25,7 +25,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def available() -> bool:
     """True if kernels can be compiled on this machine (numba is there and its vectors work)."""
     try:
-        from kvcomm_vllm.kernels.cpu_lanes import probe
+        from kvcomm_vllm.kernels.cpu.lanes import probe
     except ImportError:
         return False
     try:
@@ -47,7 +47,7 @@ def supports(group: PageGroup) -> bool:
 
 
 def _kernel(group: PageGroup) -> Any:
-    from kvcomm_vllm.kernels.cpu_kernels import load_kernel
+    from kvcomm_vllm.kernels.cpu.load_kernels import load_kernel
 
     adjacent = group.packing is Packing.AMX and group.interleaved
     return load_kernel(KINDS[group.layers[0].dtype], group.packing, adjacent)
@@ -91,14 +91,14 @@ def move(
     """``load`` without its checks, for a supported group and at least one token.
 
     Args:
-        tiled: see ``cpu_tables.build``.
+        tiled: see ``tables.build``.
     """
-    from kvcomm_vllm.kernels.cpu_kernels import JOB
-    from kvcomm_vllm.kernels.cpu_threads import run, share
+    from kvcomm_vllm.kernels.cpu.load_kernels import JOB
+    from kvcomm_vllm.kernels.cpu.threads import run, share
 
-    tables = cpu_tables.build(group, tokens, turn, tiled)
+    made = tables.build(group, tokens, turn, tiled)
     bases = np.array([layer.data_ptr() for layer in group.layers], dtype=np.int64)
-    groups, layers, value_bytes = len(tables.block_bounds) - 1, len(bases), _value_bytes(group)
+    groups, layers, value_bytes = len(made.block_bounds) - 1, len(bases), _value_bytes(group)
     step = share(groups, layers)
     run(
         _kernel(group),
@@ -109,17 +109,17 @@ def move(
         layers=layers,
         layer_step=step,
         groups=groups,
-        blocks=tables.blocks.ctypes.data,
-        block_count=len(tables.blocks),
-        block_bounds=tables.block_bounds.ctypes.data,
-        values=tables.values.ctypes.data,
-        value_count=len(tables.values),
-        value_bounds=tables.value_bounds.ctypes.data,
+        blocks=made.blocks.ctypes.data,
+        block_count=len(made.blocks),
+        block_bounds=made.block_bounds.ctypes.data,
+        values=made.values.ctypes.data,
+        value_count=len(made.values),
+        value_bounds=made.value_bounds.ctypes.data,
         value_rows=group.head_dim // 16,
-        value_row_bytes=group.tokens_per_page // 2 * cpu_tables.LINE,
-        factors=tables.factors.ctypes.data,
-        stream=cpu_tables.all_aligned(group) and value_bytes % cpu_tables.LINE == 0,
-        **cpu_tables.head_rows(group),
+        value_row_bytes=group.tokens_per_page // 2 * tables.LINE,
+        factors=made.factors.ctypes.data,
+        stream=tables.all_aligned(group) and value_bytes % tables.LINE == 0,
+        **tables.head_rows(group),
     )
 
 

@@ -246,6 +246,7 @@ def _swap(builder: Any, x: Any) -> Any:
 add = _arithmetic(lambda builder, x, y: builder.fadd(x, y))[1]
 multiply = _arithmetic(lambda builder, x, y: builder.fmul(x, y))[1]
 negate = _arithmetic(lambda builder, x: builder.fneg(x))[0]
+absolute = _arithmetic(lambda builder, x: call(builder, f"llvm.fabs.v{WIDTH}f32", FLOATS, [x]))[0]
 swap = _arithmetic(_swap)[0]  # exchanges lanes 2i and 2i + 1
 
 

@@ -18,17 +18,6 @@ from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def read(group: PageGroup, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K (as stored, still rotated) and V at the slots: fp32 ``[layers, tokens, heads, head_dim]``.
-
-    Slots are int64 ``[tokens]``, all >= 0.
-    """
-    check_group(group)
-    check_slots(group, slots, slots)
-    layers = [packing.read(group, layer, slots) for layer in range(len(group.layers))]
-    return torch.stack([k for k, _ in layers]), torch.stack([v for _, v in layers])
-
-
 def load(
     group: PageGroup, src_slots: torch.Tensor, dst_slots: torch.Tensor, turn: Rotation
 ) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvcomm_vllm.kernels import cpu_lanes as lane
-from kvcomm_vllm.kernels.cpu_kernels import block_access, entry
-from kvcomm_vllm.kernels.cpu_threads import compile_kernel, job_type, table
+from kvcomm_vllm.kernels.cpu import lanes as lane
+from kvcomm_vllm.kernels.cpu.load_kernels import block_access, entry, rotation
+from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, table
 
 JOB = job_type(
     *("bases", "layers", "layer_step", "heads", "head_bytes", "groups"),
@@ -43,17 +43,15 @@ def _finish(kind: str) -> Any:
     """Turns K of tiles t and u back, adds their deviations, turns it to its place and writes it."""
     fetch, put = block_access(kind)
     factor, line = lane.MEMORY["fp32"].read, 4 * lane.WIDTH
-    add, fused, multiply, negate = lane.add, lane.fused, lane.multiply, lane.negate
+    add, rotate = lane.add, rotation()
 
     @njit
     def turn(base, a, b, block, undo, redo, da, db, ahead):  # type: ignore[no-untyped-def]
         x, y = fetch(base, a, block, ahead), fetch(base, b, block, ahead)
-        c, s = factor(undo), factor(undo + line)
-        u = add(fused(x, c, negate(multiply(y, s))), factor(da))
-        v = add(fused(y, c, multiply(x, s)), factor(db))
-        c, s = factor(redo), factor(redo + line)
-        put(base + a, fused(u, c, negate(multiply(v, s))), block)
-        put(base + b, fused(v, c, multiply(u, s)), block)
+        x, y = rotate(x, y, undo)
+        x, y = rotate(add(x, factor(da)), add(y, factor(db)), redo)
+        put(base + a, x, block)
+        put(base + b, y, block)
 
     @njit
     def shift(base, a, block, deviation, ahead):  # type: ignore[no-untyped-def]
@@ -117,7 +115,7 @@ def _mean_fill() -> Any:
 
 
 @cache
-def _anchor_fill(arena_kind: str, per_channel: bool) -> Any:
+def _anchor_fill(arena_kind: str) -> Any:
     words, arena = lane.MEMORY["fp32"], lane.MEMORY[arena_kind]
     factor, store, widen, size = words.read, words.write, arena.read, arena.size
     fused, spread, zero, prefetch = lane.fused, lane.spread, lane.zero, lane.prefetch
@@ -133,13 +131,8 @@ def _anchor_fill(arena_kind: str, per_channel: bool) -> Any:
                 continue
             at = row * job.row_stride + layer * job.layer_stride + head * job.head_stride
             weight = (anchor * job.tokens + token) * 4
-            if per_channel:
-                weight = ((anchor * job.layers + layer) * job.heads + head) * dim * 4
+            wk, wv = spread(job.wk + weight), spread(job.wv + weight)
             for c in range(0, dim, 16):
-                if per_channel:
-                    wk, wv = factor(job.wk + weight + c * 4), factor(job.wv + weight + c * 4)
-                else:
-                    wk, wv = spread(job.wk + weight), spread(job.wv + weight)
                 k, v = out + c * 4, out + (dim + c) * 4
                 prefetch(job.dk + at + job.head_stride + c * size)
                 prefetch(job.dv + at + job.head_stride + c * size)
@@ -150,12 +143,9 @@ def _anchor_fill(arena_kind: str, per_channel: bool) -> Any:
 
 
 @cache
-def finish_kernel(kind: str, deviation: tuple[Any, ...]) -> Any:
-    """Writes the corrected pages.
-
-    ``deviation``: ``("mean",)`` or ``("anchors", kind, per_channel)``.
-    """
-    fill = _mean_fill() if deviation[0] == "mean" else _anchor_fill(*deviation[1:])
+def finish_kernel(kind: str, arena_kind: str | None) -> Any:
+    """Writes the corrected pages: with a sum of anchors, or where there is no arena with a mean."""
+    fill = _anchor_fill(arena_kind) if arena_kind else _mean_fill()
     finish = _finish(kind)
     memory, factor, line = lane.MEMORY[kind], lane.MEMORY["fp32"].read, 4 * lane.WIDTH
     read, write, size = memory.read, memory.write, memory.size

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcomm_vllm.kernels import cpu_load, cpu_tables, reference
+from kvcomm_vllm.kernels import reference
 from kvcomm_vllm.kernels.contract import (
     check_deviation,
     check_group,
     check_rotation,
     check_slots,
 )
-from kvcomm_vllm.kernels.cpu_load import KINDS
-from kvcomm_vllm.kernels.cpu_runs import Cut, Ints, Tokens, split
+from kvcomm_vllm.kernels.cpu import load, tables
+from kvcomm_vllm.kernels.cpu.load import KINDS
+from kvcomm_vllm.kernels.cpu.runs import Cut, Ints, Tokens, split
+from kvcomm_vllm.kernels.cpu.tile_job import TileJob
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
@@ -28,12 +30,12 @@ _LAYERS_PER_ITEM, _PAGES_PER_ITEM = 2, 8
 def supports(group: PageGroup) -> bool:
     """True if compiled kernels serve this group; the others work too, only slower."""
     whole_lanes = group.packing is Packing.VEC and group.head_dim % 16 == 0
-    return whole_lanes and cpu_load.supports(group)
+    return whole_lanes and load.supports(group)
 
 
 def warm_up(group: PageGroup, deviation: Deviation) -> None:
     """Compile what ``load_corrected`` needs for this group and this kind of deviation (seconds)."""
-    cpu_load.warm_up(group)
+    load.warm_up(group)
     if not supports(group):
         return
     if isinstance(deviation, MeanMap) and deviation.code is not None:
@@ -72,22 +74,20 @@ def load_corrected(
     tokens = split(src_slots, dst_slots, group.tokens_per_page)
     if len(tokens.index) == 0:
         return
-    tiled = cpu_tables.vec_tiles(group, tokens)
+    tiled = tables.vec_tiles(group, tokens)
     if skip:
         plain = dataclasses.replace(group, layers=group.layers[:skip])
-        cpu_load.move(plain, tokens, undo.then(redo), tiled)
+        load.move(plain, tokens, undo.then(redo), tiled)
     if skip < len(group.layers):
         group = dataclasses.replace(group, layers=group.layers[skip:])
         _Correction(group, tokens, tiled, undo, redo).apply(deviation)
 
 
 def _finish_kernel(group: PageGroup, deviation: Deviation) -> Any:
-    from kvcomm_vllm.kernels.cpu_correct_kernels import finish_kernel
+    from kvcomm_vllm.kernels.cpu.correct_kernels import finish_kernel
 
-    kind = KINDS[group.layers[0].dtype]
-    if isinstance(deviation, AnchorSum):
-        return finish_kernel(kind, ("anchors", KINDS[deviation.dk.dtype], deviation.per_channel))
-    return finish_kernel(kind, ("mean",))
+    arena_kind = KINDS[deviation.dk.dtype] if isinstance(deviation, AnchorSum) else None
+    return finish_kernel(KINDS[group.layers[0].dtype], arena_kind)
 
 
 def _padded(rank: int) -> int:
@@ -96,15 +96,15 @@ def _padded(rank: int) -> int:
 
 def _coded_kernels(group: PageGroup, rank: int, code: torch.dtype) -> tuple[Any, Any]:
     """The kernel, and the one that packs its factors where it needs that."""
-    from kvcomm_vllm.kernels.cpu_coded import coded_kernel, pack_kernel, paired
+    from kvcomm_vllm.kernels.cpu.coded import coded_kernel, pack_kernel, paired
 
     kind, rank = KINDS[group.layers[0].dtype], _padded(rank)
     pack = pack_kernel(group.head_dim, rank) if paired(kind) else None
     return coded_kernel(kind, KINDS[code], group.head_dim, rank), pack
 
 
-class _Correction:
-    """One call: the job of its kernels, and the memory that job points to."""
+class _Correction(TileJob):
+    """One call."""
 
     def __init__(
         self,
@@ -114,33 +114,8 @@ class _Correction:
         undo: Rotation,
         redo: Rotation,
     ) -> None:
-        self.group, self.kept = group, list[Any]()
-        cut, blocks = tiled
-        self.index = tokens.index
-        page = group.layers[0][0]
-        self.token_bytes = 2 * len(group.layers) * page.nbytes // group.tokens_per_page
-        self.bounds, self.first = cut.bounds, np.append(cut.first, len(tokens.index))
-        self.job = dict[str, int]() | cpu_tables.head_rows(group)
-        del self.job["rows"]  # every row is a channel here
-        self.job |= {
-            "bases": self.keep(np.array([layer.data_ptr() for layer in group.layers])),
-            "layers": len(group.layers),
-            "head_dim": group.head_dim,
-            "stream": cpu_tables.all_aligned(group),
-            "blocks": self.keep(blocks),
-            "block_count": len(blocks),
-            "first_token": self.keep(self.first),
-            "token_values": self.keep(cpu_tables.vec_value_places(group, tokens)),
-            "tokens": len(tokens.index),
-            "undo": self.keep(cpu_tables.vec_factors(tokens, cut, undo)),
-            "redo": self.keep(cpu_tables.vec_factors(tokens, cut, redo)),
-        }
-
-    def keep(self, memory: Any) -> int:
-        """Address of the array or tensor, made contiguous, which lives as long as this call."""
-        array = np.ascontiguousarray(memory)
-        self.kept.append(array)
-        return int(array.ctypes.data)
+        super().__init__(group, tokens, tiled, undo)
+        self.job |= {"redo": self.turns(redo), "stream": tables.all_aligned(group)}
 
     def apply(self, deviation: Deviation) -> None:
         if isinstance(deviation, AnchorSum):
@@ -151,22 +126,18 @@ class _Correction:
             self._coded(deviation, deviation.code, deviation.up)
 
     def _finish(self, deviation: Deviation, fields: dict[str, int]) -> None:
-        from kvcomm_vllm.kernels.cpu_correct_kernels import JOB
-        from kvcomm_vllm.kernels.cpu_threads import run, share
+        from kvcomm_vllm.kernels.cpu.correct_kernels import JOB
+        from kvcomm_vllm.kernels.cpu.threads import run, share
 
         groups, layers = len(self.bounds) - 1, self.job["layers"]
         step = share(groups, layers)
         fields = dict.fromkeys((JOB.names or ())[2:], 0) | self.job | fields
         fields |= {"groups": groups, "layer_step": step, "block_bounds": self.keep(self.bounds)}
-        work_bytes = len(self.index) * self.token_bytes
         kernel = _finish_kernel(self.group, deviation)
-        run(kernel, JOB, groups * -(-layers // step), work_bytes=work_bytes, **fields)
+        run(kernel, JOB, groups * -(-layers // step), work_bytes=self.work_bytes, **fields)
 
     def _anchors(self, deviation: AnchorSum) -> dict[str, int]:
         dk, size = deviation.dk, deviation.dk.itemsize
-        weights = [deviation.wk.float().numpy(), deviation.wv.float().numpy()]
-        if not deviation.per_channel:
-            weights = [weight[:, self.index] for weight in weights]
         return {
             "dk": dk.data_ptr(),
             "dv": deviation.dv.data_ptr(),
@@ -174,8 +145,8 @@ class _Correction:
             "layer_stride": dk.stride(1) * size,
             "head_stride": dk.stride(2) * size,
             "anchor_rows": self.keep(deviation.rows.numpy()[:, self.index]),
-            "wk": self.keep(weights[0]),
-            "wv": self.keep(weights[1]),
+            "wk": self.keep(deviation.wk.numpy()[:, self.index]),
+            "wv": self.keep(deviation.wv.numpy()[:, self.index]),
             "anchors": len(deviation.rows),
         }
 
@@ -190,8 +161,8 @@ class _Correction:
         }
 
     def _coded(self, deviation: MeanMap, code: torch.Tensor, up: torch.Tensor) -> None:
-        from kvcomm_vllm.kernels.cpu_coded import JOB
-        from kvcomm_vllm.kernels.cpu_threads import run
+        from kvcomm_vllm.kernels.cpu.coded import JOB
+        from kvcomm_vllm.kernels.cpu.threads import run
 
         kernel, pack = _coded_kernels(self.group, deviation.rank, code.dtype)
         up = up.float()
@@ -216,5 +187,4 @@ class _Correction:
         }
         if pack is not None:
             run(pack, JOB, layers * self.group.kv_heads, work_bytes=2 * up.nbytes, **self.job)
-        work_bytes = len(self.index) * self.token_bytes
-        run(kernel, JOB, parts * -(-groups // pages), work_bytes=work_bytes, **self.job)
+        run(kernel, JOB, parts * -(-groups // pages), work_bytes=self.work_bytes, **self.job)

@@ -14,8 +14,8 @@ from typing import Any
 
 from numba import njit
 
-from kvcomm_vllm.kernels import cpu_lanes as lane
-from kvcomm_vllm.kernels.cpu_threads import compile_kernel, job_type, table
+from kvcomm_vllm.kernels.cpu import lanes as lane
+from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, table
 from kvcomm_vllm.kernels.pages import Packing
 
 JOB = job_type(
@@ -80,18 +80,32 @@ def entry(blocks, i):  # type: ignore[no-untyped-def]
 
 
 @cache
+def rotation() -> Any:
+    """``(x, y, factors) -> (x, y)``: ``(x + iy)(cos + i sin)``; 16 cos, then 16 sin."""
+    factor, line = lane.MEMORY["fp32"].read, 4 * lane.WIDTH
+    fused, multiply, negate = lane.fused, lane.multiply, lane.negate
+
+    @njit
+    def rotate(x, y, factors):  # type: ignore[no-untyped-def]
+        c, s = factor(factors), factor(factors + line)
+        return fused(x, c, negate(multiply(y, s))), fused(y, c, multiply(x, s))
+
+    return rotate
+
+
+@cache
 def steps(kind: str) -> Steps:
     """Steps for a storage kind ``bf16``, ``fp16`` or ``fp32``."""
     fetch, put = block_access(kind)
     factor, line = lane.MEMORY["fp32"].read, 4 * lane.WIDTH
-    fused, multiply, negate, swap = lane.fused, lane.multiply, lane.negate, lane.swap
+    fused, multiply, swap, rotate = lane.fused, lane.multiply, lane.swap, rotation()
 
     @njit
     def turn(base, a, b, factors, block, ahead):  # type: ignore[no-untyped-def]
         x, y = fetch(base, a, block, ahead), fetch(base, b, block, ahead)
-        c, s = factor(factors), factor(factors + line)
-        put(base + a, fused(x, c, negate(multiply(y, s))), block)
-        put(base + b, fused(y, c, multiply(x, s)), block)
+        x, y = rotate(x, y, factors)
+        put(base + a, x, block)
+        put(base + b, y, block)
 
     @njit
     def turn_adjacent(base, a, factors, block, ahead):  # type: ignore[no-untyped-def]

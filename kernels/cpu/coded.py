@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kvcomm_vllm.kernels import cpu_lanes as lane
-from kvcomm_vllm.kernels.cpu_kernels import block_access, entry
-from kvcomm_vllm.kernels.cpu_products import products, write_pairs
-from kvcomm_vllm.kernels.cpu_threads import compile_kernel, job_type, table
+from kvcomm_vllm.kernels.cpu import lanes as lane
+from kvcomm_vllm.kernels.cpu.load_kernels import block_access, entry, rotation
+from kvcomm_vllm.kernels.cpu.products import products, write_pairs
+from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, table
 
 JOB = job_type(
     *("bases", "layers", "layer_step", "heads", "head_bytes", "groups", "group_step"),
@@ -88,8 +88,8 @@ def _readers(kind: str, dim: int) -> tuple[Any, ...]:
     """``means``, ``keys`` and ``values`` of a tile: the last two fp32, with their mean added."""
     memory, words = lane.MEMORY[kind], lane.MEMORY["fp32"]
     read, join, size, factor, store = memory.read, memory.join, memory.size, words.read, words.write
-    add, fused, multiply, negate = lane.add, lane.fused, lane.multiply, lane.negate
     spread, prefetch, transpose = lane.spread, lane.prefetch, lane.transpose
+    add, rotate = lane.add, rotation()
 
     @njit
     def mean_row(job, layer, head, row):  # type: ignore[no-untyped-def]
@@ -129,8 +129,7 @@ def _readers(kind: str, dim: int) -> tuple[Any, ...]:
                     prefetch(p + far)
                     prefetch(q + far)
                 if rotated:
-                    c, s = factor(turn), factor(turn + LINE)
-                    x, y = fused(x, c, negate(multiply(y, s))), fused(y, c, multiply(x, s))
+                    x, y = rotate(x, y, turn)
                     turn += 2 * LINE
                 store(out + a * LINE, add(x, mean_of(mean, a)))
                 store(out + b * LINE, add(y, mean_of(mean, b)))
@@ -210,13 +209,13 @@ def _writers(kind: str, dim: int) -> tuple[Any, Any]:
     _, put = block_access(kind)
     memory, factor = lane.MEMORY[kind], lane.MEMORY["fp32"].read
     write, stream, size = memory.write, memory.stream, memory.size
-    fused, multiply, negate = lane.fused, lane.multiply, lane.negate
+    rotate = rotation()
 
     @njit
     def turn(base, a, b, block, redo, x, y):  # type: ignore[no-untyped-def]
-        c, s = factor(redo), factor(redo + LINE)
-        put(base + a, fused(x, c, negate(multiply(y, s))), block)
-        put(base + b, fused(y, c, multiply(x, s)), block)
+        x, y = rotate(x, y, redo)
+        put(base + a, x, block)
+        put(base + b, y, block)
 
     @njit
     def keys(job, base, t, u, keys_t, keys_u):  # type: ignore[no-untyped-def]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvcomm_vllm.kernels.cpu_runs import TILE, Cut, Ints, Tokens, group_bounds, runs, tiles
+from kvcomm_vllm.kernels.cpu.runs import TILE, Cut, Ints, Tokens, group_bounds, runs, tiles
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 LINE = 64  # bytes of a cache line

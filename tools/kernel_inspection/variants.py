@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kvcomm_vllm.kernels import channel_distance, coded, collect, correct, distance, load
-from kvcomm_vllm.kernels.compiled import Launch
+from kernel_inspection.compiled import Launch
+from kvcomm_vllm.kernels import coded, collect, correct, distance, load
 from kvcomm_vllm.kernels.launch import (
     layers_per_program,
     next_power,
@@ -22,6 +22,7 @@ TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 RANK = 32  # numbers of a code
+ANCHORS = 5
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _variant(
         dtype=shape.dtype,
     )
     base = coded.code_constants(base, rank) if rank else base
-    of_arena: tuple[str, ...] = ("p_base_k", "p_base_v", "p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
+    of_arena: tuple[str, ...] = ("p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
     of_arena += ("p_mean_k", "p_mean_v", "p_up")
     of_arena += ("p_out_k", "p_out_v") if name.startswith("collect") else ()
     types = {}
@@ -121,40 +122,32 @@ def _variant(
     return Variant(name, shape, launch, minimum, rows, trips, shared, repeated, products)
 
 
-def load_variant(shape: Shape, *, keys_only: bool = False) -> Variant:
-    """``load`` or ``rotate``."""
+def load_variant(shape: Shape) -> Variant:
+    """``load``."""
     tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
-    layers = layers_per_program(shape.heads, shape.layers, 32 if keys_only else 16)
-    width = shape.rotary_dim if keys_only else 2 * shape.head_dim
+    layers = layers_per_program(shape.heads, shape.layers)
     return _variant(
-        "rotate" if keys_only else "load",
+        "load",
         shape,
         load.load_kernel,
-        constants={"BT": tokens, "BL": layers, "KEYS_ONLY": keys_only},
-        minimum=2 * width * shape.dtype.itemsize,
+        constants={"BT": tokens, "BL": layers},
+        minimum=4 * shape.head_dim * shape.dtype.itemsize,
         rows=tokens * layers * shape.heads,
     )
 
 
-def sum_variant(
-    shape: Shape, weights: int, anchors: int = 5, *, arena: torch.dtype = BF16
-) -> Variant:
-    """``load_corrected`` with anchors, or with a mean (``NO_WEIGHTS``, one row)."""
-    wide = weights == correct.CHANNEL_WEIGHTS
-    anchors = 1 if weights == correct.NO_WEIGHTS else anchors
-    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize) * (2 if wide else 1)
-    layers = layers_per_program(shape.heads, shape.layers)
-    kind = ("mean", f"{anchors} anchors", f"{anchors} anchors, channel weights")[weights]
+def sum_variant(shape: Shape, anchors: int) -> Variant:
+    """``load_corrected`` with the weighted sum of so many anchors; 0: with a mean, one row."""
+    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    layers, rows = layers_per_program(shape.heads, shape.layers), max(1, anchors)
     return _variant(
-        f"load + {kind}",
+        f"load + {anchors} anchors" if anchors else "load + mean",
         shape,
         correct.load_sum_kernel,
-        arena=arena,
-        constants={"WEIGHTS": weights, "BT": tokens, "BL": layers},
-        minimum=2 * shape.head_dim * (2 * shape.dtype.itemsize + anchors * arena.itemsize),
+        constants={"WEIGHTED": anchors > 0, "BT": tokens, "BL": layers},
+        minimum=2 * shape.head_dim * (2 * shape.dtype.itemsize + rows * BF16.itemsize),
         rows=tokens * layers * shape.heads,
-        trips=(anchors,),
-        num_warps=8 if wide else 4,
+        trips=(rows,),
     )
 
 
@@ -181,47 +174,32 @@ def code_variant(shape: Shape, rank: int = RANK, *, arena: torch.dtype = BF16) -
     )
 
 
-def collect_variant(shape: Shape, *, arena: torch.dtype = BF16) -> Variant:
-    """``collect`` with a base."""
-    tokens, layers = (
-        tokens_per_block(shape.head_dim, shape.dtype.itemsize),
-        layers_per_program(shape.heads, shape.layers),
-    )
+def collect_variant(shape: Shape) -> Variant:
+    """``collect`` into bf16."""
+    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    layers = layers_per_program(shape.heads, shape.layers)
     return _variant(
         "collect",
         shape,
         collect.collect_kernel,
-        arena=arena,
-        constants={"BASE": True, "BT": tokens, "BL": layers},
-        minimum=2 * shape.head_dim * (shape.dtype.itemsize + 2 * arena.itemsize),
+        constants={"BT": tokens, "BL": layers},
+        minimum=2 * shape.head_dim * (shape.dtype.itemsize + BF16.itemsize),
         rows=tokens * layers * shape.heads,
     )
 
 
-def distance_variant(shape: Shape, anchors: int = 20, *, per_channel: bool = False) -> Variant:
-    """``distance``: the launch over tokens, or the one over channels."""
-    minimum = 2 * shape.head_dim * (shape.dtype.itemsize + anchors * BF16.itemsize)
-    if not per_channel:
-        tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
-        return _variant(
-            f"distance, {anchors} anchors",
-            shape,
-            distance.distance_kernel,
-            constants={"BT": tokens, "BH": min(shape.heads, distance.BLOCK_HEADS)},
-            minimum=minimum,
-            rows=tokens * min(shape.heads, distance.BLOCK_HEADS),
-            trips=(anchors,),
-        )
-    chunk = channel_distance.CHUNK_TOKENS
-    block = min(channel_distance.MAX_BLOCK_ANCHORS, next_power(anchors))
+def distance_variant(shape: Shape, anchors: int = 20) -> Variant:
+    """``distance``."""
+    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    heads = min(shape.heads, distance.BLOCK_HEADS)
     return _variant(
-        f"channel distance, {anchors} anchors",
+        f"distance, {anchors} anchors",
         shape,
-        channel_distance.channel_distance_kernel,
-        constants={"BA": block, "CHUNK": chunk},
-        minimum=minimum,
-        rows=chunk,
-        trips=(chunk,),
+        distance.distance_kernel,
+        constants={"BT": tokens, "BH": heads},
+        minimum=2 * shape.head_dim * (shape.dtype.itemsize + anchors * BF16.itemsize),
+        rows=tokens * heads,
+        trips=(anchors,),
     )
 
 
@@ -244,12 +222,9 @@ def all_variants() -> Iterator[Variant]:
     for shape in shapes:
         yield load_variant(shape)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
-        yield load_variant(shape, keys_only=True)
-        yield sum_variant(shape, correct.TOKEN_WEIGHTS)
-        yield sum_variant(shape, correct.NO_WEIGHTS)
+        yield sum_variant(shape, ANCHORS)
+        yield sum_variant(shape, 0)
         yield collect_variant(shape)
-    for shape in (shapes[0], shapes[8]):
-        yield sum_variant(shape, correct.CHANNEL_WEIGHTS, 4, arena=FP32)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[6], shapes[8], shapes[9]):
         yield code_variant(shape)
     for rank in (RANK // 2, 2 * RANK):
@@ -257,4 +232,3 @@ def all_variants() -> Iterator[Variant]:
     yield code_variant(shapes[0], arena=FP32)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
         yield distance_variant(shape)
-        yield distance_variant(shape, 32, per_channel=True)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kvcomm_vllm.kernels.compiled import Compiled
-from kvcomm_vllm.kernels.variants import Variant
+from kernel_inspection.compiled import Compiled
+from kernel_inspection.variants import Variant
 
 _CONSTANT = re.compile(r"%(\S+) = arith\.constant (-?\d+) : i\d+")
 _FOR = re.compile(r"scf\.for \S+ = %(\S+) to %(\S+) step %(\S+)")
