@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Table as Screen
 
 from kvcomm_vllm.evaluation.bench.records import CallRecord
+from kvcomm_vllm.evaluation.report import table
 from kvcomm_vllm.evaluation.report.numbers import sooner
+from kvcomm_vllm.evaluation.report.table import Table
 from kvcomm_vllm.evaluation.serving.client import Answer
 from kvcomm_vllm.evaluation.workloads.answers import equal_leading_share
 from kvcomm_vllm.evaluation.workloads.case import Message
@@ -141,22 +141,14 @@ def _count(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def render_table(rows: list[AgentRow], questions: int, answer_tokens: int) -> Table:
+def render_table(rows: list[AgentRow], questions: int, answer_tokens: int) -> Screen:
     """The table that the demo prints."""
-    table = Table(
-        title=f"Time to first token (TTFT) in ms, median of {questions} question(s), "
-        f"notes of {answer_tokens} tokens",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
+    title = (
+        f"Time to first token (TTFT) in ms, median of {questions} question(s), "
+        f"notes of {answer_tokens} tokens"
     )
-    table.add_column("\nagent", style="bold", no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    cells = [
+        [
             row.agent,
             *map(_count, (row.prompt_tokens, row.local, row.reused, row.computed)),
             *map(_count, (row.ttft_plain_ms, row.ttft_cached_ms)),
@@ -165,8 +157,10 @@ def render_table(rows: list[AgentRow], questions: int, answer_tokens: int) -> Ta
             f"[green]{row.speedup_cached:.1f}x[/green]",
             f"{row.agreement:.0%}",
             f"{row.plain_agreement:.0%}",
-        )
-    return table
+        ]
+        for row in rows
+    ]
+    return Table(title, LEGEND, ["\nagent", *HEADINGS], cells, labels=1).screen()
 
 
 def headline(rows: list[AgentRow]) -> str:
@@ -211,4 +205,4 @@ def write_json(
         ],
         "calls": [_call_record(call) for call in calls],
     }
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    table.write_json(path, report)

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Table as Screen
 
+from kvcomm_vllm.evaluation.report import table
+from kvcomm_vllm.evaluation.report.table import table_of
 from kvcomm_vllm.evaluation.workloads.answers import consistency
 
 if TYPE_CHECKING:
@@ -93,44 +93,31 @@ def _summary(workload: str, mode: str, anchors: int, scores: list[Score]) -> Sum
     )
 
 
-def render_table(workload: str, summaries: list[Summary], tokens: int) -> Table:
+def render_table(workload: str, summaries: list[Summary], tokens: int) -> Screen:
     """The table of one workload; columns without a value are left out."""
     title = f"{workload}: distance to dense, {summaries[0].prompts} prompts, {tokens} tokens each"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
-    table.add_column("\nmode", style="bold", no_wrap=True)
     answers = any(s.same_answer is not None for s in summaries)
     pairs = any(s.consistency is not None for s in summaries)
-    headings = ["an-\nchors", "\nreused", "\ncorr.", "KL\nfirst", "KL\nmean"]
-    headings += [
-        "same\ntop",
-        "\nclear",
-        "same\nstart",
-        *["\nanswer"] * answers,
-        *["both\norders"] * pairs,
-    ]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for s in summaries:
-        cells = [s.mode, str(s.anchors), f"{s.reused:.0%}", f"{s.corrected:.0%}"]
-        cells += [f"{s.kl1:.4f}", f"[green]{s.kl_mean:.4f}[/green]"]
-        cells += [f"{s.top1:.1%}", _share(s.clear, 1), f"{s.prefix:.0%}"]
-        if answers:
-            cells.append(_share(s.same_answer))
-        if pairs:
-            cells.append(f"{_share(s.consistency)} ({_share(s.dense_consistency)})")
-        table.add_row(*cells)
+
+    def cells(s: Summary) -> dict[str, str]:
+        orders = f"{_share(s.consistency)} ({_share(s.dense_consistency)})"
+        return {
+            "\nmode": s.mode,
+            "an-\nchors": str(s.anchors),
+            "\nreused": f"{s.reused:.0%}",
+            "\ncorr.": f"{s.corrected:.0%}",
+            "KL\nfirst": f"{s.kl1:.4f}",
+            "KL\nmean": f"[green]{s.kl_mean:.4f}[/green]",
+            "same\ntop": f"{s.top1:.1%}",
+            "\nclear": _share(s.clear, 1),
+            "same\nstart": f"{s.prefix:.0%}",
+            **({"\nanswer": _share(s.same_answer)} if answers else {}),
+            **({"both\norders": orders} if pairs else {}),
+        }
+
     held = [f"{s.mode}, {s.anchors}: {s.anchor_mb:.0f} MB" for s in summaries if s.anchor_mb]
-    if held:
-        table.caption = f"Memory of anchors: {'; '.join(held)}"
-        table.caption_justify = "left"
-    return table
+    caption = f"Memory of anchors: {'; '.join(held)}" if held else None
+    return table_of(title, LEGEND, summaries, cells, labels=1).screen(caption)
 
 
 def _share(value: float | None, digits: int = 0) -> str:
@@ -140,10 +127,10 @@ def _share(value: float | None, digits: int = 0) -> str:
 def write_json(
     path: Path, settings: dict[str, Any], summaries: list[Summary], scores: list[Score]
 ) -> None:
-    """Settings, means, and every prompt; the same text for the same numbers."""
+    """Settings, means, and every prompt."""
     content = {
         "settings": settings,
         "summary": [asdict(summary) for summary in summaries],
         "prompts": [asdict(score) for score in scores],
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    table.write_json(path, content)

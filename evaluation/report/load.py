@@ -22,7 +22,7 @@ class Load:
         arrivals_per_s, tasks_per_s, tokens_per_s: tasks that arrived between the first and the
             last arrival, tasks that ended, and tokens that were written, per second. The server
             keeps up as long as the first two are about equal.
-        p50, p90, p99: time to first token, ms.
+        p50, p90, p99: time to first token, ms; ``most``: of the last one.
         task_p50, task_p90: from a task's arrival to its end, seconds.
     """
 
@@ -36,6 +36,7 @@ class Load:
     p50: float
     p90: float
     p99: float
+    most: float
     task_p50: float
     task_p90: float
 
@@ -58,6 +59,7 @@ def load(run: Run, workload: str, column: str) -> Load | None:
         for found in sessions.values()
     )
     between = len(tasks) - len(sessions)
+    first = [call.ttft_ms for call in calls]
     task_p50, task_p90 = np.percentile([task.seconds for task in tasks], (50, 90))
     return Load(
         workload,
@@ -67,7 +69,8 @@ def load(run: Run, workload: str, column: str) -> Load | None:
         between / arriving if arriving > 0 else None,
         len(tasks) / seconds,
         sum(call.output_tokens for call in calls) / seconds,
-        *percentiles([call.ttft_ms for call in calls]),
+        *percentiles(first),
+        max(first),
         float(task_p50),
         float(task_p90),
     )

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from kvcomm_vllm.evaluation.bench.columns import NO_CACHE, PLAIN
 from kvcomm_vllm.evaluation.report.content import Content
 from kvcomm_vllm.evaluation.report.latency import SLOWER
@@ -23,20 +21,6 @@ from kvcomm_vllm.evaluation.report.read import Run
 FEW_TASKS = 20
 
 
-@dataclass(frozen=True)
-class Card:
-    """One of the three answers on the first screen: a question, a number, what it means.
-
-    Args:
-        bad: the number is to be shown as a warning.
-    """
-
-    question: str
-    number: str
-    text: list[str]
-    bad: bool = False
-
-
 def alarms(content: Content) -> list[str]:
     """Where a column scores significantly below plain; what a report must say first."""
     single = len({row.workload for row in content.quality if row.scored}) <= 2
@@ -48,19 +32,25 @@ def alarms(content: Content) -> list[str]:
     ]
 
 
-def cards(content: Content) -> list[Card]:
+def cards(content: Content) -> list[str]:
     """What was saved, what it cost, and whether answers suffer; of the main column."""
     if content.main is None:
         return []
     return [_saved(content, content.main), _cost(content, content.main), _answers(content)]
 
 
-def _saved(content: Content, column: str) -> Card:
+def _card(question: str, number: str, text: list[str]) -> str:
+    return f"**{question} {number}** {' '.join(text)}"
+
+
+def _saved(content: Content, column: str) -> str:
     ours = content.overall(content.latency, column)
     plain = content.overall(content.latency, PLAIN)
     ratio = ours.every.ratios.get(PLAIN) if ours else None
     if ours is None or plain is None or ratio is None:
-        return Card("What was saved?", "–", ["There is no plain vLLM in this run to compare with."])
+        return _card(
+            "What was saved?", "–", ["There is no plain vLLM in this run to compare with."]
+        )
     text = [
         f"{column} against plain vLLM with prefix caching, over all {count(ours.every.calls)} "
         f"calls of all agents{between(ratio, 2)}: "
@@ -76,10 +66,10 @@ def _saved(content: Content, column: str) -> Card:
             "Exact full hits of all prompts, the floor, would take "
             f"{share(1 / ours.floor.value)} of it."
         )
-    return Card("What was saved?", sooner(ratio.value), text, bad=ratio.value < 1)
+    return _card("What was saved?", sooner(ratio.value), text)
 
 
-def _cost(content: Content, column: str) -> Card:
+def _cost(content: Content, column: str) -> str:
     ours = content.overall(content.latency, column)
     paid = content.overall(content.break_even, column)
     slower = ours.slower if ours else None
@@ -102,10 +92,10 @@ def _cost(content: Content, column: str) -> Card:
     before, after = held.get(PLAIN), others[0] if others else None
     if before is not None and after is not None:
         text.append(f"The server held {count(after)} MB at the end, plain vLLM {count(before)} MB.")
-    return Card("What did it cost?", f"{share(slower)} slower calls", text)
+    return _card("What did it cost?", f"{share(slower)} slower calls", text)
 
 
-def _answers(content: Content) -> Card:
+def _answers(content: Content) -> str:
     column = content.main or ""
     ours = content.overall(content.quality, column)
     if ours is None or ours.difference is None:
@@ -128,7 +118,7 @@ def _answers(content: Content) -> Card:
             f"To {count(ours.compared)} prompts equal to plain's token for token, "
             f"{share(ours.equal_answers)} of the greedy answers are equal{against}."
         )
-    return Card("Does it hurt the answers?", number, text, bad=bool(ours and ours.worse))
+    return _card("Does it hurt the answers?", number, text)
 
 
 def unknown(content: Content, run: Run) -> list[str]:

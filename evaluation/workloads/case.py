@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -93,7 +93,7 @@ def unspoken(turns: Sequence[Turn]) -> tuple[int, int] | None:
     return None
 
 
-def chain(heading: str, text: str, roles: Sequence[Role]) -> tuple[Turn, ...]:
+def chain(heading: str, text: str, roles: Iterable[Role]) -> tuple[Turn, ...]:
     """A turn for each role, in their order, about ``text`` under a heading such as "Question";
     each reads all that was said before it.
     """

@@ -11,46 +11,21 @@ from __future__ import annotations
 from functools import partial
 from random import Random
 
-from kvcomm_vllm.evaluation.workloads.case import Case, Role, chain
+from kvcomm_vllm.evaluation.workloads.case import Case, chain
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import DataError, Row
 from kvcomm_vllm.evaluation.workloads.scoring import share_passed
 from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.teams import roles
 
 DATA = DataSet("coding_tasks.jsonl", {"task": str, "tests": list}, "coding_tasks.jsonl")
-TEAM: tuple[Role, ...] = (
-    (
-        "Planner",
-        "You are the Planner of a team of Python programmers. Say in a few sentences how the "
-        "function is to work and which special cases there are. Write no code.",
-        "How is the function to work?",
-    ),
-    (
-        "Programmer",
-        "You are the Programmer of a team. Write the function in Python, in one code block that "
-        "begins with ```python, without an example of its use.",
-        "Write the function.",
-    ),
-    (
-        "Tester",
-        "You are the Tester of a team of Python programmers. Follow the code by hand on three "
-        "inputs, one of them a special case, and say where it goes wrong.",
-        "Where does the code go wrong?",
-    ),
-    (
-        "Reviewer",
-        "You are the Reviewer of a team of Python programmers. Correct what the Tester found and "
-        "give the whole function, in one code block that begins with ```python.",
-        "Give the final code.",
-    ),
-)
 
 
 def _tasks(row: Row, rng: Random, output_tokens: int = 384) -> list[Task]:
     name, tests = str(row["id"]), row["tests"]
     if not tests or not all(isinstance(test, str) for test in tests):
         raise DataError(f"{name}: needs tests, each a piece of Python")
-    case = Case(name, chain("Task", row["task"], TEAM), group=name)
+    case = Case(name, chain("Task", row["task"], roles("coding").values()), group=name)
     return [Task(case, output_tokens, partial(share_passed, tests=tests))]
 
 

@@ -13,19 +13,8 @@ from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.scoring import word_f1
 from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.teams import roles
 
-SPEAKERS = (
-    "You are {name}, one of the people in this meeting. You care about what is practical: who does "
-    "it, with what, and by when. Speak in one or two sentences.",
-    "In the meeting below you are {name}. You have seen plans fail before, and you ask what nobody "
-    "has asked yet. Be brief and polite.",
-    "Take the part of {name}. You try to bring the others together: name what they agree on and "
-    "propose the next step, in two sentences at most.",
-)
-CLERK = (
-    "You keep the minutes. People who were not there ask you what was said, and you answer from "
-    "the transcript alone, in two or three sentences."
-)
 MOST_CHARACTERS = 6000  # about 1,500 tokens: the models this is run on have short contexts
 # Who an agent is must not change from meeting to meeting where times are compared: its
 # instructions are what a server has seen before. The name stands at the end of the prompt.
@@ -42,7 +31,7 @@ def discuss(row: Row, rng: Random, called: str | None = None) -> list[Case]:
     talk: Counter[str] = Counter()
     for turn in turns:
         talk[str(turn["speaker"])] += len(turn["text"])
-    names = [name for name, _ in talk.most_common(len(SPEAKERS))]
+    names = [name for name, _ in talk.most_common(len(roles("groupchat")) - 1)]
     rng.shuffle(names)
     # one part before each speaker; the last one is for the clerk alone
     cuts = [len(turns) * n // (len(names) + 1) for n in range(len(names) + 2)]
@@ -51,11 +40,12 @@ def discuss(row: Row, rng: Random, called: str | None = None) -> list[Case]:
     for number, (name, part) in enumerate(zip(names, parts, strict=False), 1):
         transcript += part
         ask = f"\nIt is your turn, {literal(name)}. What do you say?"
-        system = SPEAKERS[number - 1].format(name=called or name)
-        agents.append(Turn(system, transcript + ask, f"Speaker {number}"))
+        speaker, system, _ = roles("groupchat")[f"Speaker {number}"]
+        agents.append(Turn(system.format(name=called or name), transcript + ask, speaker))
         transcript += f"{literal(name)}: {{{number}}}\n"
     query = f"\nA question from outside: {literal(row['query'])}"
-    agents.append(Turn(CLERK, transcript + parts[-1] + query, "Clerk"))
+    clerk, system, _ = roles("groupchat")["Clerk"]
+    agents.append(Turn(system, transcript + parts[-1] + query, clerk))
     name = str(row["id"])
     return [Case(name, tuple(agents), group=name)]
 

@@ -11,17 +11,9 @@ from kvcomm_vllm.evaluation.workloads.case import Answer, Case, Turn, literal
 from kvcomm_vllm.evaluation.workloads.math import DATA
 from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.teams import roles
 
-MANNERS = (
-    "You solve word problems. Work step by step, one line for each step, and end with the result.",
-    "You are a teacher. Explain to a child how this problem is solved, in three or four sentences.",
-    "You are in a hurry. Give the result first, then the shortest reason you can think of.",
-)
-JUDGE = (
-    "You are the judge of a contest. You are shown a problem and the candidates' answers to it, in "
-    "no particular order. Reply with the letter of the best answer first, then one sentence on why."
-)
-CANDIDATES = tuple(f"Candidate {number}" for number in range(1, len(MANNERS) + 1))
+CANDIDATES = tuple(f"Candidate {number}" for number in (1, 2, 3))
 
 
 def compete(row: Row, rng: Random) -> list[Case]:
@@ -38,14 +30,14 @@ def compete(row: Row, rng: Random) -> list[Case]:
 
 def _case(case_id: str, group: str, problem: str, order: list[int]) -> Case:
     speakers = [
-        Turn(system, problem + "Answer the problem.", name)
-        for name, system in zip(CANDIDATES, MANNERS, strict=True)
+        Turn(roles("judge")[name][1], problem + "Answer the problem.", name) for name in CANDIDATES
     ]
     shown = "".join(
         f"Candidate {letter}:\n{{{agent}}}\n\n"
         for letter, agent in zip("ABCDEFGHIJ", order, strict=False)
     )
-    judge = Turn(JUDGE, problem + shown + "Which candidate gave the best answer?", "Judge")
+    name, system, _ = roles("judge")["Judge"]
+    judge = Turn(system, problem + shown + "Which candidate gave the best answer?", name)
     return Case(case_id, (*speakers, judge), group, Answer.CHOICE, tuple(order))
 
 

@@ -7,48 +7,24 @@ from collections.abc import Sequence
 from functools import partial
 from random import Random
 
-from kvcomm_vllm.evaluation.workloads.case import Case, Role, Turn, literal
+from kvcomm_vllm.evaluation.workloads.case import Case, Turn, literal
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.scoring import word_f1
 from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.teams import roles
 
-READERS: tuple[Role, ...] = (
-    (
-        "Librarian",
-        "You are the Librarian of a team. Say which passages matter for a question and copy the "
-        "sentences that answer it.",
-        "Which passages matter, and why?",
-    ),
-    (
-        "Critic",
-        "You are the Critic of a team. Look for what speaks against the Librarian's choice, and "
-        "for what was overlooked in the other passages.",
-        "What was overlooked?",
-    ),
-    (
-        "Writer",
-        "You are the Writer of a team. Answer the question in one or two sentences, from the "
-        "passages alone.",
-        "Answer the question.",
-    ),
-)
 SAMPLE_PASSAGES = 4
+READERS = ("Librarian", "Critic", "Long writer")
 # The accepted answers are a few words long, and word F1 punishes every word around them.
-WRITER: Role = (
-    "Writer",
-    "You are the Writer of a team. Answer the question with a few words from the passages, and "
-    "write nothing else.",
-    "Answer the question in a few words.",
-)
-TEAM = (*READERS[:-1], WRITER)
+TEAM = ("Librarian", "Critic", "Writer")
 
 
-def consult(row: Row, rng: Random, readers: Sequence[Role] = READERS) -> list[Case]:
+def consult(row: Row, rng: Random, readers: Sequence[str] = READERS) -> list[Case]:
     """Several agents; each finds the passages in an order of its own."""
     notes = ""
     turns = []
-    for number, (reader, system, task) in enumerate(readers, 1):
+    for number, (reader, system, task) in enumerate(map(roles("rag").__getitem__, readers), 1):
         passages = rng.sample(row["passages"], len(row["passages"]))
         text = "\n\n".join(literal(str(passage)) for passage in passages)
         question = f"Question: {literal(row['question'])}"

@@ -16,21 +16,10 @@ from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import DataError, Row
 from kvcomm_vllm.evaluation.workloads.scoring import word_f1
 from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.teams import roles
 
 FIELDS: dict[str, type] = {"results": list, "question": str, "answers": list}
 DATA = DataSet("tool_results.jsonl", FIELDS, "tool_results.jsonl")
-COLLECTOR = (
-    "You are the Collector of a team that has tools. Write down, in two or three sentences, what "
-    "the results of your calls say about the question. Invent nothing."
-)
-CHECKER = (
-    "You are the Checker of a team that has tools. Compare the results of your own calls with what "
-    "the Collector wrote, and say what is missing or wrong, in two or three sentences."
-)
-REPORTER = (
-    "You are the Reporter of a team that has tools. Answer the user's question from the results of "
-    "all calls. Reply with the answer alone, a number or a name, without a sentence around it."
-)
 
 
 def _turns(row: Row) -> tuple[Turn, ...]:
@@ -42,27 +31,18 @@ def _turns(row: Row) -> tuple[Turn, ...]:
     except (KeyError, TypeError) as error:
         raise DataError(f'{row["id"]}: each result needs a text "call" and "output"') from error
     half = (len(results) + 1) // 2
+    first, second = results[:half], results[half:]
     question = f"Question of the user: {literal(row['question'])}\n\n"
     notes = "The Collector said:\n{1}\n\n"
-    return (
-        Turn(
-            COLLECTOR,
-            "".join(results[:half]) + question + "What do the results say?",
-            "Collector",
-        ),
-        Turn(
-            CHECKER,
-            "".join(results[half:] + results[:half][-1:]) + question + notes + "What is missing?",
-            "Checker",
-        ),
-        Turn(
-            REPORTER,
-            "".join(results[half:] + results[:half])
-            + question
-            + notes
-            + "The Checker said:\n{2}\n\nWhat is the answer?",
-            "Reporter",
-        ),
+    checked = "The Checker said:\n{2}\n\n"
+    shown = (
+        "".join(first) + question + "What do the results say?",
+        "".join(second + first[-1:]) + question + notes + "What is missing?",
+        "".join(second + first) + question + notes + checked + "What is the answer?",
+    )
+    team = roles("toolcalls").values()
+    return tuple(
+        Turn(system, user, name) for (name, system, _), user in zip(team, shown, strict=True)
     )
 
 
