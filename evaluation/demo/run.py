@@ -39,8 +39,9 @@ from kvcomm_vllm.evaluation.serving.servers import Served, progress_bar, say, se
 from kvcomm_vllm.evaluation.workloads.notes import Question, notes_task
 
 ONE_SERVER = (
-    "Plain vLLM's times are taken on the same server: mode off gives plain vLLM's tokens "
-    "(tests/engine/test_exactness.py). --full starts plain vLLM beside it."
+    "Plain vLLM's times are taken on this server, with mode off, which gives plain vLLM's tokens\n"
+    "(tests/engine/test_exactness.py, test_mode_off_gives_the_tokens_of_plain_vllm).\n"
+    "--full starts plain vLLM beside it."
 )
 
 

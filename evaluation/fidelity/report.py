@@ -133,4 +133,4 @@ def write_json(
         "summary": [asdict(summary) for summary in summaries],
         "prompts": [asdict(score) for score in scores],
     }
-    table.write_json(path, content)
+    table.write_json(path, content, finite=False)

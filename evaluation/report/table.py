@@ -78,7 +78,7 @@ def table_of(
     return Table(title, note, head, [list(row.values()) for row in found], labels)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """The same text for the same numbers."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+def write_json(path: Path, content: Mapping[str, Any], *, finite: bool = True) -> None:
+    """The same text for the same numbers; ``finite``: refuse what JSON has no word for."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=not finite)
     path.write_text(text + "\n", encoding="utf-8")
