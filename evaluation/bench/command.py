@@ -52,7 +52,8 @@ def _asked(options: dict[str, Any], given: Collection[str]) -> Options:
 
 
 def _only(given: Collection[str], *allowed: str) -> None:
-    """
+    """Refuse options that would have no effect.
+
     Raises:
         DataError: another option was given, which would have no effect.
     """

@@ -152,7 +152,8 @@ def run_task(
     *,
     side_by_side: bool = True,
 ) -> list[Record]:
-    """
+    """Play a task on all columns, for its records.
+
     Args:
         side_by_side: a call goes to every column before the next call does; else a column is done
             with the task before the next one begins.

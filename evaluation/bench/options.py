@@ -65,23 +65,17 @@ def read_options(
     *,
     full: bool = False,
     workloads: list[str] | None = None,
-    tasks: int | None = None,
     columns: str | None = None,
     endpoints: list[str] | None = None,
-    seed: int = 0,
-    data: Path | None = None,
-    rate: float | None = None,
-    load_seconds: float | None = None,
-    burst: int | None = None,
-    stream: int | None = None,
     sizes: dict[str, int] | None = None,
     config: Path | None = None,
-    server_args: list[str] | None = None,
+    **given: Any,
 ) -> Options:
     """The preset, and what the user has said instead.
 
     Args:
         sizes: options for all workloads that have them.
+        given: further fields of :class:`Options`; None = not said.
 
     Raises:
         DataError: an option that cannot be used.
@@ -91,27 +85,21 @@ def read_options(
     foreign = read_endpoints(endpoints or [])
     names = preset.columns if columns is None else [name.strip() for name in columns.split(",")]
     chosen = choose_columns([name for name in names if name], foreign)
-    if rate and burst:
+    said = {name: value for name, value in given.items() if value is not None}
+    if said.get("rate") and said.get("burst"):
         raise DataError("--rate and --burst are two ways to arrive")
-    rate = (0.0 if burst else preset.rate) if rate is None else rate
-    load_seconds = preset.load_seconds if load_seconds is None else load_seconds
-    if rate and not load_seconds:
-        load_seconds = FULL.load_seconds
+    if said.get("burst"):
+        said["rate"] = 0.0
+    rest = {**preset.others(), **said}
+    rest["load_seconds"] = (rest["load_seconds"] or FULL.load_seconds) if rest["rate"] else 0.0
     return Options(
-        model=model,
-        out=out,
+        model,
+        out,
         workloads=_with_sizes(workloads or list(preset.workloads), preset.workloads, sizes or {}),
         columns=chosen,
-        tasks=preset.tasks if tasks is None else tasks,
-        seed=seed,
-        rate=rate,
-        load_seconds=load_seconds if rate else 0.0,
-        burst=burst or 0,
-        stream=preset.stream if stream is None else stream,
-        data=data,
         endpoints=foreign,
         config=bench_config(config, chosen),
-        server_args=server_args or [],
+        **rest,
     )
 
 

@@ -58,7 +58,8 @@ class Study:
 
 
 def make_plan(options: Options) -> list[Study]:
-    """
+    """What the options come to, in the order in which it is done.
+
     Raises:
         DataError: data that are unusable or too few.
     """

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """
+    """What a user may say otherwise.
+
     Args:
         workloads: names, and options of each.
         tasks: timed tasks per workload.
@@ -19,9 +20,14 @@ class Preset:
     workloads: dict[str, dict[str, int]]
     columns: tuple[str, ...]
     tasks: int
-    rate: float
-    load_seconds: float
-    stream: int
+    rate: float = 0.0
+    load_seconds: float = 0.0
+    stream: int = 0
+
+    def others(self) -> dict[str, float]:
+        """What is a number."""
+        names = ("tasks", "rate", "load_seconds", "stream")
+        return {name: getattr(self, name) for name in names}
 
 
 QUICK = Preset(
@@ -40,9 +46,6 @@ QUICK = Preset(
     # slots stay cold with so few tasks, so another mode would be measured twice
     columns=("plain_nocache", "plain", "anchor"),
     tasks=1,
-    rate=0.0,
-    load_seconds=0.0,
-    stream=0,
 )
 FULL = Preset(
     workloads={

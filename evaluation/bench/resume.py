@@ -45,7 +45,8 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """
+    """Whether a run may be continued by these options.
+
     Args:
         before, now: :meth:`Options.settings`.
 

@@ -57,7 +57,8 @@ class Script:
 
 
 class Bench:
-    """
+    """vLLM with the plugin in this process.
+
     Args:
         model: folder or Hugging Face id.
         plugin: configuration of the plugin, over ``PLUGIN``.

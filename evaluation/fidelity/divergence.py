@@ -36,7 +36,8 @@ class Divergence:
 
 
 def divergence(dense: list[torch.Tensor], other: list[torch.Tensor]) -> Divergence:
-    """
+    """Compare the distributions of two answers, step by step.
+
     Args:
         dense, other: log-probabilities per step, ``[vocabulary]`` each.
 

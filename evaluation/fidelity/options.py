@@ -85,7 +85,8 @@ def read_options(
     seed: int = 0,
     out: Path = Path("out/fidelity"),
 ) -> Options:
-    """
+    """All that the user has said, checked.
+
     Raises:
         DataError: an option that cannot be used, or data that are missing or too few.
     """

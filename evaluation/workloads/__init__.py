@@ -46,7 +46,8 @@ def _named(name: str, known: Mapping[str, Found]) -> Found:
 
 
 def workload(name: str) -> Workload:
-    """
+    """A workload by its name.
+
     Raises:
         DataError: no such workload.
     """

@@ -34,7 +34,8 @@ def _team(
     input_tokens: int = 1024,
     output_tokens: int = 512,
 ) -> Task:
-    """
+    """One team, whose texts nobody else has.
+
     Args:
         output_tokens: length of each message.
     """

@@ -32,7 +32,8 @@ def _task(
     input_tokens: int = 1024,
     output_tokens: int = 512,
 ) -> Task:
-    """
+    """One team over a new input.
+
     Args:
         prefix_tokens: length of each agent's instructions.
         input_tokens: length of the shared input.

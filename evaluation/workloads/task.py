@@ -111,7 +111,8 @@ class Workload:
     metric: str = ""
 
     def make(self, folder: Path | None = None, seed: int = 0, **given: int) -> TaskSet:
-        """
+        """The tasks of this workload.
+
         Raises:
             DataError: an option out of its range; unusable data.
         """

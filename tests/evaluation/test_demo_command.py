@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from kvcomm_vllm.cli import machine
 from kvcomm_vllm.cli.main import app
 from kvcomm_vllm.cli.serve_command import max_model_tokens, serve_command, serve_env, served_name
+from kvcomm_vllm.evaluation.demo.options import read_options
 
 
 def arguments(connector: bool, config: Path | None = None, on_gpu: bool = False) -> list[str]:
@@ -123,3 +124,18 @@ def test_the_command_starts_without_torch_vllm_or_matplotlib() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_demo_takes_one_server_unless_asked_for_more(tmp_path: Path) -> None:
+    quick, full = (read_options("m", tmp_path, full=wanted) for wanted in (False, True))
+    assert {column.server for column in quick.bench.columns} == {"kvcomm"}
+    assert {column.server for column in full.bench.columns} == {"plain", "kvcomm"}
+    names = {column.name: column for column in quick.bench.columns}
+    assert names["plain"].hints == names["plain_nocache"].hints == {"kvcomm": {"mode": "off"}}
+    assert names["kvcomm"].hints is None, "served as the configuration says"
+    salts = [column.salt(number) for column in names.values() for number in (0, 1)]
+    assert len(set(salts)) == 4, "the columns with a cache have one each, the other none"
+    assert (len(quick.questions), quick.answer_tokens) == (1, 48)
+    assert (len(full.questions), full.answer_tokens) == (2, 128)
+    assert not full.bench.config.audits
+    assert "two things" in refused("demo", "--model", "m", "--quick", "--full")
