@@ -19,8 +19,6 @@ class Memory:
         first_mb, last_mb, most_mb: resident memory of its processes.
         most_kv: highest share of its KV pages in use at once.
         slots, anchors: learned at the end.
-        series: (minutes since the start, resident MB, share of KV pages, anchors) of each look.
-            Sessions follow each other without a gap.
     """
 
     server: str
@@ -32,7 +30,6 @@ class Memory:
     most_kv: float | None
     slots: int | None
     anchors: int | None
-    series: list[tuple[float, float | None, float | None, int | None]]
 
 
 def memory(run: Run) -> list[Memory]:
@@ -43,11 +40,10 @@ def memory(run: Run) -> list[Memory]:
     servers: dict[str, list[MemoryRecord]] = {}
     for record in run.memory:
         servers.setdefault(run.server(record.column), []).append(record)
-    lengths = _lengths(run)
-    return [_memory(server, records, lengths) for server, records in servers.items()]
+    return [_memory(server, records) for server, records in servers.items()]
 
 
-def _memory(server: str, records: list[MemoryRecord], lengths: dict[int, float]) -> Memory:
+def _memory(server: str, records: list[MemoryRecord]) -> Memory:
     last = [record for record in records if record.session == records[-1].session]
     steady = [record for record in last if not record.warmup] or last
     held = [record.resident_mb for record in steady if record.resident_mb is not None]
@@ -62,24 +58,4 @@ def _memory(server: str, records: list[MemoryRecord], lengths: dict[int, float])
         max(shares, default=None),
         records[-1].slots,
         records[-1].anchors,
-        _series(records, lengths),
     )
-
-
-def _lengths(run: Run) -> dict[int, float]:
-    """Seconds that each session lasted, as far as its records say."""
-    lengths: dict[int, float] = {}
-    moments = [(task.session, task.at_s) for task in run.tasks]
-    for session, at_s in moments + [(look.session, look.at_s) for look in run.memory]:
-        lengths[session] = max(lengths.get(session, 0.0), at_s)
-    return lengths
-
-
-def _series(
-    records: list[MemoryRecord], lengths: dict[int, float]
-) -> list[tuple[float, float | None, float | None, int | None]]:
-    def minutes(record: MemoryRecord) -> float:
-        before = sum(length for number, length in lengths.items() if number < record.session)
-        return (before + record.at_s) / 60
-
-    return [(minutes(r), r.resident_mb, r.kv_usage, r.anchors) for r in records]

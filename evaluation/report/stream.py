@@ -52,7 +52,6 @@ class Stream:
 
     Args:
         tasks: after warm-up.
-        savings: of each task by itself, in their order.
         windows: of :data:`WINDOW` tasks; thirds of a stream that is shorter than two of them. A
             rest that fills no window belongs to the last one.
         lasting: saving of the last window over that of the first one.
@@ -61,7 +60,6 @@ class Stream:
     workload: str
     column: str
     tasks: int
-    savings: list[float]
     windows: list[Window]
     lasting: Interval | None
 
@@ -93,7 +91,6 @@ def stream(run: Run, workload: str, column: str) -> Stream | None:
         workload,
         column,
         len(sums),
-        [float(saving) for saving in 1 - sums[:, 0] / sums[:, 1]],
         windows,
         _lasting(first, last) if len(windows) >= FEWEST_WINDOWS else None,
     )
