@@ -30,7 +30,7 @@ from kvcomm_vllm.evaluation.report.intervals import ratio_of_sums
 from kvcomm_vllm.evaluation.serving.client import ChatClient
 from kvcomm_vllm.evaluation.serving.counters import KVCommMeter
 from kvcomm_vllm.evaluation.serving.metrics_page import read_page, totals
-from kvcomm_vllm.evaluation.serving.servers import progress_bar, started
+from kvcomm_vllm.evaluation.serving.screen import progress_bar, started
 
 WORDS = (
     *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),

@@ -19,6 +19,7 @@ from kvcomm_vllm.evaluation.bench.journal import Journal
 from kvcomm_vllm.evaluation.bench.lockstep import SPIN_SECONDS, Rest
 from kvcomm_vllm.evaluation.bench.options import Options
 from kvcomm_vllm.evaluation.bench.plan import Study, make_plan, without
+from kvcomm_vllm.evaluation.bench.probe import rehearse
 from kvcomm_vllm.evaluation.bench.resume import (
     check_same,
     new_settings,
@@ -26,10 +27,10 @@ from kvcomm_vllm.evaluation.bench.resume import (
     write_settings,
 )
 from kvcomm_vllm.evaluation.bench.runner import Runner, stopwatch
+from kvcomm_vllm.evaluation.bench.servers import Served, serving
 from kvcomm_vllm.evaluation.serving.counters import KVCommMeter
-from kvcomm_vllm.evaluation.serving.probe import rehearse
+from kvcomm_vllm.evaluation.serving.screen import progress_bar, say
 from kvcomm_vllm.evaluation.serving.server import stop_at_sigterm
-from kvcomm_vllm.evaluation.serving.servers import Served, progress_bar, say, serving
 
 
 def run_bench(options: Options, console: Console) -> None:

@@ -15,8 +15,8 @@ from kvcomm_vllm.evaluation.bench.load import run_load
 from kvcomm_vllm.evaluation.bench.lockstep import Floor, Rest, run_task
 from kvcomm_vllm.evaluation.bench.plan import Study, Unit, rotated
 from kvcomm_vllm.evaluation.bench.records import LOAD, STREAM, MemoryRecord, Record
+from kvcomm_vllm.evaluation.bench.servers import Served
 from kvcomm_vllm.evaluation.serving.memory import look
-from kvcomm_vllm.evaluation.serving.servers import Served
 from kvcomm_vllm.evaluation.workloads.task import Task
 
 STREAM_MEMORY_TASKS = 10

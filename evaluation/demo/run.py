@@ -18,9 +18,11 @@ from kvcomm_vllm.cli.serve_command import served_name
 from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, PLAIN
 from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
 from kvcomm_vllm.evaluation.bench.lockstep import Floor, Running, play
+from kvcomm_vllm.evaluation.bench.probe import rehearse
 from kvcomm_vllm.evaluation.bench.records import LOCKSTEP, SkipRecord
 from kvcomm_vllm.evaluation.bench.run import look_busy, make_drivers, resting
 from kvcomm_vllm.evaluation.bench.runner import stopwatch
+from kvcomm_vllm.evaluation.bench.servers import Served, serving
 from kvcomm_vllm.evaluation.demo.options import OURS, DemoOptions
 from kvcomm_vllm.evaluation.demo.table import (
     LEGEND,
@@ -33,9 +35,8 @@ from kvcomm_vllm.evaluation.demo.table import (
     write_json,
 )
 from kvcomm_vllm.evaluation.serving.client import ChatClient, RefusedError
-from kvcomm_vllm.evaluation.serving.probe import rehearse
+from kvcomm_vllm.evaluation.serving.screen import progress_bar, say
 from kvcomm_vllm.evaluation.serving.server import stop_at_sigterm
-from kvcomm_vllm.evaluation.serving.servers import Served, progress_bar, say, serving
 from kvcomm_vllm.evaluation.workloads.notes import Question, notes_task
 
 ONE_SERVER = (

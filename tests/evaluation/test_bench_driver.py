@@ -14,8 +14,8 @@ from bench_endpoint import FakeServer, serving, token
 
 from kvcomm_vllm.evaluation.bench.columns import OWN, Column, Endpoint
 from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
+from kvcomm_vllm.evaluation.bench.servers import foreign_client
 from kvcomm_vllm.evaluation.serving.client import ChatClient, RefusedError
-from kvcomm_vllm.evaluation.serving.servers import foreign_client
 from kvcomm_vllm.evaluation.workloads.task import Call
 
 STAND = Stand("work", "lockstep", "task 1")

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("openai", reason="the bench extra is not installed")
 
 from kvcomm_vllm.evaluation.bench.columns import KVCOMM, OWN, PLAIN
+from kvcomm_vllm.evaluation.bench.probe import rehearse
+from kvcomm_vllm.evaluation.bench.servers import Served
 from kvcomm_vllm.evaluation.serving.client import Answer, RefusedError
-from kvcomm_vllm.evaluation.serving.probe import rehearse
-from kvcomm_vllm.evaluation.serving.servers import Served
 
 
 class Client:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from kvcomm_vllm.evaluation.bench.columns import Column
+from kvcomm_vllm.evaluation.bench.servers import Served
 from kvcomm_vllm.evaluation.serving.client import ChatClient, RefusedError
-from kvcomm_vllm.evaluation.serving.servers import Served
 from kvcomm_vllm.evaluation.workloads.notes import load_agents, rehearsal
 from kvcomm_vllm.reasons import Reason, Scope
 
