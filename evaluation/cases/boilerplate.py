@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from evaluation.soak.texts import ROLES, story
+from kvcomm_vllm.evaluation.soak.texts import ROLES, story
 
 RULES, OWN, DOCUMENT = 60, 450, 220  # words
 AGENTS, ROUNDS, DOCUMENTS = 4, 3, 2
@@ -26,7 +26,7 @@ def stream(seed: int = 0) -> list[dict[str, Any]]:
     rules = story(rng, RULES)
     own = [story(rng, OWN) for _ in range(AGENTS)]
     documents = [story(rng, DOCUMENT) for _ in range(DOCUMENTS)]
-    requests = []
+    requests: list[dict[str, Any]] = []
     for turn in range(ROUNDS):
         for agent in range(AGENTS):
             system = f"You are the {ROLES[agent]}.\n{rules}\n{own[agent]}"

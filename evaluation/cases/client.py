@@ -10,7 +10,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.cases.case import Body
+from kvcomm_vllm.evaluation.cases.case import Body
 
 TOP = 20  # log-probabilities asked for; vLLM's own limit
 TIMEOUT_SECONDS = 600.0

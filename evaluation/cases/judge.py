@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.cases.client import Reply
+from kvcomm_vllm.evaluation.cases.client import Reply
 
 REUSED_SHARE = 0.8
 CLEAR = math.log(2)

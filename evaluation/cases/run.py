@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from evaluation.cases.case import Case, fill, load_cases
-from evaluation.cases.client import Reply, dense, post, send, with_logprobs
-from evaluation.cases.judge import Verdict, judge
-from evaluation.cases.table import markdown, summary
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env
-from kvcomm_vllm.cli.server import Server, free_port, running, stop_at_sigterm
+from kvcomm_vllm.evaluation.cases.case import Case, fill, load_cases
+from kvcomm_vllm.evaluation.cases.client import Reply, dense, post, send, with_logprobs
+from kvcomm_vllm.evaluation.cases.judge import Verdict, judge
+from kvcomm_vllm.evaluation.cases.table import markdown, summary
+from kvcomm_vllm.evaluation.serving.server import Server, free_port, running, stop_at_sigterm
 
 DEFAULTS = {"temperature": 0, "max_tokens": 8}
 

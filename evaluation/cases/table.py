@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.cases.judge import Verdict
+from kvcomm_vllm.evaluation.cases.judge import Verdict
 
 _COUNTS = ("prompt", "local", "reused", "computed", "approximate")
 _COLUMNS = ["case", "#", "HTTP", *_COUNTS, "KL", "top", "said"]

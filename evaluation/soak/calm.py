@@ -7,14 +7,14 @@ import random
 import time
 from collections.abc import Callable
 
-from evaluation.soak.clients import send
-from evaluation.soak.events import EVERYTHING, PLAIN, do
-from evaluation.soak.item import TEXT, Item, Outcome
-from evaluation.soak.meter import Log, Reading, read
-from evaluation.soak.options import LIMIT
-from evaluation.soak.promises import Fault, Promise
-from evaluation.soak.script import SALTS
-from evaluation.soak.texts import story
+from kvcomm_vllm.evaluation.soak.clients import send
+from kvcomm_vllm.evaluation.soak.events import EVERYTHING, PLAIN, do
+from kvcomm_vllm.evaluation.soak.item import TEXT, Item, Outcome
+from kvcomm_vllm.evaluation.soak.meter import Log, Reading, read
+from kvcomm_vllm.evaluation.soak.options import LIMIT
+from kvcomm_vllm.evaluation.soak.promises import Fault, Promise
+from kvcomm_vllm.evaluation.soak.script import SALTS
+from kvcomm_vllm.evaluation.soak.texts import story
 
 PATIENCE_SECONDS = 60.0
 LEARNING_SECONDS = 8.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from evaluation.soak.events import Event
-from evaluation.soak.item import BATCH, RESPONSES, Outcome
-from evaluation.soak.promises import Fault, Promise
+from kvcomm_vllm.evaluation.soak.events import Event
+from kvcomm_vllm.evaluation.soak.item import BATCH, RESPONSES, Outcome
+from kvcomm_vllm.evaluation.soak.promises import Fault, Promise
 
 
 def faults_of(outcomes: Sequence[Outcome], events: Sequence[Event]) -> list[Fault]:

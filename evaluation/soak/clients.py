@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from evaluation.soak.item import DECODE, Item, Outcome
-from evaluation.soak.script import Script
+from kvcomm_vllm.evaluation.soak.item import DECODE, Item, Outcome
+from kvcomm_vllm.evaluation.soak.script import Script
 
 TIMEOUT_SECONDS = 600.0
 HUNG_UP = -1

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from evaluation.cases.client import dense
-from evaluation.soak.clients import send
-from evaluation.soak.item import Outcome
-from evaluation.soak.promises import Fault, Promise
+from kvcomm_vllm.evaluation.cases.client import dense
+from kvcomm_vllm.evaluation.soak.clients import send
+from kvcomm_vllm.evaluation.soak.item import Outcome
+from kvcomm_vllm.evaluation.soak.promises import Fault, Promise
 
 TOLERANCE = 1e-3  # nats: what float32 leaves of one text computed in other pieces
 

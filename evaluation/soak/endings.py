@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import random
 
-from evaluation.soak.item import CHAT, DECODE, PREFILL, TEXT, Item
-from evaluation.soak.options import LIMIT
-from evaluation.soak.texts import Tenant, story
+from kvcomm_vllm.evaluation.soak.item import CHAT, DECODE, PREFILL, TEXT, Item
+from kvcomm_vllm.evaluation.soak.options import LIMIT
+from kvcomm_vllm.evaluation.soak.texts import Tenant, story
 
 EOS, FULL_STOP = 2, 30  # token ids of SmolLM2: end of text, "."
 FORCED = 100  # a bias no other token comes up against

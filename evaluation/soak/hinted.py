@@ -6,9 +6,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from evaluation.cases.case import Body
-from evaluation.soak.item import CHAT, FIELD, TEXT, Item
-from evaluation.soak.texts import Tenant
+from kvcomm_vllm.evaluation.cases.case import Body
+from kvcomm_vllm.evaluation.soak.item import CHAT, FIELD, TEXT, Item
+from kvcomm_vllm.evaluation.soak.texts import Tenant
 
 ENDED = ("stop", "length")
 COMPARED: Body = {"logprobs": True, "top_logprobs": 2, "return_token_ids": True}

@@ -9,8 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvcomm_vllm.cli.metrics_page import read_page, totals
-from kvcomm_vllm.cli.server import Server
+from kvcomm_vllm.evaluation.serving.metrics_page import read_page, totals
+from kvcomm_vllm.evaluation.serving.server import Server
 
 ADDED = re.compile(r"Added request (\S+?)\.?$", re.MULTILINE)
 PREEMPTED = "vllm:num_preemptions_total"

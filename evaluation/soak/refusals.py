@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from evaluation.soak.item import BATCH, CHAT, FIELD, MESSAGES, RESPONSES, TEXT, Item
-from evaluation.soak.texts import Tenant, story
+from kvcomm_vllm.evaluation.soak.item import BATCH, CHAT, FIELD, MESSAGES, RESPONSES, TEXT, Item
+from kvcomm_vllm.evaluation.soak.texts import Tenant, story
 
 BAD_HINTS: tuple[object, ...] = (
     "off",

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.soak.events import Event
-from evaluation.soak.item import Outcome
-from evaluation.soak.meter import Reading
-from evaluation.soak.options import Options
-from evaluation.soak.promises import Fault, Promise
-from evaluation.soak.script import KINDS
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions
+from kvcomm_vllm.evaluation.soak.events import Event
+from kvcomm_vllm.evaluation.soak.item import Outcome
+from kvcomm_vllm.evaluation.soak.meter import Reading
+from kvcomm_vllm.evaluation.soak.options import Options
+from kvcomm_vllm.evaluation.soak.promises import Fault, Promise
+from kvcomm_vllm.evaluation.soak.script import KINDS
 
 WARM = 3  # rounds until memory is compared
 GROWTH, SPARE_MB = 0.10, 64.0  # memory a process may gain after that

@@ -15,19 +15,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from evaluation.soak.calm import Calm
-from evaluation.soak.checks import faults_of
-from evaluation.soak.clients import storm
-from evaluation.soak.dense import compare
-from evaluation.soak.events import trouble
-from evaluation.soak.meter import Log, memory_mb, wrong_lines
-from evaluation.soak.options import LIMIT, Options, parse
-from evaluation.soak.promises import Fault, Promise
-from evaluation.soak.result import Result, Round, write
-from evaluation.soak.script import Script
-from kvcomm_vllm.cli.metrics_page import read_page
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name
-from kvcomm_vllm.cli.server import Server, free_port, running, stop_at_sigterm
+from kvcomm_vllm.evaluation.serving.metrics_page import read_page
+from kvcomm_vllm.evaluation.serving.server import Server, free_port, running, stop_at_sigterm
+from kvcomm_vllm.evaluation.soak.calm import Calm
+from kvcomm_vllm.evaluation.soak.checks import faults_of
+from kvcomm_vllm.evaluation.soak.clients import storm
+from kvcomm_vllm.evaluation.soak.dense import compare
+from kvcomm_vllm.evaluation.soak.events import trouble
+from kvcomm_vllm.evaluation.soak.meter import Log, memory_mb, wrong_lines
+from kvcomm_vllm.evaluation.soak.options import LIMIT, Options, parse
+from kvcomm_vllm.evaluation.soak.promises import Fault, Promise
+from kvcomm_vllm.evaluation.soak.result import Result, Round, write
+from kvcomm_vllm.evaluation.soak.script import Script
 
 SETTINGS = "audit_idle_seconds: 0.5\nanchor_memory_mb: 64\nmax_sequences: 400\n"
 EVENT_GAP = 20.0  # seconds between two things an operator does

@@ -7,12 +7,12 @@ import random
 import threading
 from dataclasses import replace
 
-from evaluation.soak.endings import ENDINGS
-from evaluation.soak.endpoints import ENDPOINTS
-from evaluation.soak.hinted import HINTED
-from evaluation.soak.item import Item
-from evaluation.soak.refusals import REFUSALS
-from evaluation.soak.texts import Letter, Tenant
+from kvcomm_vllm.evaluation.soak.endings import ENDINGS
+from kvcomm_vllm.evaluation.soak.endpoints import ENDPOINTS
+from kvcomm_vllm.evaluation.soak.hinted import HINTED
+from kvcomm_vllm.evaluation.soak.item import Item
+from kvcomm_vllm.evaluation.soak.refusals import REFUSALS
+from kvcomm_vllm.evaluation.soak.texts import Letter, Tenant
 
 KINDS = {**ENDINGS, **ENDPOINTS, **HINTED, **REFUSALS}
 SALTS = (None, "north", "south")

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kvcomm_vllm.cli import machine, serve_command
-from kvcomm_vllm.cli.extras import lacking
+from kvcomm_vllm.cli.extras import CLIENT, PICTURE, TOOLS, lacking
 
 MIN_PYTHON = (3, 11)
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -130,10 +130,8 @@ def kernels() -> str:
     return "kvcomm_vllm.kernels"
 
 
-def demo_packages() -> str:
-    from kvcomm_vllm.cli.main import DEMO_PACKAGES
-
-    if lack := lacking(DEMO_PACKAGES, "demo"):
+def measuring_packages() -> str:
+    if lack := lacking([*CLIENT, *PICTURE, TOOLS]):
         raise AdviceError(f"missing {lack}")
     return "all there"
 

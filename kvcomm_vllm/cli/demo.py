@@ -1,88 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvcomm demo`: five agents on a real server, with the plugin and without it."""
+"""`kvcomm demo` on the command line."""
 
-import os
-import sys
-import time
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
-from kvcomm_vllm.cli.agents import load_agents
-from kvcomm_vllm.cli.machine import cores, describe_machine, describe_versions
-from kvcomm_vllm.cli.measure import Outcome, measure_in_turn, measure_side_by_side
-from kvcomm_vllm.cli.questions import load_questions
-from kvcomm_vllm.cli.report import LEGEND, agent_rows, headline, render_table, write_json
-from kvcomm_vllm.cli.serve_command import served_name
-from kvcomm_vllm.cli.server import stop_at_sigterm
-from kvcomm_vllm.cli.stage import DemoOptions, Stage, progress_bar
-from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.config_file import load_file
+from kvcomm_vllm.cli.extras import CLIENT, PICTURE, measuring
 
 
-def _settings(options: DemoOptions, config: KVCommConfig, outcome: Outcome) -> dict[str, Any]:
-    return {
-        "command": ["kvcomm", *sys.argv[1:]],
-        "model": options.model,
-        "questions": list(dict.fromkeys(call.question for call in outcome.calls)),
-        "answer_tokens": options.answer_tokens,
-        "order": "side by side" if options.side_by_side else "one server at a time",
-        "sampling": {"temperature": 0.0, "seed": 0},
-        "config": {
-            "file": str(options.config) if options.config else None,
-            "effective": config.to_mapping(),
-        },
-        "versions": describe_versions(),
-        "machine": describe_machine(),
-        "servers": [{**asdict(server), "log": str(server.log)} for server in outcome.servers],
-    }
-
-
-def _present(
-    options: DemoOptions, settings: dict[str, Any], outcome: Outcome, console: Console
+def demo(
+    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of the model.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One server, one question, short notes (the default).")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Plain vLLM on a server of its own, longer notes.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the report, the picture, and the servers' logs.")
+    ] = Path("out/demo"),
+    questions: Annotated[
+        int | None, typer.Option(min=1, help="Timed questions (default: 1; 2 with --full).")
+    ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(min=8, help="Length of every note (default: 48; 128 with --full)."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file for --kvcomm-config; without it, the defaults and no audits."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="GSM8K-style JSONL instead of the packaged questions.")
+    ] = None,
+    server_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="Extra argument of the servers, e.g. --server-arg=--dtype=float32."),
+    ] = None,
 ) -> None:
-    # matplotlib takes a second to import, which a refused option should not have to wait for.
-    from kvcomm_vllm.cli.figure import write_figure
+    """Five agents work on word problems, with kvcomm and with plain vLLM; prints one table."""
+    with measuring("demo", (*CLIENT, *PICTURE)):
+        from kvcomm_vllm.evaluation.demo.options import read_options
+        from kvcomm_vllm.evaluation.demo.run import run_demo
 
-    rows = agent_rows(outcome.calls, outcome.replays)
-    machine = settings["machine"]
-    hardware = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
-    report, picture = options.out / "demo.json", options.out / "demo.png"
-    write_json(report, settings, rows, outcome.calls, outcome.replays, outcome.traced)
-    write_figure(picture, rows, outcome.traced, served_name(options.model), hardware)
-    console.print()
-    console.print(render_table(rows, len(settings["questions"]), options.answer_tokens))
-    console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
-    console.print()
-    console.print(headline(rows), highlight=False)
-    console.print(
-        f"Report:  {report}\nPicture: {picture}\nTotal:   {settings['total_seconds']:.0f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def run_demo(options: DemoOptions, console: Console) -> None:
-    """Measure, print the table, write demo.json and demo.png.
-
-    The pipeline runs live with kvcomm, whose own answers are quoted onwards as they would be in
-    use; plain vLLM is given exactly those prompts, so that all columns time the same text.
-    Errors: DataError, ConfigError, ServerError, RequestError.
-    """
-    start = time.monotonic()
-    config = load_file(options.config) if options.config else KVCommConfig()
-    *timed, extra = load_questions(options.questions + 1, options.data)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stop_at_sigterm()
-    load = os.getloadavg()[0]
-    with progress_bar(console) as progress:
-        stage = Stage(options, console, progress)
-        if load > cores() / 2:
-            stage.say(f"Note: this machine is busy (load {load:.1f}), so times will scatter.")
-        measure = measure_side_by_side if options.side_by_side else measure_in_turn
-        outcome = measure(stage, load_agents(), timed, extra)
-    settings = _settings(options, config, outcome)
-    settings["load_before"] = round(load, 2)
-    settings["total_seconds"] = round(time.monotonic() - start, 1)
-    _present(options, settings, outcome, console)
+        options = read_options(
+            model, out, questions, answer_tokens, config, data, server_arg, full=full, quick=quick
+        )
+        run_demo(options, Console())

@@ -54,7 +54,7 @@ def run_checks(
         ("vllm command", checks.vllm_command),
         ("plugin", checks.plugin),
         ("kernels", checks.kernels),
-        ("demo packages", checks.demo_packages),
+        ("demo packages", checks.measuring_packages),
     ]
     if config is not None:
         probes.append(("config file", lambda: checks.config_file(config)))

@@ -10,6 +10,10 @@ from rich.markup import escape
 errors = Console(stderr=True)
 
 
+class UserError(Exception):
+    """What a user can do something about; the message says what is wrong and where."""
+
+
 def fail(message: str) -> NoReturn:
     """Print the message and exit with status 1."""
     text = f"[bold red]Error:[/bold red] {escape(message)}"

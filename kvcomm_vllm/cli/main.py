@@ -8,14 +8,9 @@ import typer
 from rich.console import Console
 
 from kvcomm_vllm import __version__
-from kvcomm_vllm.cli.bench.command import bench
-from kvcomm_vllm.cli.extras import lacking
-from kvcomm_vllm.cli.failure import errors, fail
-from kvcomm_vllm.cli.fidelity.command import fidelity
-
-DEMO_PACKAGES = ("openai", "matplotlib", "yaml", "prometheus_client")
-DEFAULT_QUESTIONS, QUICK_QUESTIONS = 2, 1
-DEFAULT_ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 128, 96
+from kvcomm_vllm.cli.bench import bench
+from kvcomm_vllm.cli.demo import demo
+from kvcomm_vllm.cli.fidelity import fidelity
 
 app = typer.Typer(
     name="kvcomm",
@@ -26,8 +21,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 console = Console()
-app.command()(fidelity)
-app.command()(bench)
+for command in (demo, fidelity, bench):
+    app.command()(command)
 
 
 def _version(wanted: bool) -> None:
@@ -43,70 +38,6 @@ def top(
     ] = False,
 ) -> None:
     """Reuse of KV cache between cooperating agents in vLLM."""
-
-
-@app.command()
-def demo(
-    model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of the model.")],
-    quick: Annotated[bool, typer.Option("--quick", help="One question, short answers.")] = False,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the report, the picture, and the servers' logs.")
-    ] = Path("out/demo"),
-    questions: Annotated[
-        int | None,
-        typer.Option(min=1, help=f"Timed questions (default: {DEFAULT_QUESTIONS})."),
-    ] = None,
-    answer_tokens: Annotated[
-        int | None,
-        typer.Option(min=8, help=f"Length of every note (default: {DEFAULT_ANSWER_TOKENS})."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML file for --kvcomm-config; without it, the defaults and no audits."),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="GSM8K-style JSONL instead of the packaged questions.")
-    ] = None,
-    side_by_side: Annotated[
-        bool | None,
-        typer.Option(
-            "--side-by-side/--one-at-a-time",
-            help="Keep both servers running, or save memory (default: side by side on a CPU).",
-        ),
-    ] = None,
-    server_arg: Annotated[
-        list[str] | None,
-        typer.Option(help="Extra argument for both servers, e.g. --server-arg=--dtype=float32."),
-    ] = None,
-) -> None:
-    """Five agents work on word problems, with kvcomm and with plain vLLM; prints one table."""
-    if lack := lacking(DEMO_PACKAGES, "demo"):
-        fail(f"the demo needs {lack}")
-    from kvcomm_vllm.cli.client import RequestError
-    from kvcomm_vllm.cli.demo import run_demo
-    from kvcomm_vllm.cli.machine import is_cpu_build
-    from kvcomm_vllm.cli.rows import DATA, DataError
-    from kvcomm_vllm.cli.server import ServerError
-    from kvcomm_vllm.cli.stage import DemoOptions
-    from kvcomm_vllm.config import ConfigError
-
-    options = DemoOptions(
-        model=model,
-        out=out,
-        questions=questions or (QUICK_QUESTIONS if quick else DEFAULT_QUESTIONS),
-        answer_tokens=answer_tokens or (QUICK_ANSWER_TOKENS if quick else DEFAULT_ANSWER_TOKENS),
-        side_by_side=is_cpu_build() if side_by_side is None else side_by_side,
-        data=data,
-        config=config or Path(str(DATA / "demo.yaml")),
-        server_args=server_arg or [],
-    )
-    try:
-        run_demo(options, console)
-    except (ServerError, RequestError, DataError, ConfigError, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        errors.print("Interrupted; the server has been stopped.")
-        raise typer.Exit(130) from None
 
 
 @app.command()

@@ -48,6 +48,19 @@ def test_holes_alone_give_exactly_the_dense_answer(
     check_holes(reusing, ask(plain, *PROMPTS, tokens=12), monkeypatch)
 
 
+def test_mode_off_gives_the_tokens_of_plain_vllm(reusing: LLM, plain: LLM) -> None:
+    """Beside requests that are reused: what a server with the plugin may stand in for plain vLLM
+    by, as `kvcomm demo` lets it.
+    """
+    prompts = [text(seed, 50 + seed) + SHARED + TAIL for seed in (13, 14, 15)]
+    ask(reusing, text(12, 70) + SHARED + TAIL)
+    assert all(answer.report["reused"] > 150 for answer in ask(reusing, *prompts))
+    answers = ask(reusing, *prompts, tokens=12, hints={"mode": "off"})
+    truth = ask(plain, *prompts, tokens=12)
+    assert [answer.tokens for answer in answers] == [dense.tokens for dense in truth]
+    assert {answer.report["reused"] for answer in answers} == {0}
+
+
 def test_moved_keys_of_the_first_layer_equal_native_ones(tiny_llama: str, reusing: LLM) -> None:
     """Layer 0 sees no context, so re-rotation alone must give what a dense prefill gives there."""
     prompt = text(6, 75) + SHARED + TAIL

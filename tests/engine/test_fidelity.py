@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from kvcomm_vllm.cli.fidelity.bench import Bench
-from kvcomm_vllm.cli.fidelity.case import Case, Turn
-from kvcomm_vllm.cli.fidelity.measure import measure
-from kvcomm_vllm.cli.fidelity.report import summarise, write_json
-from kvcomm_vllm.cli.fidelity.source import BESIDE
-from kvcomm_vllm.cli.fidelity.study import Study
-from kvcomm_vllm.cli.fidelity.workloads import gsm8k
-from kvcomm_vllm.cli.rows import read_file, read_sample
+from kvcomm_vllm.evaluation.fidelity.bench import Bench
+from kvcomm_vllm.evaluation.fidelity.measure import measure
+from kvcomm_vllm.evaluation.fidelity.report import summarise, write_json
+from kvcomm_vllm.evaluation.fidelity.study import Study
+from kvcomm_vllm.evaluation.workloads import math
+from kvcomm_vllm.evaluation.workloads.case import Case, Turn
+from kvcomm_vllm.evaluation.workloads.data_set import BESIDE
+from kvcomm_vllm.evaluation.workloads.rows import read_file, read_sample
 
 pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.slow]
 
@@ -36,7 +36,7 @@ def test_seams_keep_a_real_model_within_the_promised_distance_of_dense(bench: Be
         rows = read_file(BESIDE / "gsm8k.jsonl", {"question": str})[20:26]
     else:  # users have the questions of the demo
         rows = read_sample("questions.jsonl", {"question": str})[:6]
-    cases = [case for row in rows for case in gsm8k.three(row, random.Random(0))]
+    cases = [case for row in rows for case in math.solve(row, random.Random(0), agents=3)]
     study = Study("gsm8k3", "questions", cases, [])
     rotate, seam = summarise(measure(bench, study, MODES, tokens=24))
     assert seam.reused > 0.5

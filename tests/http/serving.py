@@ -14,7 +14,7 @@ from typing import Any
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvcomm_vllm.cli.server import Server
+from kvcomm_vllm.evaluation.serving.server import Server
 
 WORDS = [
     *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),

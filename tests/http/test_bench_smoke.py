@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
-pytest.importorskip("openai", reason="the demo extra is not installed")
+pytest.importorskip("openai", reason="the bench extra is not installed")
 
-from kvcomm_vllm.cli.bench.records import VARYING  # noqa: E402
+from kvcomm_vllm.evaluation.bench.records import VARYING  # noqa: E402
 
 TIMEOUT_SECONDS = 1500
 COLUMNS = ["plain_nocache", "plain", "anchor", "paper"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
-pytest.importorskip("openai", reason="the demo extra is not installed")
-pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+pytest.importorskip("openai", reason="the bench extra is not installed")
+pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
 ANSWER_TOKENS = 40
 TIMEOUT_SECONDS = 1500

@@ -15,7 +15,7 @@ openai = pytest.importorskip("openai", reason="the demo extra is not installed")
 from serving import Agents, report, story, wait_until  # noqa: E402
 
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
-from kvcomm_vllm.cli.server import free_port, running  # noqa: E402
+from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.soak.options import Options
-from evaluation.soak.promises import Promise
-from evaluation.soak.result import Result
-from evaluation.soak.run import main
-from evaluation.soak.script import DECK, KINDS
+from kvcomm_vllm.evaluation.soak.options import Options
+from kvcomm_vllm.evaluation.soak.promises import Promise
+from kvcomm_vllm.evaluation.soak.result import Result
+from kvcomm_vllm.evaluation.soak.run import main
+from kvcomm_vllm.evaluation.soak.script import DECK, KINDS
 
 pytestmark = pytest.mark.soak
 

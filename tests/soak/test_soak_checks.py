@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from evaluation.soak.checks import faults_of
-from evaluation.soak.dense import difference
-from evaluation.soak.events import Event
-from evaluation.soak.item import CHAT, TEXT, Item, Outcome
-from evaluation.soak.meter import Log, Reading, wrong_lines
-from evaluation.soak.promises import Promise
-from evaluation.soak.result import grown
-from evaluation.soak.script import DECK, KINDS, Script
+from kvcomm_vllm.evaluation.soak.checks import faults_of
+from kvcomm_vllm.evaluation.soak.dense import difference
+from kvcomm_vllm.evaluation.soak.events import Event
+from kvcomm_vllm.evaluation.soak.item import CHAT, TEXT, Item, Outcome
+from kvcomm_vllm.evaluation.soak.meter import Log, Reading, wrong_lines
+from kvcomm_vllm.evaluation.soak.promises import Promise
+from kvcomm_vllm.evaluation.soak.result import grown
+from kvcomm_vllm.evaluation.soak.script import DECK, KINDS, Script
 
 REPORT = {"prompt_tokens": 9, "local": 2, "reused": 3, "computed": 4}
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from evaluation.cases.boilerplate import AGENTS, ROUNDS, stream
-from evaluation.cases.case import load_cases
-from evaluation.cases.compare import compare
+from kvcomm_vllm.evaluation.cases.boilerplate import AGENTS, ROUNDS, stream
+from kvcomm_vllm.evaluation.cases.case import load_cases
+from kvcomm_vllm.evaluation.cases.compare import compare
 
 
 def row(number: int, reused: int | None, kl: float | None, top: bool | None) -> dict[str, object]:

@@ -17,6 +17,7 @@ import pytest
 import kvcomm_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"kernels", "evaluation"}  # of their own for readers, parts of the package for Python
 
 
 def python(code: str, cwd: Path, path: Path | None = None) -> str:
@@ -29,19 +30,20 @@ def python(code: str, cwd: Path, path: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module", params=["with the symlink", "symlink lost on the way"])
+@pytest.fixture(scope="module", params=["with the symlinks", "symlinks lost on the way"])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the checkout; archives may drop kvcomm_vllm/kernels."""
+    """A wheel built from a copy of the checkout; archives may drop the symlinks in kvcomm_vllm."""
     copy = tmp_path_factory.mktemp("checkout") / "kvcomm"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
     skip = shutil.ignore_patterns("__pycache__")
-    for name in ("kvcomm_vllm", "kernels"):
+    for name in FOLDERS | {"kvcomm_vllm"}:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=skip)
-    if request.param != "with the symlink":
-        (copy / "kvcomm_vllm/kernels").unlink()
+    if request.param != "with the symlinks":
+        for name in FOLDERS:
+            (copy / "kvcomm_vllm" / name).unlink()
     build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
     done = subprocess.run([*build, "-w", "dist"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -55,9 +57,10 @@ def names_in(wheel: Path) -> list[str]:
 def test_wheel_has_every_file_of_the_checkout_exactly_once(wheel: Path) -> None:
     checkout = wheel.parent.parent
     own = [f.relative_to(checkout) for f in (checkout / "kvcomm_vllm").rglob("*") if f.is_file()]
-    kernels = [f.relative_to(checkout) for f in (checkout / "kernels").rglob("*.py")]
-    expected = {str(f) for f in own if not {"kernels", "__pycache__"} & set(f.parts)}
-    expected |= {f"kvcomm_vllm/{f}" for f in kernels}
+    expected = {str(f) for f in own if not (FOLDERS | {"__pycache__"}) & set(f.parts)}
+    for folder in FOLDERS:
+        files = [f for f in (checkout / folder).rglob("*") if f.is_file()]
+        expected |= {f"kvcomm_vllm/{f.relative_to(checkout)}" for f in files}
     found = Counter(name for name in names_in(wheel) if ".dist-info/" not in name)
     assert set(found) == expected
     assert set(found.values()) == {1}
@@ -88,7 +91,7 @@ def test_metadata_states_the_one_version_and_requires_no_vllm(wheel: Path) -> No
     hard = [r for r in requirements if "extra ==" not in r]
     assert hard
     assert not [r for r in hard if r.startswith(("vllm", "torch", "transformers"))]
-    assert set(metadata.get_all("Provides-Extra") or []) >= {"cpu", "cuda", "demo", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) >= {"cpu", "cuda", "bench", "demo", "dev"}
     assert "kvcomm = kvcomm_vllm.plugin:register" in entry_points
 
 
@@ -113,13 +116,27 @@ def test_no_folder_of_the_checkout_becomes_a_package_that_shadows_another() -> N
     assert [str(d) for d in roots if (d / "__init__.py").exists()] == []
 
 
-def test_checkout_without_installation_finds_kernels_through_the_symlink(tmp_path: Path) -> None:
-    link = ROOT / "kvcomm_vllm" / "kernels"
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_checkout_without_installation_finds_folders_through_symlinks(name: str) -> None:
+    link = ROOT / "kvcomm_vllm" / name
     assert link.is_symlink()
-    assert os.readlink(link) == "../kernels"
+    assert os.readlink(link) == f"../{name}"
     # -S: no site-packages, so no editable install can answer.
-    code = "import kvcomm_vllm.kernels as k; print(list(k.__path__)[0])"
+    code = f"import kvcomm_vllm.{name} as m; print(list(m.__path__)[0])"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert Path(done.stdout.strip()).resolve() == ROOT / "kernels"
+    assert Path(done.stdout.strip()).resolve() == ROOT / name
+
+
+def test_the_package_works_without_the_measuring_tools(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    shutil.rmtree(tmp_path / "kvcomm_vllm" / "evaluation")
+    code = (
+        "from typer.testing import CliRunner; from kvcomm_vllm.cli.main import app; "
+        "run = CliRunner().invoke; print(run(app, ['--version']).output, "
+        "run(app, ['demo', '--model', 'm']).output)"
+    )
+    output = python(code, cwd=tmp_path, path=tmp_path)
+    assert f"kvcomm-vllm {kvcomm_vllm.__version__}" in output
+    assert "kvcomm demo needs kvcomm_vllm.evaluation" in " ".join(output.split())

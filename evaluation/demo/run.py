@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvcomm demo`: five agents on a real server, with the plugin and without it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from kvcomm_vllm.cli.machine import describe_machine, describe_versions
+from kvcomm_vllm.cli.serve_command import served_name
+from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, PLAIN
+from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
+from kvcomm_vllm.evaluation.bench.lockstep import Floor, Running, play
+from kvcomm_vllm.evaluation.bench.probe import rehearse
+from kvcomm_vllm.evaluation.bench.records import LOCKSTEP, SkipRecord
+from kvcomm_vllm.evaluation.bench.run import look_busy, make_drivers, resting
+from kvcomm_vllm.evaluation.bench.runner import stopwatch
+from kvcomm_vllm.evaluation.bench.servers import Served, serving
+from kvcomm_vllm.evaluation.demo.options import OURS, DemoOptions
+from kvcomm_vllm.evaluation.demo.table import (
+    LEGEND,
+    Heard,
+    Traced,
+    agent_rows,
+    at_once,
+    headline,
+    render_table,
+    write_json,
+)
+from kvcomm_vllm.evaluation.serving.client import ChatClient, RefusedError
+from kvcomm_vllm.evaluation.serving.screen import progress_bar, say
+from kvcomm_vllm.evaluation.serving.server import stop_at_sigterm
+from kvcomm_vllm.evaluation.workloads.notes import Question, notes_task
+
+ONE_SERVER = (
+    "Plain vLLM's times are taken on this server, with mode off, which gives plain vLLM's tokens\n"
+    "(tests/engine/test_exactness.py, test_mode_off_gives_the_tokens_of_plain_vllm).\n"
+    "--full starts plain vLLM beside it."
+)
+
+
+def run_demo(options: DemoOptions, console: Console) -> None:
+    """Measure, print the table, write demo.json and demo.png.
+
+    The agents quote what they answered with kvcomm, as they would in use; plain vLLM is given
+    exactly those prompts, so that all columns time the same text.
+
+    Raises:
+        ServerError, RequestError: a server does not start, or does not serve.
+        OSError: the folder for results cannot be written.
+    """
+    begun = time.monotonic()
+    options.bench.out.mkdir(parents=True, exist_ok=True)
+    stop_at_sigterm()
+    load = look_busy(console)
+    with progress_bar(console) as progress, serving(options.bench, progress) as servers:
+        if not options.full:
+            say(console, ONE_SERVER)
+        for problem in rehearse(options.bench.columns, servers).values():
+            raise RefusedError(problem)
+        drivers = make_drivers(options.bench.columns, servers, stopwatch(), floor=False)
+        calls = [
+            call
+            for question in options.questions
+            for call in _measured(question, options, drivers, progress)
+        ]
+        traced = _traced(servers[KVCOMM].client, options, progress)
+        settings = _settings(options, servers)
+    settings |= {"load_before": load, "total_seconds": round(time.monotonic() - begun, 1)}
+    _present(options, settings, calls, traced, console)
+
+
+def _measured(
+    question: Question, options: DemoOptions, drivers: dict[str, Driver], progress: Progress
+) -> list[Heard]:
+    """All agents on one question, in every column; each is shown as soon as it has spoken."""
+    task = notes_task(question, options.answer_tokens)
+    found: list[Heard] = []
+
+    def heard(turn: Sequence[Running]) -> None:
+        number = len(found)
+        by_name = {one.column: one for one in turn}
+        names = (NO_CACHE, PLAIN, OURS.name)
+        texts = tuple(by_name[name].texts[-1] for name in names)
+        plain, cached, kvcomm = (by_name[name].records[-1] for name in names)
+        call = task.call(by_name[OURS.name].said[:number])
+        assert call is not None
+        assert len(texts) == len(names)
+        found.append(
+            Heard(question.id, call.messages, plain, cached, kvcomm, (texts[0], texts[1], texts[2]))
+        )
+        progress.update(bar, completed=len(found))
+        say(progress.console, at_once(found[-1]))
+
+    bar = progress.add_task("agents at work", total=len(task.case.turns))
+    step = partial(progress.update, bar)
+    floor = Floor(resting(), stopwatch(), lambda what: step(description=what), heard)
+    stand = Stand("notes", LOCKSTEP, task.id)
+    played = play(task, stand, list(drivers.values()), floor, lead=OURS.name)
+    progress.remove_task(bar)
+    if isinstance(played, SkipRecord):
+        raise RefusedError(played.error)
+    return found
+
+
+def _traced(client: ChatClient, options: DemoOptions, progress: Progress) -> list[Traced]:
+    """One more question without streaming, because only such responses carry the report."""
+    task = notes_task(options.extra, options.answer_tokens)
+    say(progress.console, "  one more question for the picture")
+    found: list[Traced] = []
+    said: list[str] = []
+    while (call := task.call(said)) is not None:
+        # with the salt of the timed question, under which all instructions are in the cache
+        answer = client.complete(call.messages, call.max_tokens, OURS.salt(0))
+        params = answer.extra.get("kv_transfer_params")
+        report = params.get("kvcomm") if isinstance(params, dict) else None
+        found.append(Traced(call.agent, answer, report if isinstance(report, dict) else {}))
+        said.append(answer.text)
+    return found
+
+
+def _settings(options: DemoOptions, servers: dict[str, Served]) -> dict[str, Any]:
+    return {
+        "command": ["kvcomm", *sys.argv[1:]],
+        "model": options.bench.model,
+        "questions": [question.id for question in options.questions],
+        "answer_tokens": options.answer_tokens,
+        "order": "side by side" if options.full else "one server",
+        "sampling": {"temperature": 0.0, "seed": 0},
+        "config": {
+            "file": str(options.config),
+            "effective": options.bench.config.to_mapping(),
+        },
+        "versions": describe_versions(),
+        "machine": describe_machine(),
+        "servers": [
+            {**asdict(one.server), "log": str(one.server.log)}
+            for one in servers.values()
+            if one.server is not None
+        ],
+    }
+
+
+def _present(
+    options: DemoOptions,
+    settings: dict[str, Any],
+    calls: list[Heard],
+    traced: list[Traced],
+    console: Console,
+) -> None:
+    # matplotlib takes a second to import, which a refused option should not have to wait for.
+    from kvcomm_vllm.evaluation.demo.figure import write_figure
+
+    rows, machine = agent_rows(calls), settings["machine"]
+    hardware = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
+    out = options.bench.out
+    report, picture = out / "demo.json", out / "demo.png"
+    write_json(report, settings, calls, traced)
+    write_figure(picture, rows, traced, served_name(options.bench.model), hardware)
+    console.print()
+    console.print(render_table(rows, len(options.questions), options.answer_tokens))
+    console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
+    console.print()
+    console.print(headline(rows), highlight=False)
+    seconds = f"{settings['total_seconds']:.0f} s"
+    say(console, f"Report:  {report}\nPicture: {picture}\nTotal:   {seconds}")

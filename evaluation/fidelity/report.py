@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means per mode and number of anchors, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table as Screen
+
+from kvcomm_vllm.evaluation.report import table
+from kvcomm_vllm.evaluation.report.table import table_of
+from kvcomm_vllm.evaluation.workloads.answers import consistency
+
+if TYPE_CHECKING:
+    from kvcomm_vllm.evaluation.fidelity.score import Score
+
+LEGEND = (
+    "KL: of the last agent's next-token distribution from the dense one, in nats, along the dense "
+    "greedy answer. same top: share of tokens that both rank first; clear: the same where dense's "
+    "first is twice as likely as its second; same start: share of the answer before the first "
+    "that is not. reused, corr.: shares of the prompt taken from other "
+    "requests, and corrected with anchors. answer: last number, or choice, equal to dense (where "
+    "dense has one). both orders: the judge chooses the same candidate in both orders (dense: in "
+    "brackets)."
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over the prompts of a workload. ``reused`` to ``corrected`` are shares of the prompt,
+    ``anchor_mb`` is the memory of the anchors of all slots;
+    ``clear``, ``same_answer``, ``consistency`` and ``dense_consistency`` are None where they mean
+    nothing.
+    """
+
+    workload: str
+    mode: str
+    anchors: int
+    prompts: int
+    kl1: float
+    kl_mean: float
+    top1: float
+    clear: float | None
+    prefix: float
+    same_answer: float | None
+    consistency: float | None
+    dense_consistency: float | None
+    local: float
+    reused: float
+    computed: float
+    corrected: float
+    anchor_mb: float
+
+
+def summarise(scores: list[Score]) -> list[Summary]:
+    """One summary per (workload, mode, anchors), in the order of first appearance."""
+    points: dict[tuple[str, str, int], list[Score]] = {}
+    for score in scores:
+        points.setdefault((score.workload, score.mode, score.anchors), []).append(score)
+    return [_summary(*key, found) for key, found in points.items()]
+
+
+def _summary(workload: str, mode: str, anchors: int, scores: list[Score]) -> Summary:
+    def mean(value: Callable[[Score], float]) -> float:
+        return fmean(value(score) for score in scores)
+
+    def known(values: Iterable[float | None]) -> float | None:
+        found = [value for value in values if value is not None]
+        return fmean(found) if found else None
+
+    return Summary(
+        workload,
+        mode,
+        anchors,
+        prompts=len(scores),
+        kl1=mean(lambda s: s.kl1),
+        kl_mean=mean(lambda s: s.kl_mean),
+        top1=mean(lambda s: s.top1),
+        clear=known(score.clear for score in scores),
+        prefix=mean(lambda s: s.prefix),
+        same_answer=known(score.same_answer for score in scores),
+        consistency=consistency((s.group, s.said) for s in scores),
+        dense_consistency=consistency((s.group, s.dense_said) for s in scores),
+        local=mean(lambda s: s.local / s.prompt_tokens),
+        reused=mean(lambda s: s.reused / s.prompt_tokens),
+        computed=mean(lambda s: s.computed / s.prompt_tokens),
+        corrected=mean(lambda s: s.corrected / s.prompt_tokens),
+        anchor_mb=max(score.anchor_mb for score in scores),
+    )
+
+
+def render_table(workload: str, summaries: list[Summary], tokens: int) -> Screen:
+    """The table of one workload; columns without a value are left out."""
+    title = f"{workload}: distance to dense, {summaries[0].prompts} prompts, {tokens} tokens each"
+    answers = any(s.same_answer is not None for s in summaries)
+    pairs = any(s.consistency is not None for s in summaries)
+
+    def cells(s: Summary) -> dict[str, str]:
+        orders = f"{_share(s.consistency)} ({_share(s.dense_consistency)})"
+        return {
+            "\nmode": s.mode,
+            "an-\nchors": str(s.anchors),
+            "\nreused": f"{s.reused:.0%}",
+            "\ncorr.": f"{s.corrected:.0%}",
+            "KL\nfirst": f"{s.kl1:.4f}",
+            "KL\nmean": f"[green]{s.kl_mean:.4f}[/green]",
+            "same\ntop": f"{s.top1:.1%}",
+            "\nclear": _share(s.clear, 1),
+            "same\nstart": f"{s.prefix:.0%}",
+            **({"\nanswer": _share(s.same_answer)} if answers else {}),
+            **({"both\norders": orders} if pairs else {}),
+        }
+
+    held = [f"{s.mode}, {s.anchors}: {s.anchor_mb:.0f} MB" for s in summaries if s.anchor_mb]
+    caption = f"Memory of anchors: {'; '.join(held)}" if held else None
+    return table_of(title, LEGEND, summaries, cells, labels=1).screen(caption)
+
+
+def _share(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
+def write_json(
+    path: Path, settings: dict[str, Any], summaries: list[Summary], scores: list[Score]
+) -> None:
+    """Settings, means, and every prompt."""
+    content = {
+        "settings": settings,
+        "summary": [asdict(summary) for summary in summaries],
+        "prompts": [asdict(score) for score in scores],
+    }
+    table.write_json(path, content, finite=False)

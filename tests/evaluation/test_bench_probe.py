@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server does not serve is known before anything is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("openai", reason="the bench extra is not installed")
+
+from kvcomm_vllm.evaluation.bench.columns import KVCOMM, OWN, PLAIN
+from kvcomm_vllm.evaluation.bench.probe import rehearse
+from kvcomm_vllm.evaluation.bench.servers import Served
+from kvcomm_vllm.evaluation.serving.client import Answer, RefusedError
+
+
+class Client:
+    """Serves ``anchor`` only; ``reports`` whether it has the plugin at all."""
+
+    def __init__(self, reports: bool = True) -> None:
+        self.reports = reports
+
+    def stream(self, messages: Any, tokens: int, salt: str, *, hints: Any) -> None:
+        if hints and hints["kvcomm"]["mode"] == "rotate":
+            raise RefusedError("kvcomm.mode: 'rotate' is not allowed")
+
+    def complete(self, messages: Any, tokens: int, salt: str, *, hints: Any) -> Answer:
+        mode = hints["kvcomm"]["mode"]
+        declined = {"paper": {"no_paper_memory": 1}, "seam": {"mla": 1}, "anchor": {"no_match": 1}}
+        params = {"kvcomm": {"declined": declined[mode]}} if self.reports else None
+        return Answer("", (), 1, 0, None, 1.0, {"kv_transfer_params": params})
+
+
+def test_columns_that_are_refused_or_declined_as_a_whole_are_named_with_the_reason() -> None:
+    client: Any = Client()
+    servers = {PLAIN: Served(client), KVCOMM: Served(client)}
+    found = rehearse(list(OWN.values()), servers)
+    assert set(found) == {"rotate", "seam", "paper"}
+    assert "not allowed" in found["rotate"]
+    assert found["seam"].startswith("mla: ")
+    assert "paper_memory_mb" in found["paper"]
+
+
+def test_a_server_that_dropped_the_plugin_is_not_measured_as_if_it_had_it() -> None:
+    client: Any = Client(reports=False)
+    servers = {PLAIN: Served(client), KVCOMM: Served(client)}
+    found = rehearse(list(OWN.values()), servers)
+    assert "no report" in found["anchor"]
+    assert "plain" not in found
