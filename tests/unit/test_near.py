@@ -170,7 +170,7 @@ def test_tokens_changed_in_every_line_are_near(
         changed += text[line + replaced : line + every]
     (found,) = store.near([*words("head", head), *changed])
     assert found.start <= head + every + 4
-    assert found.end >= head + len(changed) - every
+    assert found.end >= head + len(changed) - (every + len(added))
     assert abs(found.share - share) < 0.05
 
 
