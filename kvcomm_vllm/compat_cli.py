@@ -22,12 +22,12 @@ from vllm.config import KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
-from kvcomm_vllm import late_reports
-from kvcomm_vllm.carried_hints import with_carried_hints
 from kvcomm_vllm.config import ConfigError, KVCommConfig
-from kvcomm_vllm.config_file import load_file
-from kvcomm_vllm.hints_http import MIDDLEWARE
-from kvcomm_vllm.model_guard import unsupported_engine, unsupported_model
+from kvcomm_vllm.config.file import load_file
+from kvcomm_vllm.front import late_reports
+from kvcomm_vllm.front.carried_hints import with_carried_hints
+from kvcomm_vllm.front.hints_http import MIDDLEWARE
+from kvcomm_vllm.guards.model import unsupported_engine, unsupported_model
 
 # Only loggers below "vllm" have a handler.
 logger = init_logger("vllm.kvcomm")
@@ -163,7 +163,7 @@ def transfer_config(path: str | None) -> KVTransferConfig:
     """What ``--kv-connector kvcomm [--kvcomm-config path]`` stands for.
 
     Raises:
-        ConfigError: see :func:`kvcomm_vllm.config_file.load_file`.
+        ConfigError: see :func:`kvcomm_vllm.config.file.load_file`.
     """
     config = KVCommConfig() if path is None else load_file(path)
     return KVTransferConfig(

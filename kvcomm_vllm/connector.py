@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from kvcomm_vllm import compat
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.engine_guard import engine_off
+from kvcomm_vllm.guards.engine import engine_off
 from kvcomm_vllm.messages import StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommPromMetrics, KVCommStats
 from kvcomm_vllm.reasons import Reason

@@ -30,7 +30,7 @@ def register() -> None:
 
 
 def _register() -> str | None:
-    from kvcomm_vllm.vllm_version import check_vllm
+    from kvcomm_vllm.guards.version import check_vllm
 
     if (problem := check_vllm()) is not None:
         return problem

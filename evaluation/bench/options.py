@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.config_file import load_file
+from kvcomm_vllm.config.file import load_file
 from kvcomm_vllm.evaluation.bench.columns import Column, Endpoint, choose_columns, read_endpoints
 from kvcomm_vllm.evaluation.bench.presets import FULL, QUICK, STREAM_OPTIONS
 from kvcomm_vllm.evaluation.workloads import workload

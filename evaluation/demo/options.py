@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcomm_vllm.config_file import load_file
+from kvcomm_vllm.config.file import load_file
 from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, OFF, OWN, PLAIN, Column
 from kvcomm_vllm.evaluation.bench.options import Options
 from kvcomm_vllm.evaluation.workloads.notes import Question, load_questions

@@ -88,7 +88,7 @@ def torchvision() -> str:
 
 
 def vllm() -> str:
-    from kvcomm_vllm.vllm_version import check_vllm
+    from kvcomm_vllm.guards.version import check_vllm
 
     message = check_vllm()
     if message:
@@ -138,7 +138,7 @@ def measuring_packages() -> str:
 
 def config_file(path: Path) -> str:
     from kvcomm_vllm.config import ConfigError
-    from kvcomm_vllm.config_file import load_file
+    from kvcomm_vllm.config.file import load_file
 
     try:
         config = load_file(path)

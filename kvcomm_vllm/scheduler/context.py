@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcomm_vllm.scheduler.rolling_hash import I32, RollingHash
+from kvcomm_vllm.scheduler.index import I32, RollingHash
 from kvcomm_vllm.scheduler.spans import ReuseSpan, Source
 
 GRAM = 8  # text in common counts from so many tokens on

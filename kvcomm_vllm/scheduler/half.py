@@ -17,9 +17,6 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from kvcomm_vllm import compat
-from kvcomm_vllm.anchors.learning import Learning
-from kvcomm_vllm.anchors.lessons import Lessons
-from kvcomm_vllm.anchors.paper_mode import PaperMode
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.hints import FIELD
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
@@ -28,7 +25,10 @@ from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler import near
 from kvcomm_vllm.scheduler.cover import cover
 from kvcomm_vllm.scheduler.engine_state import EngineState
+from kvcomm_vllm.scheduler.idle.lesson_queue import Lessons
 from kvcomm_vllm.scheduler.index import SequenceIndex
+from kvcomm_vllm.scheduler.modes.anchor import Learning
+from kvcomm_vllm.scheduler.modes.paper.mode import PaperMode
 from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import first_approximate, generation, make_plan

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.scheduler.index import SequenceIndex
-from kvcomm_vllm.scheduler.rolling_hash import I32, U64, RollingHash
+from kvcomm_vllm.scheduler.index import I32, U64, RollingHash, SequenceIndex
 from kvcomm_vllm.scheduler.state import RequestState
 
 Bools = NDArray[np.bool_]

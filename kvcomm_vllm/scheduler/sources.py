@@ -11,9 +11,8 @@ import numpy as np
 from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.scheduler.borders import Reach
 from kvcomm_vllm.scheduler.context import Context
-from kvcomm_vllm.scheduler.index import Match, Sequence, SequenceIndex
+from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.state import RequestState

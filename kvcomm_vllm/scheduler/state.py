@@ -23,8 +23,8 @@ from kvcomm_vllm.scheduler.taint import Taint
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from kvcomm_vllm.anchors.lesson import Lesson
-    from kvcomm_vllm.anchors.paper_mode import Probe, Verdict
+    from kvcomm_vllm.scheduler.idle.lesson import Lesson
+    from kvcomm_vllm.scheduler.modes.paper.mode import Probe, Verdict
 
 
 def namespace_of(request: Request, secret: bytes) -> bytes:
@@ -52,7 +52,7 @@ class RequestState:
         told: the report has gone out with the first output.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
-        generation: see :class:`~kvcomm_vllm.scheduler.sequence.Sequence`.
+        generation: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`.
         planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
         lesson: what can be learned from the last plan.
         near: rows of the report about text stored in another rendering; None where not looked for.

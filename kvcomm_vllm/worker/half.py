@@ -27,7 +27,11 @@ from kvcomm_vllm.messages import (
 )
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.worker.anchors import Anchors
+from kvcomm_vllm.worker.checks.model_check import unrotated_layers
+from kvcomm_vllm.worker.checks.self_check import self_check
+from kvcomm_vllm.worker.checks.unsupported import Unsupported
+from kvcomm_vllm.worker.corrections.anchor import Anchors
+from kvcomm_vllm.worker.corrections.paper import PaperArena
 from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups
 from kvcomm_vllm.worker.load import (
     LoadKernel,
@@ -36,11 +40,7 @@ from kvcomm_vllm.worker.load import (
     slot_indices,
     token_moves,
 )
-from kvcomm_vllm.worker.model_check import unrotated_layers
-from kvcomm_vllm.worker.paper import PaperArena
-from kvcomm_vllm.worker.self_check import self_check
 from kvcomm_vllm.worker.side_forward import Row, SideForward
-from kvcomm_vllm.worker.unsupported import Unsupported
 
 logger = init_logger("vllm.kvcomm.worker")
 

@@ -17,8 +17,8 @@ import torch
 from kvcomm_vllm.compat import cpu_isa
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.rope import Rope, no_rope, rope_module, rope_of
-from kvcomm_vllm.worker.unsupported import Unsupported
 
 CPU_PACKING = {"vec": Packing.VEC, "vec16": Packing.VEC, "amx": Packing.AMX}
 STRIDED_BACKENDS = {"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"}

@@ -17,7 +17,7 @@ import torch
 
 from kvcomm_vllm.kernels.pages import Rotation
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.worker.unsupported import Unsupported
+from kvcomm_vllm.worker.checks.unsupported import Unsupported
 
 TABLE_ROPES = {
     "RotaryEmbedding",

@@ -13,7 +13,7 @@ from engines import ask, connector, text
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
-from kvcomm_vllm.carried_hints import hints
+from kvcomm_vllm.front.carried_hints import hints
 
 pytestmark = pytest.mark.engine
 

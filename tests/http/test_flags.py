@@ -18,9 +18,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from kvcomm_vllm import compat_cli, plugin, vllm_version
+from kvcomm_vllm import compat_cli, plugin
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.hints_http import MIDDLEWARE
+from kvcomm_vllm.front.hints_http import MIDDLEWARE
+from kvcomm_vllm.guards import version
 
 OURS = {"kv_connector": "kvcomm", "kv_role": "kv_both"}
 
@@ -221,7 +222,7 @@ def test_an_unsupported_vllm_gets_a_warning_instead_of_the_plugin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(vllm_version, "check_vllm", lambda: "vLLM is too old")
+    monkeypatch.setattr(version, "check_vllm", lambda: "vLLM is too old")
     monkeypatch.setattr(KVConnectorFactory, "_registry", {})
     monkeypatch.setattr(compat_cli.logger, "warning", lambda text, *a: said.append(text % a))
     plugin.register()

@@ -12,8 +12,8 @@ from engine_without_worker import EngineWithoutWorker
 from simulated_memory import PageClaim
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash
 
-from kvcomm_vllm.anchors.lesson import HOLDER
 from kvcomm_vllm.messages import RequestOps
+from kvcomm_vllm.scheduler.idle.lesson import HOLDER
 
 
 def check_all(engine: EngineWithoutWorker) -> None:

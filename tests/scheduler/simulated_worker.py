@@ -13,8 +13,8 @@ from simulated_memory import Row, SimulatedMemory, Text
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import KVConnectorOutput
 
-from kvcomm_vllm.anchors.lesson import Lesson
 from kvcomm_vllm.messages import LessonOp, ProbeOp, RequestOps, StepMessage, StepReport
+from kvcomm_vllm.scheduler.idle.lesson import Lesson
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from engine_without_worker import EngineWithoutWorker
 from test_learning import ANCHOR, hear
 
-from kvcomm_vllm.anchors.alarm import Alarm
+from kvcomm_vllm.scheduler.idle.alarm import Alarm
 
 Make = Callable[..., EngineWithoutWorker]
 LONG = 3600.0

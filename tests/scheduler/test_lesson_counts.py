@@ -11,8 +11,8 @@ from engine_without_worker import EngineWithoutWorker
 from scripts import words
 from test_learning import ANCHOR, hear, warm
 
-from kvcomm_vllm.anchors import lessons
 from kvcomm_vllm.metrics import KVCommStats
+from kvcomm_vllm.scheduler.idle import lesson_queue as lessons
 
 Make = Callable[..., EngineWithoutWorker]
 

@@ -14,7 +14,7 @@ from scripts import words
 from test_learning import ANCHOR, hear
 from vllm.v1.core.sched.interface import PauseState
 
-from kvcomm_vllm.anchors.alarm import Alarm
+from kvcomm_vllm.scheduler.idle.alarm import Alarm
 
 Make = Callable[..., EngineWithoutWorker]
 Pause = Callable[[EngineWithoutWorker, bool], None]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcomm_vllm.anchors.estimators import paper
+from kvcomm_vllm.worker.corrections import paper_formulas as paper
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from index_reference import blocks_of
 from test_index_find import W, texts
 
-from kvcomm_vllm.scheduler.borders import Borders, Lengths, Reach
 from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex
+from kvcomm_vllm.scheduler.index.borders import Borders, Lengths, Reach
 
 SECRET, EXACT = Reach(secret=True), Reach(exact=True)
 

@@ -15,7 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from kvcomm_vllm import compat_cli
-from kvcomm_vllm.carried_hints import carry, hints, with_carried_hints
+from kvcomm_vllm.front.carried_hints import carry, hints, with_carried_hints
 from kvcomm_vllm.hints import HintError
 
 OFF = {"mode": "off"}

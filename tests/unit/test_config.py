@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm_vllm.config import MAX_PROBLEMS, ConfigError, KVCommConfig, keys
-from kvcomm_vllm.config_docs import generated
-from kvcomm_vllm.config_file import load_file
-from kvcomm_vllm.config_key import Key
+from kvcomm_vllm.config.docs import generated
+from kvcomm_vllm.config.file import load_file
+from kvcomm_vllm.config.key import Key
 from kvcomm_vllm.wording import shown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,7 +185,7 @@ def test_combinations_that_defeat_themselves_are_warned_about() -> None:
 
 @pytest.mark.parametrize("path", generated(ROOT), ids=lambda path: path.name)
 def test_generated_files_equal_what_the_code_says(path: Path) -> None:
-    assert path.read_text() == generated(ROOT)[path], "run: python -m kvcomm_vllm.config_docs"
+    assert path.read_text() == generated(ROOT)[path], "run: python -m kvcomm_vllm.config.docs"
 
 
 def test_the_committed_file_lists_every_key_with_its_default() -> None:
@@ -206,7 +206,7 @@ def test_the_presets_are_there_and_differ() -> None:
 
 def test_reading_the_configuration_imports_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys, kvcomm_vllm.config_file, kvcomm_vllm.config_docs, kvcomm_vllm.hints, "
+        "import sys, kvcomm_vllm.config.file, kvcomm_vllm.config.docs, kvcomm_vllm.hints, "
         "kvcomm_vllm.plugin; assert not {'torch', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

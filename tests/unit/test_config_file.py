@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_config import configs
 
 from kvcomm_vllm.config import ConfigError, KVCommConfig
-from kvcomm_vllm.config_file import MAX_KB, load_file
+from kvcomm_vllm.config.file import MAX_KB, load_file
 
 LAUGHS = "\n".join(f"a{n + 1}: &a{n + 1} [{f'*a{n}, ' * 9}]" for n in range(20))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plan_strategies import source
 
 from kvcomm_vllm.scheduler.context import GRAM, Context
-from kvcomm_vllm.scheduler.sequence import Sequence
+from kvcomm_vllm.scheduler.index.sequence import Sequence
 from kvcomm_vllm.scheduler.spans import ReuseSpan
 
 rng = np.random.default_rng(0)

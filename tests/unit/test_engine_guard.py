@@ -11,7 +11,7 @@ import torch
 from vllm.v1 import kv_cache_interface as kv
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from kvcomm_vllm.engine_guard import engine_off
+from kvcomm_vllm.guards.engine import engine_off
 from kvcomm_vllm.reasons import Reason, Scope
 
 PAGE: dict[str, Any] = {

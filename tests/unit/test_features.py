@@ -6,9 +6,9 @@ model.
 import pytest
 import torch
 
-from kvcomm_vllm.anchors.estimators.features import Features
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 from kvcomm_vllm.kernels.reference import load
+from kvcomm_vllm.worker.corrections.features import Features
 
 HEADS, DIM, PAGES, PAGE = 2, 8, 4, 16
 

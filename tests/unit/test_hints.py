@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm_vllm.config import MODES
+from kvcomm_vllm.front.hints_http import HintsMiddleware
 from kvcomm_vllm.hints import MAX_SPANS, HintError, Hints, parse_hints
-from kvcomm_vllm.hints_http import HintsMiddleware
 from kvcomm_vllm.wording import shown
 
 

@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from kvcomm_vllm import carried_hints, hints_http, metrics
+from kvcomm_vllm import metrics
+from kvcomm_vllm.front import carried_hints, hints_http
+from kvcomm_vllm.front.hints_http import HintsMiddleware, hints_in, may_have_hints
 from kvcomm_vllm.hints import FIELD
-from kvcomm_vllm.hints_http import HintsMiddleware, hints_in, may_have_hints
 
 OFF = {"mode": "off"}
 JSON = {"content-type": "application/json"}

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from index_reference import check_equal_text, expected, store, summary
 
-from kvcomm_vllm.scheduler import window_search
-from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex
-from kvcomm_vllm.scheduler.rolling_hash import RollingHash
+from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex, window_search
+from kvcomm_vllm.scheduler.index.rolling_hash import RollingHash
 
 W = 4
 

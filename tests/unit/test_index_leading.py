@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from index_reference import approximate, store
 
-from kvcomm_vllm.scheduler import window_search
-from kvcomm_vllm.scheduler.index import SequenceIndex
-from kvcomm_vllm.scheduler.rolling_hash import RollingHash
+from kvcomm_vllm.scheduler.index import SequenceIndex, window_search
+from kvcomm_vllm.scheduler.index.rolling_hash import RollingHash
 
 W = 4
 

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from index_reference import blocks_of, expected, store, summary
 
-from kvcomm_vllm.scheduler import window_search
-from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex
+from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex, window_search
 
 W = 4
 PROMPT = [0, 1, 0, 0, 1, 1, 0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 1]

@@ -5,9 +5,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomm_vllm.scheduler.hash_chains import FIBONACCI, HashChains
-from kvcomm_vllm.scheduler.linked_lists import LinkedLists
-from kvcomm_vllm.scheduler.rolling_hash import RollingHash, namespace_seed
+from kvcomm_vllm.scheduler.index.hash_chains import FIBONACCI, HashChains
+from kvcomm_vllm.scheduler.index.linked_lists import LinkedLists
+from kvcomm_vllm.scheduler.index.rolling_hash import RollingHash, namespace_seed
 
 NODES, LISTS = 24, 4
 BATCHES = st.lists(

@@ -11,8 +11,8 @@ import torch
 
 from kvcomm_vllm.kernels.pages import Packing
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.kv_view import build_groups, packing_of
-from kvcomm_vllm.worker.unsupported import Unsupported
 
 HEAD = 32
 

@@ -22,7 +22,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from kvcomm_vllm import compat_cli
-from kvcomm_vllm.late_reports import report_choices, with_batch_reports, with_choices_reports
+from kvcomm_vllm.front.late_reports import report_choices, with_batch_reports, with_choices_reports
 
 EARLY = {"kvcomm": {"reused": 7}}
 FINAL = {"kvcomm": {"reused": 7, "declined": {}}}

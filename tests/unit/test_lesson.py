@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcomm_vllm.anchors.lesson import Lesson, TaughtSpan
+from kvcomm_vllm.scheduler.idle.lesson import Lesson, TaughtSpan
 from kvcomm_vllm.scheduler.spans import Source
 
 SIZE = 4

@@ -13,8 +13,8 @@ from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.messages import AnchorOp, AnchorRows, EstimateOp, LoadOp
+from kvcomm_vllm.worker.corrections.paper import PaperArena
 from kvcomm_vllm.worker.kv_view import LayerGroup
-from kvcomm_vllm.worker.paper import PaperArena
 from kvcomm_vllm.worker.rope import Rope
 
 LAYERS, HEADS, DIM, PAGE = 3, 2, 16, 4

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from oracle_vectors import Case, cases, span
 from paper_formulas import Pair
 
-from kvcomm_vllm.anchors.estimators import paper
-from kvcomm_vllm.anchors.gate import covering_anchors
-from kvcomm_vllm.anchors.paper_pool import PaperPool
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.kernels import packing, reference
 from kvcomm_vllm.kernels.deviation import AnchorSum
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 from kvcomm_vllm.messages import AnchorOp, AnchorRows, LoadOp
+from kvcomm_vllm.scheduler.modes.paper.gate import covering_anchors
+from kvcomm_vllm.scheduler.modes.paper.pool import PaperPool
+from kvcomm_vllm.worker.corrections import paper_formulas as paper
+from kvcomm_vllm.worker.corrections.paper import PaperArena
 from kvcomm_vllm.worker.kv_view import LayerGroup
-from kvcomm_vllm.worker.paper import PaperArena
 from kvcomm_vllm.worker.rope import Rope
 
 OUTPUTS = ("ph_k", "ph_v", "pf_k", "pf_v")

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle_vectors import Case, cases, span
 
-from kvcomm_vllm.anchors.gate import (
+from kvcomm_vllm.scheduler.modes.paper.gate import (
     covering_anchors,
     decide,
     entropy_bits,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_vectors import Case, cases, span
 
-from kvcomm_vllm.anchors.gate import decide
-from kvcomm_vllm.anchors.paper_pool import PaperPool
+from kvcomm_vllm.scheduler.modes.paper.gate import decide
+from kvcomm_vllm.scheduler.modes.paper.pool import PaperPool
 
 TOKENS = 5
 MESSAGES = [f"m{i}" for i in range(7)]

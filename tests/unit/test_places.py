@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_strategies import sequence, source
 
-from kvcomm_vllm.anchors.places import CUT_TOKENS, NEAR_TOKENS, Place, places
-from kvcomm_vllm.scheduler.slots import slot_keys
+from kvcomm_vllm.scheduler.modes.placeholders import slot_keys
+from kvcomm_vllm.scheduler.modes.places import CUT_TOKENS, NEAR_TOKENS, Place, places
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 AGENT, LEAD, MESSAGE = list(range(100, 140)), list(range(200, 208)), list(range(300, 360))

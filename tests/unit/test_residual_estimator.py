@@ -6,15 +6,15 @@ import dataclasses
 import pytest
 import torch
 
-from kvcomm_vllm.anchors.estimators.residual import (
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.kernels.pages import Packing, PageGroup
+from kvcomm_vllm.kernels.reference import deviate
+from kvcomm_vllm.worker.corrections.residual import (
     ErrorSums,
     ResidualArena,
     ResidualSettings,
     slot_bytes,
 )
-from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.kernels.pages import Packing, PageGroup
-from kvcomm_vllm.kernels.reference import deviate
 
 LAYERS, HEADS, DIM = 3, 2, 8
 WIDTH = LAYERS * HEADS * 2 * DIM  # all layers are looked at

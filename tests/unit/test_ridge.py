@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomm_vllm.anchors.estimators.ridge import about, reduced_rank, row_means
+from kvcomm_vllm.worker.corrections.ridge import about, reduced_rank, row_means
 
 
 @settings(deadline=None, max_examples=30)

@@ -16,8 +16,8 @@ from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_ro
 
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.rope import TABLE_ROPES, Rope, no_rope, rope_module, rope_of
-from kvcomm_vllm.worker.unsupported import Unsupported
 
 HEAD, HEADS, POSITIONS = 32, 2, 4096
 ORIGINAL = {"original_max_position_embeddings": 1024}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm_vllm.anchors.row_ranges import RowRanges
+from kvcomm_vllm.scheduler.modes.paper.row_ranges import RowRanges
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 12)), max_size=60))

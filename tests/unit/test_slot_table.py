@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm_vllm.anchors.slot_table import SlotTable
+from kvcomm_vllm.scheduler.modes.anchor_table import SlotTable
 
 # K and V: left by means and map, whole, ..., left by means alone
 GOOD, BAD = [0.2, 1.0, 0.3, 1.0, 0.4, 0.4], [1.5, 1.0, 1.2, 1.0, 1.1, 1.3]

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_strategies import sequence, source
 
-from kvcomm_vllm.scheduler.slots import EDGE_TOKENS, GAP_TOKENS, LEAD_TOKENS, slot_keys, span_kind
+from kvcomm_vllm.scheduler.modes.placeholders import (
+    EDGE_TOKENS,
+    GAP_TOKENS,
+    LEAD_TOKENS,
+    slot_keys,
+    span_kind,
+)
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 Tokens = list[int]

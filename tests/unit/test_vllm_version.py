@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcomm_vllm import vllm_version
+from kvcomm_vllm.guards import version as vllm_version
 
 Pretend = Callable[..., None]
 
@@ -98,7 +98,7 @@ def test_source_tree_on_the_path_states_its_version(
 
 def test_asking_imports_neither_vllm_nor_torch() -> None:
     code = (
-        "import sys; from kvcomm_vllm.vllm_version import check_vllm; check_vllm(); "
+        "import sys; from kvcomm_vllm.guards.version import check_vllm; check_vllm(); "
         "print([m for m in ('vllm', 'torch', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: its keys, its file, and the documents that are made of them."""
+
+from kvcomm_vllm.config.config import MAX_PROBLEMS, MODES, ConfigError, KVCommConfig, keys
+
+__all__ = ["MAX_PROBLEMS", "MODES", "ConfigError", "KVCommConfig", "keys"]

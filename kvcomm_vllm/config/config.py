@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: every key once, with its default, its meaning and what it allows.
+
+Imports neither torch nor vLLM, so that both halves and the command line can use it at no cost.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from typing import Any
+
+from kvcomm_vllm.config.key import Key, key
+from kvcomm_vllm.wording import one_line, shown
+
+REPORTS = ("auto", "coarse", "full", "off")
+MODES = ("off", "rotate", "seam", "anchor", "paper")
+# Of counts, tokens and megabytes: more than any engine has, and yet no more than can be provided
+# for (an index of so many sequences takes 50 MB before it holds the first).
+MOST = 1_000_000
+MAX_PROBLEMS = 20  # told at once
+
+
+class ConfigError(ValueError):
+    """A configuration that is refused.
+
+    The text has a line for each problem, with source, key, value and what is allowed.
+    """
+
+
+@dataclass(frozen=True)
+class KVCommConfig:
+    """All settings of the plugin. Build it with :meth:`from_mapping`, which checks every value."""
+
+    mode: str = key(
+        "anchor",
+        "How other agents' KV is reused: off = not at all, rotate = moved to its new position as "
+        "it is, seam = moved, with each span's first tokens and the text between spans computed, "
+        "anchor = seam, and corrected with learned deviations wherever a slot is warm, paper = the "
+        "KVCOMM paper's method, for comparison (needs paper_memory_mb).",
+        choices=MODES,
+    )
+    default_on: bool = key(
+        True,
+        "Serve every request with reuse; false = only requests that name a mode in their hints.",
+    )
+    seam_tokens: int = key(
+        16,
+        "First tokens of each reused span that are computed anyway (modes seam and anchor).",
+        low=0,
+        high=4096,
+    )
+    anchor_seam_tokens: int = key(
+        8,
+        "The same for spans that are corrected; never more than seam_tokens (mode anchor).",
+        low=0,
+        high=4096,
+    )
+    min_anchors: int = key(
+        2,
+        "Anchors a slot needs before its spans are corrected; the second one is the first test.",
+        low=2,
+        high=MOST,
+    )
+    max_anchors: int = key(
+        50,
+        "Anchors after which a slot is not taught any more.",
+        low=2,
+        high=MOST,
+    )
+    max_anchor_error: float = key(
+        0.8,
+        "A slot is corrected only while its correction, tested on each new anchor before learning "
+        "it, leaves at most this share of the deviation; otherwise it is served as in mode seam.",
+        low=0.0,
+        high=1.0,
+    )
+    bootstrap_requests: int = key(
+        0,
+        "Requests per new slot that are served exactly, so that it learns from them at no cost.",
+        low=0,
+        high=MOST,
+        when_zero="learn by audits alone",
+    )
+    audits: bool = key(
+        True,
+        "Recompute served prompts exactly while the engine is idle, to learn from them.",
+    )
+    audit_idle_seconds: float = key(
+        5.0,
+        "How long the engine must have been idle before it learns; any request ends that.",
+        low=0.0,
+        high=3600.0,
+    )
+    audit_tokens: int = key(
+        64,
+        "Tokens recomputed in one piece; the longest a request that arrives then has to wait for.",
+        low=1,
+        high=MOST,
+    )
+    audit_share: float = key(
+        1.0,
+        "Largest share of the idle time behind audit_idle_seconds that is spent learning.",
+        low=0.001,
+        high=1.0,
+    )
+    learn_from_approximate: bool = key(
+        True,
+        "Whether text whose source KV is itself approximate teaches its slot.",
+    )
+    anchor_memory_mb: int = key(
+        1024,
+        "Memory reserved at start for what slots have learned, beside vLLM's own (per rank).",
+        low=0,
+        high=MOST,
+        when_zero="no anchors: mode anchor is mode seam",
+    )
+    max_slots: int = key(
+        10_000,
+        "Most slots remembered, with or without anchors; the least recently used go first.",
+        low=1,
+        high=MOST,
+    )
+    head_tokens: int = key(
+        8,
+        "Leading tokens of a slot whose mean deviation is kept one by one (the estimator's M).",
+        low=0,
+        high=4096,
+    )
+    mean_prior: float = key(
+        1.0,
+        "Anchors' worth by which each of these means is drawn to the mean over all tokens.",
+        low=0.01,
+        high=1000.0,
+    )
+    ridge: float = key(
+        0.5,
+        "Penalty on the map from base KV to deviation, per token seen; inputs are standardised.",
+        low=0.01,
+        high=1000.0,
+    )
+    ridge_tokens: int = key(
+        2000,
+        "Tokens counted for that penalty beside those seen: few anchors correct little.",
+        low=0,
+        high=MOST,
+    )
+    map_inputs: int = key(
+        640,
+        "Numbers by which that map is told of a token, of its base KV in a few layers; a slot's "
+        "memory grows with them.",
+        low=16,
+        high=8192,
+    )
+    map_rank: int = key(
+        32,
+        "Numbers per layer the map makes of them, a token's code: few lose little and load faster.",
+        low=1,
+        high=512,
+    )
+    paper_memory_mb: int = key(
+        0,
+        "Memory reserved at start for anchors of mode paper, beside vLLM's own.",
+        low=0,
+        high=MOST,
+        when_zero="no request is served in mode paper",
+    )
+    paper_gamma: float = key(
+        0.3,
+        "The paper's threshold gamma: share of the highest entropy up to which a message may be "
+        "shared; 1 = always (mode paper).",
+        low=0.0,
+        high=1.0,
+    )
+    paper_anchors: int = key(
+        20,
+        "The paper's V (its code: max_anchor_num): anchors a slot may hold (mode paper).",
+        low=2,
+        high=MOST,
+    )
+    paper_window: int = key(
+        5,
+        "The paper's window_size: of how many oldest anchors the least used one goes (mode paper).",
+        low=1,
+        high=MOST,
+    )
+    paper_top_p: float = key(
+        0.9,
+        "Similarity that the anchors counted as used hold together (mode paper).",
+        low=0.0,
+        high=1.0,
+    )
+    paper_temperature: float = key(
+        1.0,
+        "Temperature of the weights of anchors; the paper has 1 (mode paper).",
+        low=0.001,
+        high=1000.0,
+    )
+    paper_quirks: bool = key(
+        False,
+        "Count, evict and let pass exactly as the paper's code does, where that differs from its "
+        "text (mode paper).",
+    )
+    min_span_tokens: int = key(
+        32,
+        "Fewest tokens a span must save behind its seam; shorter shared text is computed.",
+        low=1,
+        high=MOST,
+    )
+    min_reuse_tokens: int = key(
+        32,
+        "Fewest tokens a plan must take from other requests to be carried out.",
+        low=1,
+        high=MOST,
+    )
+    min_reuse_share: float = key(
+        0.3,
+        "Smallest share of reused tokens among reused and computed-in-holes ones that is worth it.",
+        low=0.0,
+        high=1.0,
+    )
+    private_price: float = key(
+        0.25,
+        "Reused tokens asked for each token that is computed behind the first of them: it becomes "
+        "approximate, and private to its request.",
+        low=0.0,
+        high=100.0,
+    )
+    max_unseen_share: float = key(
+        0.7,
+        "Text is reused only where its KV has seen enough of what stands before it: at most this "
+        "share of that, a mean over its tokens, may be new to it.",
+        low=0.0,
+        high=1.0,
+    )
+    reuse_approximate: bool = key(
+        True,
+        "Whether KV that is itself approximate (computed after reused text) may be a source.",
+    )
+    keep_last_page: bool = key(
+        True,
+        "Keep a request's last, partly filled page until it is evicted like any other; vLLM drops "
+        "it, and with it up to a page of every message.",
+    )
+    window_tokens: int = key(
+        16,
+        "Tokens hashed per index entry; shared text shorter than twice this may be overlooked.",
+        low=4,
+        high=256,
+    )
+    max_sequences: int = key(
+        10_000,
+        "Most earlier requests the index remembers; the oldest go first.",
+        low=1,
+        high=MOST,
+    )
+    max_hole_tokens: int = key(
+        0,
+        "Most tokens of seams and gaps computed in one step; plans with more are spread over "
+        "several steps, within vLLM's own token budget.",
+        low=0,
+        high=MOST,
+        when_zero="the engine's max_num_batched_tokens",
+    )
+    share_inflight_seconds: float = key(
+        5.0,
+        "Longest time a request waits for another one that is prefilling the same text.",
+        low=0.0,
+        high=600.0,
+        when_zero="never wait",
+    )
+    report: str = key(
+        "auto",
+        "What a response's kv_transfer_params.kvcomm tells of shared text: off = nothing, coarse = "
+        "tokens by treatment in whole pages, full = all of it, and matches may end at any token, "
+        "auto = full for requests with a cache_salt, coarse without (docs/security.md).",
+        choices=REPORTS,
+    )
+    self_check: bool = key(
+        True,
+        "Check at start that KV is read, written and rotated correctly; reuse is off if it is not.",
+    )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object], source: str) -> KVCommConfig:
+        """The configuration that ``mapping`` describes; keys it leaves out keep their defaults.
+
+        Args:
+            mapping: key -> value, as read from YAML or JSON.
+            source: where it came from (a file name, a flag), for error messages.
+
+        Raises:
+            ConfigError: unknown keys, wrong types, values out of range; all of them at once.
+        """
+        values: dict[str, Any] = {}
+        problems = list(islice(_problems(mapping), MAX_PROBLEMS + 1))
+        if not problems:
+            known = keys()
+            values = {name: known[name].normalise(given) for name, given in mapping.items()}
+            if values.get("mode") == "paper" and not values.get("paper_memory_mb"):
+                problems = ["paper_memory_mb: mode paper needs a memory for its anchors, e.g. 1024"]
+        if problems:
+            if len(problems) > MAX_PROBLEMS:
+                problems[-1] = "there are more problems"
+            raise ConfigError("\n".join(f"{one_line(source)}: {told}" for told in problems))
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, bool | int | float | str]:
+        """All keys with their values; can be written as JSON and read by :meth:`from_mapping`."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The effective configuration in one line; a star marks what differs from the default."""
+        return ", ".join(
+            f"{name}={_plain(value)}{'' if value == keys()[name].default else '*'}"
+            for name, value in self.to_mapping().items()
+        )
+
+    def warnings(self) -> tuple[str, ...]:
+        """Combinations that are allowed but defeat themselves, a sentence each."""
+        found = []
+        sure = 2 * self.window_tokens - 1
+        if self.min_span_tokens < sure:
+            found.append(
+                f"min_span_tokens={self.min_span_tokens}: with window_tokens="
+                f"{self.window_tokens} only shared text of {sure} tokens or more is always found"
+            )
+        return tuple(found)
+
+
+def keys() -> dict[str, Key]:
+    """Every configuration key by name, in the order of declaration."""
+    return {field.name: field.metadata["key"] for field in fields(KVCommConfig)}
+
+
+def _problems(mapping: Mapping[str, object]) -> Iterator[str]:
+    """What is wrong with a configuration, a line each, as far as they are asked for."""
+    known = keys()
+    for name, given in mapping.items():
+        if name not in known:
+            yield f"unknown key {shown(name)}; {_nearest(name, known)}{_ALL_KEYS}"
+            continue
+        problem = known[name].problem(known[name].normalise(given))
+        if problem is not None:
+            yield f"{name}: {shown(given)} {problem}; allowed: {known[name].allowed}"
+
+
+_ALL_KEYS = "all keys are in docs/config.md and in `vllm serve --help=KVCommConfig`"
+
+
+def _nearest(name: object, known: Mapping[str, Key]) -> str:
+    if not isinstance(name, str) or len(name) > 2 * max(map(len, known)):
+        return ""  # the search takes time that grows with the square of the name
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

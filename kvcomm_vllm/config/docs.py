@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts generated from the code: the commented YAML file and the tables of keys and reasons.
+
+``python -m kvcomm_vllm.config.docs`` writes them; a test fails when they differ from the code.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+from kvcomm_vllm.config.config import keys
+from kvcomm_vllm.reasons import Reason
+
+_YAML_HEADER = """\
+# SPDX-License-Identifier: Apache-2.0
+# Every key of kvcomm_vllm with its default. A file needs only the keys it changes. Use it with
+#   vllm serve MODEL --kv-connector kvcomm --kvcomm-config FILE.yaml
+# Written by `python -m kvcomm_vllm.config.docs`; a test fails when it differs from the code.
+"""
+
+_TABLE_HEADER = """\
+# Configuration
+
+Keys of the YAML file given with `--kvcomm-config`, and of `kv_connector_extra_config` in
+`--kv-transfer-config`. An unknown key, a wrong type or a value out of range is refused at start.
+Generated from `kvcomm_vllm/config/config.py`.
+
+| Key | Default | Allowed | Meaning |
+|---|---|---|---|
+"""
+
+_REASONS_HEADER = """\
+# Why something was not reused
+
+The same word appears in the log, in the label `reason` of the metrics and in the report of a
+response. Generated from `kvcomm_vllm/reasons.py`.
+"""
+
+
+def render_yaml() -> str:
+    """The text of ``configs/kvcomm.yaml``: every key with its meaning, range and default."""
+    parts = [_YAML_HEADER]
+    for name, key in keys().items():
+        doc = textwrap.fill(key.doc, 100, initial_indent="# ", subsequent_indent="# ")
+        value = _plain(key.default)
+        parts.append(f"\n{doc}\n# Allowed: {key.allowed}. Default: {value}.\n{name}: {value}\n")
+    return "".join(parts)
+
+
+def render_config_table() -> str:
+    """The text of ``docs/config.md``: one row per key."""
+    rows = [
+        f"| `{name}` | `{_plain(key.default)}` | {key.allowed} | {key.doc} |\n"
+        for name, key in keys().items()
+    ]
+    return _TABLE_HEADER + "".join(rows)
+
+
+def render_reasons_table() -> str:
+    """The text of ``docs/reasons.md``: one row per reason, a table per scope."""
+    parts = [_REASONS_HEADER]
+    for scope in dict.fromkeys(reason.scope for reason in Reason):
+        parts.append(f"\n## {scope.title}\n\n| Reason | Meaning |\n|---|---|\n")
+        parts += [f"| `{r.value}` | {r.explanation} |\n" for r in Reason if r.scope is scope]
+    return "".join(parts)
+
+
+def generated(root: Path) -> dict[Path, str]:
+    """Every generated file under the repository root ``root`` with the text it should have."""
+    return {
+        root / "configs" / "kvcomm.yaml": render_yaml(),
+        root / "docs" / "config.md": render_config_table(),
+        root / "docs" / "reasons.md": render_reasons_table(),
+    }
+
+
+def _plain(value: object) -> str:
+    return json.dumps(value).strip('"')
+
+
+if __name__ == "__main__":
+    for path, text in generated(Path(__file__).resolve().parents[2]).items():
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lessons wait here until vLLM has had nothing to do for a while, and are taken one by one.
+
+No request ever waits for more than the piece that is running as it arrives, nor does an operator:
+nothing is learned while the engine is paused, asleep or about to end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.messages import LessonOp, StepReport
+from kvcomm_vllm.metrics import KVCommStats
+from kvcomm_vllm.scheduler.engine_state import EngineState
+from kvcomm_vllm.scheduler.idle.alarm import Alarm
+from kvcomm_vllm.scheduler.idle.lesson import Lesson
+from kvcomm_vllm.scheduler.pages import SourcePages
+
+MAX_LESSONS = 64  # waiting; the oldest are dropped, their pages are the first to be gone
+NAP_SECONDS = 2e-3  # between two looks of an engine that cannot be woken
+
+
+class Lessons:
+    """Args:
+    pages: vLLM's pages.
+    engine: says when nothing may be learned.
+    wake: ends the engine's sleep; without it the engine goes round while lessons wait.
+    """
+
+    def __init__(
+        self,
+        config: KVCommConfig,
+        pages: SourcePages,
+        stats: KVCommStats,
+        engine: EngineState,
+        wake: Callable[[], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.pages = pages
+        self.stats = stats
+        self.engine = engine
+        self.alarm = Alarm(wake) if wake else None
+        self._numbers = itertools.count()
+        self._waiting: deque[Lesson] = deque()
+        self._active: Lesson | None = None
+        self._in_flight = False
+        self._interrupted = False
+        self._idle_since: float | None = None
+        self._sent_at = 0.0
+        self._ready_at = 0.0
+
+    def number(self) -> int:
+        """A number for a new lesson."""
+        return next(self._numbers)
+
+    def add(self, lesson: Lesson) -> None:
+        if len(self._waiting) == MAX_LESSONS:
+            self._waiting.popleft()
+            self.stats.count_lesson("dropped")
+        self.stats.count_lesson("queued")
+        self._waiting.append(lesson)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to learn."""
+        return bool(self._waiting) or self._active is not None
+
+    def due(self) -> bool:
+        """Whether vLLM's loop is to go on although no request is left; asked before it sleeps."""
+        if self.engine.resting:
+            self._interrupt()
+            return False
+        if not self.pending:
+            return False
+        asleep = self.alarm is not None and self._idle_since is not None and not self._in_flight
+        return not asleep or time.monotonic() >= self._next_at
+
+    @property
+    def _next_at(self) -> float:
+        """When the next piece may be learned, if no request comes."""
+        assert self._idle_since is not None
+        return max(self._idle_since + self.config.audit_idle_seconds, self._ready_at)
+
+    def next_op(self, idle: bool) -> LessonOp | None:
+        """Called every step; ``idle`` if no request is alive."""
+        if not idle or self.engine.resting:
+            self._interrupt()
+            return None
+        if not self.pending:
+            return None
+        now = time.monotonic()
+        if self._idle_since is None:
+            self._idle_since = now
+        if now < self._next_at:
+            self._rest(self._next_at - now)
+            return None
+        if self._in_flight:
+            return None
+        if self._active is None:
+            self._start()
+        if self._active is None:
+            return None
+        self._in_flight, self._interrupted, self._sent_at = True, False, now
+        return self._active.next_op(self.config.audit_tokens)
+
+    def _rest(self, seconds: float) -> None:
+        if self.alarm is None:
+            time.sleep(min(seconds, NAP_SECONDS))
+        else:
+            self.alarm.set(seconds)
+
+    def _start(self) -> None:
+        while self._waiting:
+            lesson = self._waiting.pop()  # the newest: its pages are the likeliest to be left
+            if lesson.start(self.pages):
+                self._active = lesson
+                return
+            self.stats.count_lesson("dropped")
+
+    def _interrupt(self) -> None:
+        """A request has come, or an operator wants the engine to rest: when that is over, the quiet
+        time begins anew, and the lesson from its beginning.
+
+        A piece that is under way (asynchronous scheduling) is waited for: it may be the last one.
+        """
+        self._idle_since = None
+        if self.alarm:
+            self.alarm.stop()
+        self._interrupted = True
+        if not self._in_flight:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        if self._active is not None:
+            self._waiting.append(self._active)
+            self._active = None
+
+    def on_report(self, report: StepReport) -> None:
+        if report.lesson < 0:
+            return
+        now = time.monotonic()
+        self._ready_at = now + (now - self._sent_at) * (1 / self.config.audit_share - 1)
+        self._in_flight = False
+        if self.alarm and self._idle_since is not None and now < self._next_at:
+            self.alarm.set(self._next_at - now)
+        lesson = self._active
+        if lesson is None or lesson.number != report.lesson:
+            return
+        if report.lesson_failed:
+            self._active = None
+            self.stats.count_lesson("failed")
+            lesson.teacher.failed(lesson)
+        elif lesson.done(report):
+            self._active = None
+            self.stats.count_lesson("learned")
+        elif self._interrupted:
+            self._put_back()
+
+    def clear(self) -> None:
+        """Weights or caches were reset: what waits is about KV that is gone."""
+        for _ in range(len(self._waiting) + (self._active is not None)):
+            self.stats.count_lesson("dropped")
+        self._active = None
+        self._waiting.clear()

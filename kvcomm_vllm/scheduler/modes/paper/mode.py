@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode ``paper``, scheduler side: all of a prompt's messages are shared and corrected, or none.
+
+As in the paper: messages (REUSE spans) get the weighted deviations of their slot's anchors, and so
+does the text behind them; only the last token is computed, and what no anchor knows (text before
+the first message, a message's last tokens whose page was lost). A message that the gate does not
+let pass, or that too few anchors cover, makes the request dense, and itself an anchor.
+
+The gate asks how far a message's KV is from its slot's anchors. Workers answer that (a *probe*), so
+a request waits one step for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.messages import AnchorOp, AnchorRows, LessonOp, ProbeOp, StepReport
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.idle.lesson import Lesson, TaughtSpan, base_load
+from kvcomm_vllm.scheduler.idle.lesson_queue import Lessons
+from kvcomm_vllm.scheduler.modes.paper import gate
+from kvcomm_vllm.scheduler.modes.paper.slots import PaperSlot, PaperSlots
+from kvcomm_vllm.scheduler.modes.placeholders import slot_keys
+from kvcomm_vllm.scheduler.operations import source_load
+from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.planner import stretches
+from kvcomm_vllm.scheduler.spans import Estimate, Plan, ReuseSpan
+from kvcomm_vllm.scheduler.state import RequestState
+
+MAX_PROBES = 4  # of one request: its sources may change while it waits
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """A message of a prompt, in the paper's word; ``behind_end`` is where the next one starts, or
+    the prompt ends.
+    """
+
+    key: str
+    message: str
+    span: ReuseSpan
+    behind_end: int
+
+    @property
+    def identity(self) -> tuple[str, str, int, int]:
+        """Two with the same identity have the same distances to the same anchors."""
+        source = self.span.source
+        return self.key, self.message, id(source.sequence), source.sequence_start
+
+
+@dataclass
+class Probe:
+    """What was asked for a request, and the answer: per placeholder its slot's covering anchors (by
+    pool index) and the squared distances to them.
+    """
+
+    identity: list[tuple[str, str, int, int]]
+    covering: list[list[int]]
+    asked: int = 1
+    answered: bool = False
+    distances: list[list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate said of one message."""
+
+    key: str
+    message: str
+    decision: gate.GateDecision
+
+
+class PaperMode:
+    """Args:
+    lessons: where lessons wait.
+    pages: vLLM's pages.
+    """
+
+    def __init__(self, config: KVCommConfig, lessons: Lessons, pages: SourcePages) -> None:
+        self.config = config
+        self.lessons = lessons
+        self.pages = pages
+        self.slots = PaperSlots(
+            config.max_slots, config.paper_anchors, config.paper_window, config.paper_quirks
+        )
+        self._probes: list[ProbeOp] = []
+
+    # ---- planning --------------------------------------------------------------------------------
+
+    def plan(
+        self, state: RequestState, local: int, spans: Iterable[ReuseSpan]
+    ) -> Plan | Reason | None:
+        """All or nothing; None to be asked again when a probe has been answered."""
+        assert state.limits is not None
+        if not self.slots.capacity:
+            return Reason.NO_PAPER_MEMORY
+        found = stretches(spans, state.limits.min_span_tokens)
+        spans = [span for stretch in found for span in stretch.spans]
+        if not spans:
+            return Reason.TOO_SHORT
+        plan = Plan(local, tuple(spans))
+        placeholders = self._placeholders(state, plan)
+        pools = [self.slots.see(p.key) for p in placeholders]
+        covering = [
+            gate.covering_anchors(slot.pool.lengths, p.span.length)
+            for p, slot in zip(placeholders, pools, strict=True)
+        ]
+        distances: list[list[float]] | None = None
+        if not state.hints.learn and all(len(c) >= gate.MIN_ANCHORS for c in covering):
+            probe = self._probe(state, placeholders, pools, covering)
+            if not probe.answered:
+                return None
+            distances = probe.distances
+        state.verdicts = self._verdicts(placeholders, pools, covering, distances)
+        if any(verdict.decision.new_anchor for verdict in state.verdicts):
+            state.lesson = self._lesson(state, placeholders)
+            return Reason.LEARNING
+        estimates = iter(
+            self._estimate(state.tokens(), p, slot, covers)
+            for p, slot, covers in zip(placeholders, pools, covering, strict=True)
+        )
+        plan = Plan(
+            local,
+            tuple(
+                span if span.source.same_context else replace(span, estimate=next(estimates))
+                for span in spans
+            ),
+        )
+        return plan if plan.reused_tokens >= state.limits.min_reuse_tokens else Reason.TOO_LITTLE
+
+    def _placeholders(self, state: RequestState, plan: Plan) -> list[Placeholder]:
+        tokens = state.tokens()
+        state.planned_slots, state.lesson = slot_keys(plan, tokens, state.namespace), None
+        ends = [*(span.start for span in plan.spans[1:]), len(tokens)]
+        return [
+            Placeholder(key, _digest(tokens[span.start : span.end]), span, end)
+            for key, span, end in zip(state.planned_slots, plan.spans, ends, strict=True)
+            if not span.source.same_context
+        ]
+
+    def _probe(
+        self,
+        state: RequestState,
+        placeholders: list[Placeholder],
+        pools: list[PaperSlot],
+        covering: list[list[int]],
+    ) -> Probe:
+        """The answer to this very question, or a probe that is on its way."""
+        identity = [p.identity for p in placeholders]
+        known = state.probe
+        if known is not None and not known.answered:
+            return known
+        if known is not None and (known.identity, known.covering) == (identity, covering):
+            return known
+        asked = known.asked + 1 if known else 1
+        state.probe = Probe(identity, covering, asked, answered=asked > MAX_PROBES)
+        if not state.probe.answered:
+            spans = [
+                (source_load(p.span, self.pages.block_size), [_rows(slot)[i] for i in covers])
+                for p, slot, covers in zip(placeholders, pools, covering, strict=True)
+            ]
+            blocks = [block for p in placeholders for block in p.span.source.blocks]
+            self.pages.hold(_holder(state.id), blocks, needed=0)
+            self._probes.append(ProbeOp(state.id, spans))
+        return state.probe
+
+    def take_probes(self) -> list[ProbeOp]:
+        """What is to be asked in this step."""
+        probes, self._probes = self._probes, []
+        return probes
+
+    def on_distances(
+        self, request_id: str, state: RequestState | None, found: list[list[float]] | None
+    ) -> None:
+        """A probe's answer; ``state`` is None if the request is gone."""
+        self.pages.release(_holder(request_id))
+        if state is not None and state.probe is not None:
+            state.probe.answered, state.probe.distances = True, found
+
+    def _verdicts(
+        self,
+        placeholders: list[Placeholder],
+        pools: list[PaperSlot],
+        covering: list[list[int]],
+        distances: list[list[float]] | None,
+    ) -> list[Verdict]:
+        """Without distances every message that the gate was not asked about is a new anchor."""
+        found = []
+        for number, (p, slot) in enumerate(zip(placeholders, pools, strict=True)):
+            decision = gate.GateDecision(new_anchor=True)
+            if distances is not None:
+                lengths = slot.pool.lengths
+                near = [math.inf] * len(lengths)
+                for index, square in zip(covering[number], distances[number], strict=True):
+                    near[index] = math.sqrt(square)
+                decision = gate.decide(
+                    near,
+                    lengths,
+                    p.span.length,
+                    gamma=self.config.paper_gamma,
+                    top_p=self.config.paper_top_p,
+                    paper_quirks=self.config.paper_quirks,
+                )
+            found.append(Verdict(p.key, p.message, decision))
+        return found
+
+    @staticmethod
+    def _estimate(
+        tokens: np.ndarray, p: Placeholder, slot: PaperSlot, covers: list[int]
+    ) -> Estimate:
+        messages = [slot.pool.messages[i] for i in covers]
+        behind = tokens[p.span.end : p.behind_end]
+        known = [_common_suffix(behind, slot.behind[message]) for message in messages]
+        # what one anchor alone has in common may be chance
+        shared = sorted(known)[-gate.MIN_ANCHORS]
+        stop = min(p.behind_end, len(tokens) - 1)
+        return Estimate(
+            anchors=tuple(slot.rows[message] for message in messages),
+            start=min(p.behind_end - shared, stop),
+            stop=stop,
+            behind_end=p.behind_end,
+            known=tuple(known),
+        )
+
+    def _lesson(self, state: RequestState, placeholders: list[Placeholder]) -> Lesson:
+        tokens = state.tokens()
+        taught = [
+            TaughtSpan(p.key, p.span.start, p.span.source, p.behind_end) for p in placeholders
+        ]
+        hashes = state.taint.exact_hashes(-(-len(tokens) // self.pages.block_size))
+        return Lesson(self, self.lessons.number(), tokens.copy(), hashes, taught)
+
+    def admitted(self, state: RequestState, plan: Plan | None) -> None:
+        """The request is served as planned: what the gate said counts now."""
+        verdicts, state.verdicts = state.verdicts, []
+        for verdict in verdicts:
+            pool = self.slots.see(verdict.key).pool
+            pool.predict(verdict.message, verdict.decision.new_anchor)
+            if plan is not None:
+                pool.activate(verdict.decision.activated)
+
+    # ---- what comes of lessons -------------------------------------------------------------------
+
+    def assign(self, lesson: Lesson, op: LessonOp) -> None:
+        for taught, part in lesson.taught:
+            if (part.prompt_start, part.end) != (taught.slot_start, taught.source.end):
+                continue  # a page of it is gone
+            message = _digest(lesson.tokens[taught.slot_start : part.end])
+            behind = lesson.tokens[part.end : taught.stop].copy()
+            rows = self.slots.store(taught.key, message, part.length, behind)
+            if rows is not None:
+                op.anchors.append(AnchorOp(base_load(taught, part), rows))
+
+    def learned(self, lesson: Lesson, report: StepReport) -> None:
+        """Nothing is left to be done: rows were assigned before."""
+
+    def failed(self, lesson: Lesson) -> None:
+        for span in lesson.spans:
+            self.slots.forget(span.key)
+
+    def clear(self) -> None:
+        """Weights or caches were reset: nothing learned holds any more."""
+        self.slots.clear()
+
+
+def _digest(tokens: np.ndarray) -> str:
+    return xxhash.xxh3_128_hexdigest(np.asarray(tokens, dtype=np.int32).tobytes())
+
+
+def _rows(slot: PaperSlot) -> list[AnchorRows]:
+    return [slot.rows[message] for message in slot.pool.messages]
+
+
+def _holder(request_id: str) -> str:
+    return f"{request_id} probe"
+
+
+def _common_suffix(a: np.ndarray, b: np.ndarray) -> int:
+    """Equal tokens at the end of both."""
+    count = min(len(a), len(b))
+    differs = np.flatnonzero(a[len(a) - count :] != b[len(b) - count :])
+    return count - int(differs[-1]) - 1 if len(differs) else count

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up self-check: what vLLM writes into a page is read back, and moving a key equals computing
+it in its new place.
+
+Runs before the engine serves anything, on two pages that nobody uses yet, with the backend's own
+write and the model's own rotary embedding as judges. A version of vLLM that changed its page layout
+fails here, not in a user's answer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvcomm_vllm import compat
+from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.checks.unsupported import Unsupported
+from kvcomm_vllm.worker.kv_view import LayerGroup
+from kvcomm_vllm.worker.load import LoadKernel, TokenMoves, run_loads
+
+TOLERANCE = {1: 0.1, 2: 0.02, 4: 1e-4}  # relative RMS error by bytes per stored element
+SHIFT = 5  # odd, so that pages are not aligned with each other
+
+
+def self_check(groups: list[LayerGroup], block_size: int, kernel: LoadKernel) -> None:
+    """Raises ``Unsupported`` where a layer reads back something else than was written or
+    rotated.
+    """
+    for group in groups:
+        device = group.pages.layers[0].device
+        source = torch.arange(block_size, 2 * block_size - SHIFT, device=device)
+        target = source + block_size + SHIFT
+        old = torch.arange(3, 3 + len(source), device=device)
+        new = old + 2 * block_size + 1
+        keys, moved, values = _native(group, old, new)
+        for layer in group.layers:
+            compat.write_kv(layer, keys, values, source)
+        run_loads([group], TokenMoves(source, target, old, new), kernel)
+        for index in range(len(group.layers)):
+            _compare(group, index, source, keys, values, "a written page reads back differently")
+            _compare(group, index, target, moved, values, "a moved key is not the native one")
+            for slots in (source, target):
+                empty = torch.zeros_like(keys, dtype=torch.float32)
+                packing.write(group.pages, index, slots, empty, empty)
+
+
+def _native(
+    group: LayerGroup, old: torch.Tensor, new: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random K rotated by the model to both places, and V: ``[tokens, kv_heads, head_dim]`` in the
+    model's dtype.
+    """
+    pages = group.pages
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(old), pages.kv_heads, pages.head_dim)
+    dtype = pages.layers[0].dtype if pages.layers[0].dtype.itemsize > 1 else torch.bfloat16
+    plain, values = (
+        torch.randn(shape, generator=generator).to(old.device, dtype) for _ in range(2)
+    )
+    if group.rotary is None:
+        return plain, plain, values
+    native = getattr(group.rotary, "forward_native", group.rotary.forward)
+
+    def rotated(positions: torch.Tensor) -> torch.Tensor:
+        flat = plain.flatten(1)
+        key: torch.Tensor = native(positions, flat.clone(), flat.clone())[1]
+        return key.view(shape)
+
+    return rotated(old), rotated(new), values
+
+
+def _compare(
+    group: LayerGroup,
+    index: int,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    complaint: str,
+) -> None:
+    got = torch.stack(packing.read(group.pages, index, slots))
+    want = torch.stack((keys, values)).float()
+    error = float((got - want).norm() / want.norm())
+    if not error <= TOLERANCE[group.pages.layers[index].element_size()]:
+        raise Unsupported(Reason.SELF_CHECK_FAILED, f"{complaint} (relative error {error:.2g})")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anchors, worker side: arenas of what slots have learned, corrected loads, and lessons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.kernels.deviation import MeanMap
+from kvcomm_vllm.kernels.pages import Rotation
+from kvcomm_vllm.kernels.reference import turn_keys
+from kvcomm_vllm.messages import LessonOp, LoadOp
+from kvcomm_vllm.worker.corrections.residual import (
+    ErrorSums,
+    ResidualArena,
+    ResidualSettings,
+    slot_bytes,
+)
+from kvcomm_vllm.worker.kv_view import LayerGroup
+from kvcomm_vllm.worker.load import CorrectKernel, TokenMoves, correct_kernel, slots_of
+
+
+class Anchors:
+    """One arena per layer group, as many slots as the configured memory holds; none where even one
+    slot does not fit, or where the mode asks for none.
+
+    Args:
+        allowed: False where a forward of one engine alone would hang (data parallelism).
+    """
+
+    def __init__(
+        self, groups: list[LayerGroup], config: KVCommConfig, block_size: int, allowed: bool = True
+    ) -> None:
+        self.groups = groups
+        self.block_size = block_size
+        self.judged_from = config.anchor_seam_tokens
+        settings = ResidualSettings(
+            config.head_tokens,
+            config.mean_prior,
+            config.ridge,
+            config.ridge_tokens,
+            config.map_inputs,
+            config.map_rank,
+        )
+        # the model's first layer has no deviation: its K and V follow from token and position
+        skips = [int(number == 0) for number in range(len(groups))]
+        pages = [group.pages for group in groups]
+        self.bytes_per_slot = sum(
+            slot_bytes(group, skip, settings) for group, skip in zip(pages, skips, strict=True)
+        )
+        memory = config.anchor_memory_mb * 2**20 if config.mode == "anchor" and allowed else 0
+        self.slots = min(memory // self.bytes_per_slot, config.max_slots)
+        self.arenas: list[ResidualArena] = []
+        self.kernel: CorrectKernel | None = None
+        if self.slots:
+            self.arenas = [
+                ResidualArena(group, self.slots, settings, skip)
+                for group, skip in zip(pages, skips, strict=True)
+            ]
+            self.kernel = correct_kernel(
+                [
+                    (group, example)
+                    for group, arena in zip(pages, self.arenas, strict=True)
+                    for example in _examples(arena)
+                ]
+            )
+
+    def load(self, entry: int, mapped: bool, slot_index: torch.Tensor, moves: TokenMoves) -> None:
+        """Load tokens of one slot with its correction; ``slot_index`` int32 ``[tokens]``."""
+        assert self.kernel is not None
+        for group, arena in zip(self.groups, self.arenas, strict=True):
+            undo = group.rope.undo(moves.source_positions)
+            code = None
+            if mapped:
+                raw = arena.features.raw(moves.source_slots, undo)
+                code = arena.code(entry, slot_index, raw)
+            self.kernel(
+                group.pages,
+                moves.source_slots,
+                moves.slots,
+                undo,
+                group.rope.redo(moves.positions),
+                arena.deviation(entry, slot_index, code),
+            )
+
+    def learn(self, op: LessonOp) -> list[list[float]]:
+        """Take the deviations of a lesson's spans in; per span the error sums of this rank."""
+        for entry in op.fresh:
+            for arena in self.arenas:
+                arena.reset(entry)
+        return [self._learn(op.block_ids, span) for span in op.spans]
+
+    def _learn(self, block_ids: list[int], span: LoadOp) -> list[float]:
+        device = self.groups[0].pages.layers[0].device
+        tokens = torch.arange(span.length, device=device)
+        base = slots_of(span.source_blocks, span.source_offset, span.length, self.block_size)
+        true = slots_of(block_ids, span.prompt_start, span.length, self.block_size)
+        base_slots = torch.from_numpy(base).to(device)
+        true_slots = torch.from_numpy(true).to(device)
+        total = ErrorSums().as_list()
+        for group, arena in zip(self.groups, self.arenas, strict=True):
+            undo = group.rope.undo(span.source_start + tokens)
+            sums = arena.learn(
+                span.entry,
+                (span.slot_index + tokens).clamp(min=0),
+                arena.features.raw(base_slots, undo),
+                _deviations(
+                    group,
+                    (base_slots, undo),
+                    (true_slots, group.rope.undo(span.prompt_start + tokens)),
+                    arena.skip_layers,
+                ),
+                self.judged_from,
+            )
+            total = [a + b for a, b in zip(total, sums.as_list(), strict=True)]
+        return total
+
+
+def _examples(arena: ResidualArena) -> list[MeanMap]:
+    """One correction of each kind, of one token."""
+    index = torch.zeros(1, dtype=torch.int32, device=arena.device)
+    raw = torch.zeros(1, arena.features.raw_width, device=arena.device)
+    codes = (None, arena.code(0, index, raw))
+    return [arena.deviation(0, index, code) for code in codes]
+
+
+def _deviations(
+    group: LayerGroup,
+    base: tuple[torch.Tensor, Rotation],
+    true: tuple[torch.Tensor, Rotation],
+    skip_layers: int,
+) -> Iterator[torch.Tensor]:
+    """Per layer true minus base (K, V), both unrotated: fp32 ``[tokens, heads, 2 * dim]``.
+
+    Args:
+        base, true: slots, int64 ``[tokens]``, and what takes the rotation off their keys.
+    """
+    for layer in range(skip_layers, len(group.layers)):
+        found = []
+        for slots, undo in (base, true):
+            k, v = packing.read(group.pages, layer, slots)
+            found.append(torch.cat((turn_keys(k, undo, group.pages.interleaved), v), dim=-1))
+        yield found[1] - found[0]
