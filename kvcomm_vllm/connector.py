@@ -109,9 +109,7 @@ class KVCommConnector(KVConnectorBase_V1):
         elif lame:
             self._turn_off(Reason.of(str(lame[0].reason)), lame[0].detail)
         else:
-            self._scheduler.off = None
-            self._scheduler.learning.table.set_capacity(min(fact.slots for fact in facts))
-            self._scheduler.paper.slots.set_capacity(min(fact.paper_rows for fact in facts))
+            self._scheduler.workers_ready(facts)
             logger.info(
                 "kvcomm: reuse is ON, mode %s, self-check %s: %s",
                 self.config.mode,

@@ -51,6 +51,12 @@ METRICS = {
     "reasons": Metric(
         "vllm:kvcomm_reasons", "reason", "Why requests, or attempts to plan them, were not reused."
     ),
+    "asked_again": Metric(
+        "vllm:kvcomm_asked_again",
+        "why",
+        "How often vLLM was told to ask about a request again, a step later: loading, adopted, "
+        "in_flight, probe, step_full, not_written.",
+    ),
     "seconds": Metric(
         "vllm:kvcomm_seconds",
         "phase",
@@ -91,6 +97,9 @@ class KVCommStats(KVConnectorStats):
 
     def count_reason(self, reason: Reason) -> None:
         self._add("reasons", reason.value)
+
+    def count_asked_again(self, why: str) -> None:
+        self._add("asked_again", why)
 
     def count_lesson(self, outcome: str) -> None:
         self._add("lessons", outcome)

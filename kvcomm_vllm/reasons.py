@@ -238,11 +238,6 @@ class Reason(enum.StrEnum):
         "The KV of the shared text has seen too little of what it would stand behind "
         "(max_unseen_share) to be of use.",
     )
-    WAITING_INFLIGHT = (
-        "waiting_inflight",
-        Scope.REQUEST,
-        "Not declined: waits until another request has prefilled the same text.",
-    )
     LOAD_FAILED = (
         "load_failed",
         Scope.REQUEST,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,19 @@ from vllm.logger import init_logger
 from kvcomm_vllm import compat
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.hints import FIELD
-from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport
+from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler import near
 from kvcomm_vllm.scheduler.cover import cover
 from kvcomm_vllm.scheduler.engine_state import EngineState
-from kvcomm_vllm.scheduler.idle.lesson_queue import Lessons
+from kvcomm_vllm.scheduler.idle.lesson_queue import LessonQueue
 from kvcomm_vllm.scheduler.index import SequenceIndex
-from kvcomm_vllm.scheduler.modes.anchor import Learning
-from kvcomm_vllm.scheduler.modes.paper.mode import PaperMode
+from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
+from kvcomm_vllm.scheduler.modes.registry import make_modes
 from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
-from kvcomm_vllm.scheduler.planner import first_approximate, generation, make_plan
+from kvcomm_vllm.scheduler.planner import first_approximate, generation
 from kvcomm_vllm.scheduler.requests import new_state
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.spans import Plan
@@ -48,13 +49,15 @@ logger = init_logger("vllm.kvcomm")
 
 
 class SchedulerHalf:
-    """Args:
-    config: the effective configuration.
-    block_size: tokens per page; equals the granularity of vLLM's block hashes.
-    max_batched_tokens: vLLM's token budget per step, the default cap for tokens computed in holes.
-    off: why reuse is off for the whole engine, if it is.
-    engine: what its operator has done to it.
-    wake: ends the engine's sleep, if it ever sleeps.
+    """Plans requests in vLLM's scheduler process.
+
+    Args:
+        config: the effective configuration.
+        block_size: tokens per page; equals the granularity of vLLM's block hashes.
+        max_batched_tokens: vLLM's token budget per step, the default cap for tokens of holes.
+        off: why reuse is off for the whole engine, if it is.
+        engine: what its operator has done to it.
+        wake: ends the engine's sleep, if it ever sleeps.
     """
 
     def __init__(
@@ -92,9 +95,14 @@ class SchedulerHalf:
         self.engine.watch(pool)
         self.pages = SourcePages(pool, self.block_size)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
-        self.lessons = Lessons(self.config, self.pages, self.stats, self.engine, self.wake)
-        self.learning = Learning(self.config, self.lessons, self.block_size)
-        self.paper = PaperMode(self.config, self.lessons, self.pages)
+        self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
+        self.modes = make_modes(Parts(self.config, self.lessons, self.pages))
+
+    def workers_ready(self, facts: Listing[WorkerFacts]) -> None:
+        """All ranks can reuse, and have room for so much."""
+        self.off = None
+        for mode in self.modes.values():
+            mode.set_capacity(facts)
 
     def on_new_request(self, request: Request) -> None:
         self._keep_up()
@@ -125,63 +133,59 @@ class SchedulerHalf:
         if not self._active(state):
             return 0, False
         began = time.perf_counter()
-        external = self._plan(state, local)
+        plan = self._plan(state, local)
         self.stats.add_seconds("planning", time.perf_counter() - began)
-        return external, state.plan is not None and self._too_large(state.plan)
+        if isinstance(plan, AskAgain):
+            self.stats.count_asked_again(plan)
+            return None, False
+        if isinstance(plan, Reason):
+            state.decline(plan)
+            return 0, False
+        state.plan = plan
+        self._planned.append(state)
+        return plan.external_tokens, self._too_large(plan)
 
     def _too_large(self, plan: Plan) -> bool:
         """Whether its holes are computed over several steps."""
         return plan.hole_tokens > self.spread.max_tokens
 
-    def _plan(self, state: RequestState, local: int) -> int | None:
+    def _plan(self, state: RequestState, local: int) -> Plan | Reason | AskAgain:
+        """A plan whose source pages are held, or why there is none."""
         limits = state.limits
         assert limits is not None
         if state.loading:
-            return None  # preempted in the step whose loads are on their way
+            return AskAgain.LOADING
         if not state.is_private(local, self.block_size):
             state.restore_exact()
         if self.finder.adopt(state, local):
-            return None  # the local hit is to be looked up again, along the adopted chain
+            return AskAgain.ADOPTED
         private = state.is_private(local, self.block_size)
         matches = self.finder.find(state, local)
         if self.finder.worth_waiting(state, matches):
-            self.stats.count_reason(Reason.WAITING_INFLIGHT)
-            return None
+            return AskAgain.IN_FLIGHT
         ready = [match for match in matches if match.sequence.ready]
         sources = [part for match in ready for part in self.pages.sources(match, state.tokens())]
         if not sources:
-            state.decline(Reason.SOURCE_EVICTED if ready else Reason.NO_MATCH)
-            return 0
+            return Reason.SOURCE_EVICTED if ready else Reason.NO_MATCH
+        if private:  # nothing is left to be paid for
+            limits = replace(limits, private_price=0.0)
         spans = cover(sources, limits.seam_tokens, self.block_size)
-        if state.mode == "paper":
-            plan = self.paper.plan(state, local, spans)
-        else:
-            price = 0.0 if private else limits.private_price
-            total = len(state.tokens())
-            priced = replace(limits, private_price=price)
-            plan = make_plan(local, spans, total, priced, self.finder.context(state).unseen_share)
-            if isinstance(plan, Plan):
-                plan = self.learning.plan(state, plan)
-        if plan is None:
-            return None  # a probe is on its way
-        if isinstance(plan, Reason):
-            state.decline(plan)
-            return 0
+        found = Found(local, spans, limits, self.finder.context(state).unseen_share)
+        plan = self.modes[state.mode].plan(state, found)
+        if not isinstance(plan, Plan):
+            return plan
         taken = self._hole_tokens()
         taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
         if not self._too_large(plan) and 0 < taken > self.spread.max_tokens - plan.hole_tokens:
-            return None  # other requests' holes fill this step
+            return AskAgain.STEP_FULL
         if not self.finder.all_written(state, plan, self.states.values()):
-            return None
+            return AskAgain.NOT_WRITTEN
         if not self.finder.hold(state, plan):
-            state.decline(Reason.NO_ROOM)
-            return 0
+            return Reason.NO_ROOM
         if not private:
             state.make_private(first_approximate(plan), self.block_size)
         state.generation = max(state.generation, generation(plan))
-        state.plan = plan
-        self._planned.append(state)
-        return plan.external_tokens
+        return plan
 
     def _hole_tokens(self) -> int:
         """Tokens of the holes that are computed in this step."""
@@ -233,8 +237,8 @@ class SchedulerHalf:
         if state.is_private(state.local, self.block_size):
             assert state.first_approximate is not None
             state.served_approximate = state.local - state.first_approximate
-        self.learning.admitted(state)
-        self.paper.admitted(state, plan)
+        if state.mode in self.modes:
+            self.modes[state.mode].admitted(state, plan)
         near.note(state, self.config, self.store.index)
         if plan is not None:
             state.declined.clear()
@@ -258,7 +262,8 @@ class SchedulerHalf:
         room = self.max_batched_tokens - output.total_num_scheduled_tokens - self._hole_tokens()
         self._ops += self.spread.next_pieces(room)
         busy = self.states or self._ops or output.total_num_scheduled_tokens
-        probes, lesson = self.paper.take_probes(), self.lessons.next_op(idle=not busy)
+        probes = [probe for mode in self.modes.values() for probe in mode.take_probes()]
+        lesson = self.lessons.next_op(idle=not busy)
         message, self._ops = StepMessage(self._ops, probes, lesson), []
         return message
 
@@ -277,7 +282,8 @@ class SchedulerHalf:
         if report.lesson >= 0:
             self._count_anchors()
         for request_id, distances in report.distances.items():
-            self.paper.on_distances(request_id, self.states.get(request_id), distances)
+            for mode in self.modes.values():
+                mode.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
             self.store.lose(
                 lost_pages, [*self.states.values(), *self._leaving.values()], self.pages
@@ -364,10 +370,10 @@ class SchedulerHalf:
             state.lesson = None
         self.store.clear(list(self.states.values()))
         self.lessons.clear()
-        self.learning.clear()
-        self.paper.clear()
+        for mode in self.modes.values():
+            mode.clear()
         self._count_anchors()
 
     def _count_anchors(self) -> None:
-        pools = (self.learning.table.counts(), self.paper.slots.counts())
+        pools = [mode.counts() for mode in self.modes.values()]
         self.stats.count_held(*map(sum, zip(*pools, strict=True)))

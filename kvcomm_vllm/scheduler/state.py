@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvcomm_vllm.scheduler.idle.lesson import Lesson
-    from kvcomm_vllm.scheduler.modes.paper.mode import Probe, Verdict
 
 
 def namespace_of(request: Request, secret: bytes) -> bytes:
@@ -56,7 +55,7 @@ class RequestState:
         planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
         lesson: what can be learned from the last plan.
         near: rows of the report about text stored in another rendering; None where not looked for.
-        probe, verdicts: what mode ``paper`` asked the workers, and what its gate said.
+        mode_data: what its mode keeps of it.
     """
 
     request: Request
@@ -93,8 +92,7 @@ class RequestState:
     planned_slots: list[str] = field(default_factory=list)
     slots: list[str] = field(default_factory=list)
     lesson: Lesson | None = None
-    probe: Probe | None = None
-    verdicts: list[Verdict] = field(default_factory=list)
+    mode_data: object | None = None
     declined: Counter[str] = field(default_factory=Counter)
     near: list[list[int | float | str]] | None = None
     _tokens: np.ndarray | None = None

@@ -42,7 +42,7 @@ def test_slots_are_learned_by_audits_and_then_corrected(learning: LLM) -> None:
         settle(learning)
     answer = hear(learning, 9)
     assert answer.report["corrected"] == answer.report["reused"] > 60
-    table = connector(learning)._scheduler.learning.table
+    table = connector(learning)._scheduler.modes["anchor"].table
     assert table.counts()[1] >= 4
 
 
@@ -50,7 +50,7 @@ def test_a_correction_brings_kv_closer_to_dense(learning: LLM) -> None:
     """What was left of the deviations of prompts that had not been seen, as the workers measured
     it.
     """
-    slots = connector(learning)._scheduler.learning.table._slots.values()
+    slots = connector(learning)._scheduler.modes["anchor"].table._slots.values()
     warm = [slot for slot in slots if slot.anchors >= 3]
     assert warm
     assert all(0 < slot.error < 0.95 for slot in warm)

@@ -59,9 +59,9 @@ def test_a_message_longer_than_all_anchors_makes_the_request_dense_and_an_anchor
     engine = make_engine(**PAPER, **ROOMY)
     warm(engine)
     assert hear(engine, 11, length=60).declined == ["learning"]
-    before = engine.half.paper.slots.counts()[1]
+    before = engine.half.modes["paper"].slots.counts()[1]
     engine.idle()
-    assert engine.half.paper.slots.counts()[1] == before + 2
+    assert engine.half.modes["paper"].slots.counts()[1] == before + 2
 
 
 def test_a_gate_that_does_not_open_makes_the_request_dense(make_engine: Make) -> None:
@@ -93,7 +93,7 @@ def test_one_message_that_is_not_shareable_makes_all_of_them_dense(make_engine: 
 def test_anchors_used_most_stay_when_the_pool_is_full(make_engine: Make) -> None:
     engine = make_engine(**PAPER, **ROOMY, paper_anchors=2, paper_window=2)
     warm(engine)
-    slots = engine.half.paper.slots
+    slots = engine.half.modes["paper"].slots
     before = {key: list(slot.pool.messages) for key, slot in slots._slots.items()}
     for number in range(20, 23):
         hear(engine, number)  # the first anchor is the near one
@@ -119,7 +119,7 @@ def test_slots_share_a_small_arena_and_the_least_used_ones_go(make_engine: Make)
     for number in range(6):
         hear(engine, number, 48)
         engine.idle()
-    assert engine.half.paper.slots.counts()[1] >= 1
+    assert engine.half.modes["paper"].slots.counts()[1] >= 1
     check_idle(engine)
 
 
@@ -138,7 +138,7 @@ def test_a_lesson_that_fails_costs_the_slots_what_they_knew(make_engine: Make) -
     hear(engine, 20, 60)
     engine.fail_lesson = lambda op: True
     engine.idle()
-    assert engine.half.paper.slots.counts() == (0, 0)
+    assert engine.half.modes["paper"].slots.counts() == (0, 0)
     assert hear(engine, 21).declined == ["learning"]
 
 
@@ -177,6 +177,8 @@ def test_the_papers_quirks_are_a_switch(make_engine: Make) -> None:
         for number in range(6):
             hear(engine, number, 48)
             engine.idle()
-        sizes[quirks] = max(len(slot.rows) for slot in engine.half.paper.slots._slots.values())
+        sizes[quirks] = max(
+            len(slot.rows) for slot in engine.half.modes["paper"].slots._slots.values()
+        )
     assert sizes[False] == 2
     assert sizes[True] > 2

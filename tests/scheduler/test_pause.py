@@ -110,7 +110,7 @@ def test_a_piece_under_way_that_is_the_last_one_still_counts(make_engine: Make) 
     engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
     assert not engine.scheduler.has_requests()
     engine.drain()
-    assert engine.half.learning.table.counts() == (1, 1)
+    assert engine.half.modes["anchor"].table.counts() == (1, 1)
     assert len(engine.half.lessons._waiting) == 2
 
 

@@ -59,7 +59,7 @@ def test_anchors_begin_anew(make_engine: Make, renew: Renew, pipeline: int) -> N
     engine.idle()
     renew(engine)
     assert hear(engine, 30).report["corrected"] == 0
-    assert engine.half.learning.table.counts() == (0, 0)
+    assert engine.half.modes["anchor"].table.counts() == (0, 0)
     for number in range(31, 35):
         hear(engine, number)
         engine.idle()
@@ -73,7 +73,7 @@ def test_another_weight_version_means_new_anchors(make_engine: Make) -> None:
     warm(engine)
     update(engine)
     assert hear(engine, 30).report["corrected"] == 0
-    assert engine.half.learning.table.counts() == (0, 0)
+    assert engine.half.modes["anchor"].table.counts() == (0, 0)
 
 
 @renewals
@@ -142,7 +142,7 @@ def test_a_report_that_comes_after_a_reset_teaches_nothing(
     engine.schedule()  # a second step is under way, too
     renew(engine)
     engine.drain()
-    assert engine.half.learning.table.counts() == (0, 0)
+    assert engine.half.modes["anchor"].table.counts() == (0, 0)
     assert counts == {"queued": 3, "dropped": 3}
 
 

@@ -179,5 +179,6 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats.count_lesson("learned")
     stats.count_taught(approximate=True)
     stats.count_held(1, 2)
+    stats.count_asked_again("in_flight")
     assert {key.split("/")[0] for key in stats.data} == set(METRICS)
     exported.observe(stats.data)  # would raise for one that has no counter

@@ -24,11 +24,13 @@ MAX_LESSONS = 64  # waiting; the oldest are dropped, their pages are the first t
 NAP_SECONDS = 2e-3  # between two looks of an engine that cannot be woken
 
 
-class Lessons:
-    """Args:
-    pages: vLLM's pages.
-    engine: says when nothing may be learned.
-    wake: ends the engine's sleep; without it the engine goes round while lessons wait.
+class LessonQueue:
+    """What is to be learned, until there is time for it.
+
+    Args:
+        pages: vLLM's pages.
+        engine: says when nothing may be learned.
+        wake: ends the engine's sleep; without it the engine goes round while lessons wait.
     """
 
     def __init__(

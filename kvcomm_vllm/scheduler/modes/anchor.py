@@ -3,45 +3,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listing
 from dataclasses import replace
 
-from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.messages import LessonOp, StepReport
+from kvcomm_vllm.messages import LessonOp, StepReport, WorkerFacts
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.idle.lesson import Lesson, TaughtSpan, base_load
-from kvcomm_vllm.scheduler.idle.lesson_queue import Lessons
 from kvcomm_vllm.scheduler.modes.anchor_table import SlotTable
-from kvcomm_vllm.scheduler.modes.places import Place, places
+from kvcomm_vllm.scheduler.modes.base import Parts
+from kvcomm_vllm.scheduler.modes.places import Place
+from kvcomm_vllm.scheduler.modes.plain import PlainMode
 from kvcomm_vllm.scheduler.spans import Plan, Source
 from kvcomm_vllm.scheduler.state import RequestState
 
 
-class Learning:
-    """Args:
-    lessons: where lessons wait.
-    block_size: tokens per page.
-    """
+class AnchorMode(PlainMode):
+    """Corrects the spans of warm slots with what lessons have taught."""
 
-    def __init__(self, config: KVCommConfig, lessons: Lessons, block_size: int) -> None:
-        self.config = config
-        self.lessons = lessons
-        self.block_size = block_size
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        config = self.config
         self.table = SlotTable(config.max_slots, config.min_anchors, config.max_anchor_error)
         self.table.set_capacity(0)
 
+    def set_capacity(self, facts: Listing[WorkerFacts]) -> None:
+        """As many slots as every rank has room for."""
+        self.table.set_capacity(min(fact.slots for fact in facts))
+
     # ---- planning --------------------------------------------------------------------------------
 
-    def plan(self, state: RequestState, plan: Plan) -> Plan | Reason:
+    def corrected(self, state: RequestState, plan: Plan, stand: list[Place]) -> Plan | Reason:
         """The plan with warm slots' spans corrected; or none, so that the request is served exactly
         and slots learn from it.
         """
-        found = places(plan, state.tokens(), state.namespace, self._known)
-        state.planned_slots = [place.key for place in found]
-        if self._note(state, plan, found) or state.hints.learn:
+        if self._note(state, plan, stand) or state.hints.learn:
             return Reason.LEARNING
-        return self._corrected(state, plan, found)
+        return self._warmed(state, plan, stand)
 
-    def _known(self, key: str) -> bool:
+    def known(self, key: str) -> bool:
         slot = self.table.get(key)
         return slot is not None and slot.anchors > 0
 
@@ -50,7 +49,7 @@ class Learning:
         the request must be served exactly for that (hint ``learn``, cold slots).
         """
         tokens, state.lesson = state.tokens(), None
-        if not self.table.capacity or state.mode != "anchor":
+        if not self.table.capacity:
             return False
         must = state.hints.learn
         taught = []
@@ -64,7 +63,7 @@ class Learning:
                 taught.append(TaughtSpan(place.key, place.start, span.source))
         if taught and (must or self.config.audits):
             end = max(span.source.end for span in taught)
-            hashes = state.taint.exact_hashes(-(-end // self.block_size))
+            hashes = state.taint.exact_hashes(-(-end // self.pages.block_size))
             number = self.lessons.number()
             state.lesson = Lesson(self, number, tokens[:end].copy(), hashes, taught)
         return must and state.lesson is not None
@@ -72,12 +71,10 @@ class Learning:
     def _may_teach(self, source: Source) -> bool:
         return not source.approximate_tokens or self.config.learn_from_approximate
 
-    def _corrected(self, state: RequestState, plan: Plan, found: list[Place]) -> Plan:
+    def _warmed(self, state: RequestState, plan: Plan, found: list[Place]) -> Plan:
         """The plan with warm slots' spans corrected, behind their shorter seam."""
         limits = state.limits
         assert limits is not None
-        if state.mode != "anchor":
-            return plan
         spans = []
         for place, span in zip(found, plan.spans, strict=True):
             slot = self.table.get(place.key)
@@ -94,9 +91,9 @@ class Learning:
             spans.append(span)
         return Plan(plan.local, tuple(spans))
 
-    def admitted(self, state: RequestState) -> None:
+    def admitted(self, state: RequestState, plan: Plan | None) -> None:
         """Its slots have occurred once more."""
-        if self.table.capacity and state.mode == "anchor":
+        if self.table.capacity:
             for key in state.planned_slots:
                 self.table.see(key).seen += 1
 
@@ -119,6 +116,9 @@ class Learning:
     def failed(self, lesson: Lesson) -> None:
         for span in lesson.spans:
             self.table.forget(span.key)
+
+    def counts(self) -> tuple[int, int]:
+        return self.table.counts()
 
     def clear(self) -> None:
         """Weights or caches were reset: nothing learned holds any more."""

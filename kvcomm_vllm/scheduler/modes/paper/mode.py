@@ -13,22 +13,27 @@ a request waits one step for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
 
-from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.messages import AnchorOp, AnchorRows, LessonOp, ProbeOp, StepReport
+from kvcomm_vllm.messages import (
+    AnchorOp,
+    AnchorRows,
+    LessonOp,
+    ProbeOp,
+    StepReport,
+    WorkerFacts,
+)
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.idle.lesson import Lesson, TaughtSpan, base_load
-from kvcomm_vllm.scheduler.idle.lesson_queue import Lessons
+from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
 from kvcomm_vllm.scheduler.modes.paper import gate
 from kvcomm_vllm.scheduler.modes.paper.slots import PaperSlot, PaperSlots
 from kvcomm_vllm.scheduler.modes.placeholders import slot_keys
 from kvcomm_vllm.scheduler.operations import source_load
-from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import stretches
 from kvcomm_vllm.scheduler.spans import Estimate, Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
@@ -76,35 +81,48 @@ class Verdict:
     decision: gate.GateDecision
 
 
-class PaperMode:
-    """Args:
-    lessons: where lessons wait.
-    pages: vLLM's pages.
-    """
+@dataclass
+class Gated:
+    """What a request keeps for this mode (``mode_data``)."""
 
-    def __init__(self, config: KVCommConfig, lessons: Lessons, pages: SourcePages) -> None:
-        self.config = config
-        self.lessons = lessons
-        self.pages = pages
+    probe: Probe | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+
+
+def gated(state: RequestState) -> Gated:
+    if not isinstance(state.mode_data, Gated):
+        state.mode_data = Gated()
+    return state.mode_data
+
+
+class PaperMode:
+    """Shares all of a prompt's messages or none, as the paper's gate says."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.config = config = parts.config
+        self.lessons = parts.lessons
+        self.pages = parts.pages
         self.slots = PaperSlots(
             config.max_slots, config.paper_anchors, config.paper_window, config.paper_quirks
         )
         self._probes: list[ProbeOp] = []
 
+    def set_capacity(self, facts: Listing[WorkerFacts]) -> None:
+        """As many rows as every rank has room for."""
+        self.slots.set_capacity(min(fact.paper_rows for fact in facts))
+
     # ---- planning --------------------------------------------------------------------------------
 
-    def plan(
-        self, state: RequestState, local: int, spans: Iterable[ReuseSpan]
-    ) -> Plan | Reason | None:
-        """All or nothing; None to be asked again when a probe has been answered."""
-        assert state.limits is not None
+    def plan(self, state: RequestState, found: Found) -> Plan | Reason | AskAgain:
+        """All or nothing, once a probe has been answered."""
+        limits = found.limits
         if not self.slots.capacity:
             return Reason.NO_PAPER_MEMORY
-        found = stretches(spans, state.limits.min_span_tokens)
-        spans = [span for stretch in found for span in stretch.spans]
+        whole = stretches(found.spans, limits.min_span_tokens)
+        spans = [span for stretch in whole for span in stretch.spans]
         if not spans:
             return Reason.TOO_SHORT
-        plan = Plan(local, tuple(spans))
+        plan = Plan(found.local, tuple(spans))
         placeholders = self._placeholders(state, plan)
         pools = [self.slots.see(p.key) for p in placeholders]
         covering = [
@@ -115,10 +133,11 @@ class PaperMode:
         if not state.hints.learn and all(len(c) >= gate.MIN_ANCHORS for c in covering):
             probe = self._probe(state, placeholders, pools, covering)
             if not probe.answered:
-                return None
+                return AskAgain.PROBE
             distances = probe.distances
-        state.verdicts = self._verdicts(placeholders, pools, covering, distances)
-        if any(verdict.decision.new_anchor for verdict in state.verdicts):
+        verdicts = self._verdicts(placeholders, pools, covering, distances)
+        gated(state).verdicts = verdicts
+        if any(verdict.decision.new_anchor for verdict in verdicts):
             state.lesson = self._lesson(state, placeholders)
             return Reason.LEARNING
         estimates = iter(
@@ -126,13 +145,13 @@ class PaperMode:
             for p, slot, covers in zip(placeholders, pools, covering, strict=True)
         )
         plan = Plan(
-            local,
+            found.local,
             tuple(
                 span if span.source.same_context else replace(span, estimate=next(estimates))
                 for span in spans
             ),
         )
-        return plan if plan.reused_tokens >= state.limits.min_reuse_tokens else Reason.TOO_LITTLE
+        return plan if plan.reused_tokens >= limits.min_reuse_tokens else Reason.TOO_LITTLE
 
     def _placeholders(self, state: RequestState, plan: Plan) -> list[Placeholder]:
         tokens = state.tokens()
@@ -153,14 +172,15 @@ class PaperMode:
     ) -> Probe:
         """The answer to this very question, or a probe that is on its way."""
         identity = [p.identity for p in placeholders]
-        known = state.probe
+        mine = gated(state)
+        known = mine.probe
         if known is not None and not known.answered:
             return known
         if known is not None and (known.identity, known.covering) == (identity, covering):
             return known
         asked = known.asked + 1 if known else 1
-        state.probe = Probe(identity, covering, asked, answered=asked > MAX_PROBES)
-        if not state.probe.answered:
+        mine.probe = probe = Probe(identity, covering, asked, answered=asked > MAX_PROBES)
+        if not probe.answered:
             spans = [
                 (source_load(p.span, self.pages.block_size), [_rows(slot)[i] for i in covers])
                 for p, slot, covers in zip(placeholders, pools, covering, strict=True)
@@ -168,7 +188,7 @@ class PaperMode:
             blocks = [block for p in placeholders for block in p.span.source.blocks]
             self.pages.hold(_holder(state.id), blocks, needed=0)
             self._probes.append(ProbeOp(state.id, spans))
-        return state.probe
+        return probe
 
     def take_probes(self) -> list[ProbeOp]:
         """What is to be asked in this step."""
@@ -180,8 +200,9 @@ class PaperMode:
     ) -> None:
         """A probe's answer; ``state`` is None if the request is gone."""
         self.pages.release(_holder(request_id))
-        if state is not None and state.probe is not None:
-            state.probe.answered, state.probe.distances = True, found
+        probe = gated(state).probe if state is not None else None
+        if probe is not None:
+            probe.answered, probe.distances = True, found
 
     def _verdicts(
         self,
@@ -238,7 +259,8 @@ class PaperMode:
 
     def admitted(self, state: RequestState, plan: Plan | None) -> None:
         """The request is served as planned: what the gate said counts now."""
-        verdicts, state.verdicts = state.verdicts, []
+        mine = gated(state)
+        verdicts, mine.verdicts = mine.verdicts, []
         for verdict in verdicts:
             pool = self.slots.see(verdict.key).pool
             pool.predict(verdict.message, verdict.decision.new_anchor)
@@ -263,6 +285,9 @@ class PaperMode:
     def failed(self, lesson: Lesson) -> None:
         for span in lesson.spans:
             self.slots.forget(span.key)
+
+    def counts(self) -> tuple[int, int]:
+        return self.slots.counts()
 
     def clear(self) -> None:
         """Weights or caches were reset: nothing learned holds any more."""
