@@ -22,7 +22,7 @@ READY := $(VENV)/.kvcomm-ready
 MODEL_FILES := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model model-gemma demo test soak lint format bench clean
+.PHONY: help setup model model-gemma demo test test-fast soak lint format bench clean
 
 help: ## this list
 	@echo 'make TARGET [MODEL=folder-or-huggingface-id] [ARGS="..."] [VENV=.venv] [PYTHON=python3.11]'
@@ -50,7 +50,10 @@ demo: $(READY) $(MODEL_FILES) ## five agents on one question, with kvcomm and as
 	$(BIN)/kvcomm demo --model $(MODEL) $(ARGS)
 
 test: $(READY) $(SMOLLM2)/config.json ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --durations=10 $(ARGS)
+
+test-fast: $(READY) ## what needs no engine and no server
+	$(BIN)/python -m pytest -m 'not engine and not http and not slow and not soak' --durations=10 $(ARGS)
 
 soak: $(READY) $(SMOLLM2)/config.json ## ten minutes of everything at once; SECONDS=600 SEED=number
 	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(BIN)/python -m pytest tests/soak -m soak $(ARGS)

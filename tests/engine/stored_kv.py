@@ -35,7 +35,7 @@ def first_layer(llm: LLM, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor
     pages = [scheduler.pages.lookup(block_hash).block_id for block_hash in sequence.block_hashes]
     worker: Any = get_kv_transfer_group()._worker
     slots = slots_of(pages, 0, len(sequence.tokens), scheduler.block_size)
-    return packing.read(worker.groups[0].pages, 0, torch.from_numpy(slots))
+    return packing.read(worker.equipment.groups[0].pages, 0, torch.from_numpy(slots))
 
 
 @contextmanager

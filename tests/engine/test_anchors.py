@@ -70,7 +70,7 @@ def test_lessons_change_no_exact_answer(learning: LLM, plain: LLM) -> None:
 def test_learning_reads_pages_and_writes_none_that_anyone_can_find(learning: LLM) -> None:
     """All cached pages are the same, bit for bit, before and after a lesson."""
     hear(learning, 50)
-    pages = get_kv_transfer_group()._worker.groups[0].pages.layers
+    pages = get_kv_transfer_group()._worker.equipment.groups[0].pages.layers
     pool = core(learning).scheduler.kv_cache_manager.block_pool
     cached = [block.block_id for block in pool.blocks if block.block_hash is not None]
     before = [layer[cached].clone() for layer in pages]
@@ -84,8 +84,7 @@ def test_learning_reads_pages_and_writes_none_that_anyone_can_find(learning: LLM
 def test_a_lesson_that_fails_leaves_the_engine_serving(
     learning: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    anchors = get_kv_transfer_group()._worker.anchors
-    assert anchors is not None
+    anchors = get_kv_transfer_group()._worker.equipment.corrections["anchor"]
 
     def broken(op: object) -> list[list[float]]:
         raise RuntimeError("no more memory")

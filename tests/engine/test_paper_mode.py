@@ -63,8 +63,7 @@ def test_dense_answers_are_those_of_plain_vllm(paper: LLM, plain: LLM) -> None:
 def test_a_probe_that_fails_leaves_the_request_dense(
     paper: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arena = get_kv_transfer_group()._worker.paper
-    assert arena is not None
+    arena = get_kv_transfer_group()._worker.equipment.corrections["paper"]
 
     def broken(*args: object) -> list[float]:
         raise RuntimeError("no more memory")
@@ -78,7 +77,7 @@ def test_a_probe_that_fails_leaves_the_request_dense(
 def test_an_estimate_that_fails_is_computed_by_vllm(
     paper: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arena = get_kv_transfer_group()._worker.paper
+    arena = get_kv_transfer_group()._worker.equipment.corrections["paper"]
 
     def broken(*args: object) -> None:
         raise RuntimeError("no more memory")

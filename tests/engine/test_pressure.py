@@ -2,6 +2,7 @@
 """Memory pressure, failures and aborts cost time, never an answer."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from engines import ask, connector, core, make_engine, text
@@ -69,8 +70,10 @@ def test_a_failed_load_is_computed_and_gives_the_dense_answer(
 
     ask(small, text(230, 40) + SHARED + TAIL)
     prompt = text(231, 40) + SHARED + TAIL
-    target = worker if broken == "kernel" else worker.side_forward
-    monkeypatch.setattr(target, "kernel" if broken == "kernel" else "run", fail)
+    if broken == "kernel":
+        monkeypatch.setattr(worker, "ready", replace(worker.equipment, kernel=fail))
+    else:
+        monkeypatch.setattr(worker.equipment.side_forward, "run", fail)
     answer = ask(small, prompt)[0]
     assert answer.report["declined"] == {"load_failed": 1}
     assert answer.report["reused"] == 0

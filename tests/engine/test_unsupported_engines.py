@@ -17,7 +17,7 @@ from vllm.model_executor.models.llama import LlamaAttention
 
 from kvcomm_vllm import compat
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
-from kvcomm_vllm.worker import half, kv_view, load
+from kvcomm_vllm.worker import equipment, kv_view, load
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -45,7 +45,7 @@ def kernel_that_forgets_to_rotate(patch: pytest.MonkeyPatch) -> None:
 
         return kernel
 
-    patch.setattr(half, "load_kernel", wrong)
+    patch.setattr(equipment, "load_kernel", wrong)
 
 
 def pages_packed_differently(patch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def start_that_raises(patch: pytest.MonkeyPatch) -> None:
     def build(*_: object) -> None:
         raise KeyError("kv_cache")
 
-    patch.setattr(half, "build_groups", build)
+    patch.setattr(equipment, "build_groups", build)
 
 
 def nothing(patch: pytest.MonkeyPatch) -> None:

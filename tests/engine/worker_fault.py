@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -14,11 +15,11 @@ class FaultyLoad:
     def break_load(self, rank: int) -> None:
         if self.rank == rank:
             half = self._half()
-            half.whole_kernel, half.kernel = half.kernel, _fail
+            half.whole, half.ready = half.ready, replace(half.equipment, kernel=_fail)
 
     def mend_load(self) -> None:
         half = self._half()
-        half.kernel = getattr(half, "whole_kernel", half.kernel)
+        half.ready = getattr(half, "whole", half.ready)
 
     def load_facts(self) -> tuple[str | None, str]:
         """Why reuse is off on this rank, if it is, and what its pages look like."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from engine_without_worker import EngineWithoutWorker
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from test_random_scripts import Crowd, engines, play, thorough
 from vllm.v1.core.sched.interface import PauseState
 
 Make = Callable[..., EngineWithoutWorker]
+
+pytestmark = pytest.mark.slow
 
 
 class OperatedCrowd(Crowd):

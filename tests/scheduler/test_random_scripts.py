@@ -15,6 +15,8 @@ from scripts import words
 
 Make = Callable[..., EngineWithoutWorker]
 
+pytestmark = pytest.mark.slow
+
 
 class Crowd:
     """Agents that quote shared messages, answer, continue conversations, retry, and hang up."""

@@ -13,6 +13,7 @@ from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.messages import AnchorOp, AnchorRows, EstimateOp, LoadOp
+from kvcomm_vllm.worker.corrections.base import Ground
 from kvcomm_vllm.worker.corrections.paper import PaperArena
 from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.rope import Rope
@@ -33,7 +34,7 @@ def group() -> LayerGroup:
 @pytest.fixture
 def arena(group: LayerGroup) -> PaperArena:
     config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
-    return PaperArena([group], config, PAGE, allowed=True)
+    return PaperArena(Ground([group], config, PAGE, alone=True, single=True))
 
 
 def blocks(first: int, tokens: int) -> list[int]:
@@ -143,7 +144,7 @@ def test_the_first_layer_is_left_as_it_is(group: LayerGroup, arena: PaperArena) 
 
 def test_several_ranks_mean_no_anchors(group: LayerGroup) -> None:
     config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
-    assert PaperArena([group], config, PAGE, allowed=False).rows == 0
+    assert PaperArena(Ground([group], config, PAGE, alone=True, single=False)).room == 0
 
 
 def test_text_behind_that_the_nearest_anchor_does_not_know_is_still_a_number(

@@ -24,6 +24,7 @@ from kvcomm_vllm.messages import AnchorOp, AnchorRows, LoadOp
 from kvcomm_vllm.scheduler.modes.paper.gate import covering_anchors
 from kvcomm_vllm.scheduler.modes.paper.pool import PaperPool
 from kvcomm_vllm.worker.corrections import paper_formulas as paper
+from kvcomm_vllm.worker.corrections.base import Ground
 from kvcomm_vllm.worker.corrections.paper import PaperArena
 from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.rope import Rope
@@ -193,7 +194,7 @@ def check_entry(case: Case, prefix: str, consumer: str, here: tuple[int, int], e
     none = torch.zeros(4 * len(pages), 0)
     group = LayerGroup((), cache.group, Rope(none, none, False), None)
     config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
-    arena = PaperArena([group], config, 4, allowed=True)
+    arena = PaperArena(Ground([group], config, 4, alone=True, single=True))
     rows = AnchorRows(3, tokens, end - here[1])
     at = LoadOp(pages, here[0], 0, len(base[0]) + here[0], tokens)
     arena.keep(pages, AnchorOp(at, rows))

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Listing
 
 import torch
 
-from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import Rotation
 from kvcomm_vllm.kernels.reference import turn_keys
-from kvcomm_vllm.messages import LessonOp, LoadOp
+from kvcomm_vllm.messages import LessonOp, LoadOp, ProbeOp, RequestOps
+from kvcomm_vllm.worker.corrections.base import Ground
 from kvcomm_vllm.worker.corrections.residual import (
     ErrorSums,
     ResidualArena,
@@ -20,22 +21,27 @@ from kvcomm_vllm.worker.corrections.residual import (
     slot_bytes,
 )
 from kvcomm_vllm.worker.kv_view import LayerGroup
-from kvcomm_vllm.worker.load import CorrectKernel, TokenMoves, correct_kernel, slots_of
+from kvcomm_vllm.worker.load import (
+    CorrectKernel,
+    TokenMoves,
+    correct_kernel,
+    slot_indices,
+    slots_of,
+    token_moves,
+)
 
 
 class Anchors:
     """One arena per layer group, as many slots as the configured memory holds; none where even one
-    slot does not fit, or where the mode asks for none.
-
-    Args:
-        allowed: False where a forward of one engine alone would hang (data parallelism).
+    slot does not fit, or where the mode asks for none, or where a forward of one engine alone would
+    hang (data parallelism).
     """
 
-    def __init__(
-        self, groups: list[LayerGroup], config: KVCommConfig, block_size: int, allowed: bool = True
-    ) -> None:
-        self.groups = groups
-        self.block_size = block_size
+    def __init__(self, ground: Ground) -> None:
+        self.config = config = ground.config
+        self.groups = groups = ground.groups
+        self.block_size = ground.block_size
+        self.device = groups[0].pages.layers[0].device
         self.judged_from = config.anchor_seam_tokens
         settings = ResidualSettings(
             config.head_tokens,
@@ -51,13 +57,14 @@ class Anchors:
         self.bytes_per_slot = sum(
             slot_bytes(group, skip, settings) for group, skip in zip(pages, skips, strict=True)
         )
-        memory = config.anchor_memory_mb * 2**20 if config.mode == "anchor" and allowed else 0
-        self.slots = min(memory // self.bytes_per_slot, config.max_slots)
+        wanted = config.mode == "anchor" and ground.alone and ground.memory
+        memory = config.anchor_memory_mb * 2**20 if wanted else 0
+        self.room = min(memory // self.bytes_per_slot, config.max_slots)
         self.arenas: list[ResidualArena] = []
         self.kernel: CorrectKernel | None = None
-        if self.slots:
+        if self.room:
             self.arenas = [
-                ResidualArena(group, self.slots, settings, skip)
+                ResidualArena(group, self.room, settings, skip)
                 for group, skip in zip(pages, skips, strict=True)
             ]
             self.kernel = correct_kernel(
@@ -68,7 +75,26 @@ class Anchors:
                 ]
             )
 
-    def load(self, entry: int, mapped: bool, slot_index: torch.Tensor, moves: TokenMoves) -> None:
+    def describe(self) -> str:
+        if self.config.mode != "anchor":
+            return ""
+        return f"; anchors of {self.room} slots of {self.bytes_per_slot / 2**20:.1f} MB each"
+
+    def load(self, requests: Listing[RequestOps]) -> None:
+        """The loads of warm slots, a slot at a time."""
+        kinds: dict[tuple[int, bool], list[tuple[list[int], LoadOp]]] = {}
+        for ops in requests:
+            for load in ops.loads:
+                if load.entry >= 0:
+                    kinds.setdefault((load.entry, load.mapped), []).append((ops.block_ids, load))
+        for (entry, mapped), pairs in kinds.items():
+            moves = token_moves(pairs, self.block_size, self.device)
+            self._load(entry, mapped, slot_indices(pairs, self.device), moves)
+
+    def distances_of(self, probe: ProbeOp) -> list[list[float]] | None:
+        return None
+
+    def _load(self, entry: int, mapped: bool, slot_index: torch.Tensor, moves: TokenMoves) -> None:
         """Load tokens of one slot with its correction; ``slot_index`` int32 ``[tokens]``."""
         assert self.kernel is not None
         for group, arena in zip(self.groups, self.arenas, strict=True):

@@ -13,12 +13,20 @@ from itertools import pairwise
 
 import torch
 
-from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.deviation import AnchorSum, DistanceSums
 from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.kernels.reference import turn_keys
-from kvcomm_vllm.messages import AnchorOp, AnchorRows, EstimateOp, LoadOp
+from kvcomm_vllm.messages import (
+    AnchorOp,
+    AnchorRows,
+    EstimateOp,
+    LessonOp,
+    LoadOp,
+    ProbeOp,
+    RequestOps,
+)
+from kvcomm_vllm.worker.corrections.base import Ground
 from kvcomm_vllm.worker.corrections.paper_formulas import (
     channel_distances,
     softmax_weights,
@@ -74,25 +82,24 @@ class Layer:
 
 
 class PaperArena:
-    """As many rows as the configured memory holds; none where this mode cannot work.
-
-    Args:
-        allowed: False with several ranks: weights need sums over all heads.
+    """As many rows as the configured memory holds; none with several ranks, since weights need sums
+    over all heads.
     """
 
-    def __init__(
-        self, groups: list[LayerGroup], config: KVCommConfig, block_size: int, allowed: bool
-    ) -> None:
-        self.block_size = block_size
+    def __init__(self, ground: Ground) -> None:
+        self.config = config = ground.config
+        groups = ground.groups
+        self.block_size = ground.block_size
         self.temperature = config.paper_temperature
         # the model's first layer has no deviation: its K and V follow from token and position
         skips = [int(number == 0) for number in range(len(groups))]
         self.row_bytes = sum(
             _row_bytes(group.pages, skip) for group, skip in zip(groups, skips, strict=True)
         )
-        self.rows = config.paper_memory_mb * 2**20 // self.row_bytes if allowed else 0
+        memory = config.paper_memory_mb * 2**20 if ground.single and ground.memory else 0
+        self.room = memory // self.row_bytes
         self.parts = [
-            GroupArena(group, self.rows, skip) for group, skip in zip(groups, skips, strict=True)
+            GroupArena(group, self.room, skip) for group, skip in zip(groups, skips, strict=True)
         ]
         pages = [group.pages for group in groups]
         self.device = pages[0].layers[0].device
@@ -100,9 +107,29 @@ class PaperArena:
         self.elements = sum(p.kv_heads * p.head_dim * len(p.layers) for p in pages)
         self.distance: DistanceKernel | None = None
         self.correct: CorrectKernel | None = None
-        if self.rows:
+        if self.room:
             self.distance = distance_kernel([(p.group.pages, p.base.dtype) for p in self.parts])
             self.correct = correct_kernel([(p.group.pages, _example(p)) for p in self.parts])
+
+    def describe(self) -> str:
+        if not self.config.paper_memory_mb:
+            return ""
+        return f"; anchors of mode paper: {self.room} tokens"
+
+    def load(self, requests: Sequence[RequestOps]) -> None:
+        """Messages and the text behind them, one after another."""
+        for ops in requests:
+            for op in ops.estimates:
+                self.estimate(ops.block_ids, op)
+
+    def distances_of(self, probe: ProbeOp) -> list[list[float]] | None:
+        return [self.distances(load, anchors) for load, anchors in probe.spans]
+
+    def learn(self, lesson: LessonOp) -> list[list[float]]:
+        """Keep a lesson's messages; there is nothing to judge them by."""
+        for op in lesson.anchors:
+            self.keep(lesson.block_ids, op)
+        return []
 
     @property
     def layers(self) -> Iterator[Layer]:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker works with, found and checked once its KV cache exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcomm_vllm import compat
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.messages import WorkerFacts
+from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.worker.checks.model_check import unrotated_layers
+from kvcomm_vllm.worker.checks.self_check import self_check
+from kvcomm_vllm.worker.checks.unsupported import Unsupported
+from kvcomm_vllm.worker.corrections.base import Correction, Ground
+from kvcomm_vllm.worker.corrections.registry import reserve
+from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups
+from kvcomm_vllm.worker.load import LoadKernel, load_kernel
+from kvcomm_vllm.worker.side_forward import SideForward
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """Args:
+    groups: layers whose pages are laid out alike, and are rotated alike.
+    kernel: moves and rotates.
+    side_forward: computes holes.
+    corrections: by mode.
+    """
+
+    groups: list[LayerGroup]
+    kernel: LoadKernel
+    side_forward: SideForward
+    corrections: dict[str, Correction]
+
+    @property
+    def device(self) -> torch.device:
+        return self.groups[0].pages.layers[0].device
+
+
+def equip(
+    runner: Any | None, vllm_config: Any, config: KVCommConfig, block_size: int
+) -> tuple[Equipment, WorkerFacts]:
+    """Learn the layout of the KV cache, check it, and reserve memory for anchors.
+
+    Raises:
+        Unsupported: this model or its pages cannot be served with reuse.
+    """
+    if runner is None:
+        raise Unsupported(Reason.UNKNOWN_BACKEND, "the model runner was not found")
+    layers = compat.attention_layers(vllm_config)
+    groups = build_groups(layers, runner.model)
+    device = groups[0].pages.layers[0].device
+    if device.type == "cpu":
+        compat.allow_amx()
+    kernel, side_forward = load_kernel(device), SideForward(runner, block_size)
+    parallel = vllm_config.parallel_config
+    alone = parallel.data_parallel_size == 1
+    with torch.inference_mode():
+        if config.self_check:
+            # The model first: it is the check with collectives, so no rank may fail before it alone
+            unrotated = unrotated_layers(groups, block_size, kernel, side_forward)
+            if unrotated:
+                groups = build_groups(layers, runner.model, unrotated)
+            self_check(groups, block_size, kernel)
+        single = alone and parallel.tensor_parallel_size == 1
+        corrections, said = reserve(Ground(groups, config, block_size, alone, single))
+    facts = WorkerFacts(
+        None,
+        "",
+        _summary(groups, block_size) + said,
+        slots=corrections["anchor"].room,
+        paper_rows=corrections["paper"].room,
+    )
+    return Equipment(groups, kernel, side_forward, corrections), facts
+
+
+def _summary(groups: list[LayerGroup], block_size: int) -> str:
+    pages, count = groups[0].pages, sum(len(group.layers) for group in groups)
+    dtype = str(pages.layers[0].dtype).removeprefix("torch.")
+    return (
+        f"{count} layers in {len(groups)} group(s), {pages.kv_heads} KV heads of "
+        f"{pages.head_dim}, {dtype}, {pages.packing.value} pages of {block_size}"
+    )
