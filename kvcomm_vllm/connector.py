@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The connector vLLM sees: a facade that hands each call to the half it is for.
 
-The data path, top down: ``scheduler/half.py`` plans a request (``index`` -> ``pages`` ->
-``planner`` -> ``taint``) and sends a ``messages.StepMessage`` with the step; ``worker/half.py``
-carries it out before vLLM's forward (``load`` -> ``side_forward``).
+The data path, top down: ``scheduler/half.py`` plans a request (``sources`` -> ``index`` ->
+``pages`` -> ``cover`` -> ``modes`` -> ``planner`` -> ``taint`` -> ``operations``) and sends a
+``messages.StepMessage`` with the step; ``worker/half.py`` carries it out before vLLM's forward
+(``load`` -> ``corrections`` -> ``side_forward``).
 """
 
 from __future__ import annotations
