@@ -53,8 +53,9 @@ def measure(
     for some in batches(rehearsed):
         bench.rehearse(rehearsed[some])
     dense: list[Dense] = []
+    salt = f"dense {next(_salts)}"  # a prefix hit rounds otherwise
     for some in batches(study.scored):
-        dense += dense_answers(bench, study.scored[some], tokens)
+        dense += dense_answers(bench, study.scored[some], tokens, salt)
     found: list[Score] = []
     for point in points:
         mode, anchors = point

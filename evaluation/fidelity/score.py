@@ -61,13 +61,13 @@ class Score:
     anchor_mb: float = 0.0
 
 
-def dense_answers(bench: Bench, cases: Sequence[Case], tokens: int) -> list[Dense]:
+def dense_answers(bench: Bench, cases: Sequence[Case], tokens: int, salt: str) -> list[Dense]:
     """The exact greedy answers, of ``tokens``, and what they come down to at their full length."""
     heard = []
     for case in cases:
         prompt = bench.script(case).prompts[-1]
-        heard.append(bench.run(prompt, DENSE, "dense", tokens=tokens, listen=tokens))
-    meanings = said(bench, cases, DENSE, "dense", tokens)
+        heard.append(bench.run(prompt, DENSE, salt, tokens=tokens, listen=tokens))
+    meanings = said(bench, cases, DENSE, salt, tokens)
     return [Dense(run.tokens, run.steps, found) for run, found in zip(heard, meanings, strict=True)]
 
 

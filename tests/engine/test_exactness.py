@@ -10,7 +10,7 @@ from engines import Answer, ask, core, make_engine, text
 from stored_kv import first_layer
 from vllm import LLM
 
-from kvcomm_vllm.scheduler import half
+from kvcomm_vllm.scheduler.modes import plain as plain_mode
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 pytestmark = pytest.mark.engine
@@ -33,7 +33,7 @@ PROMPTS = [text(seed, 60 + seed) + SHARED + TAIL for seed in (3, 4, 5)]
 
 def check_holes(llm: LLM, truth: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
     ask(llm, text(2, 70) + SHARED + TAIL)
-    monkeypatch.setattr(half, "make_plan", holes_only)
+    monkeypatch.setattr(plain_mode, "make_plan", holes_only)
     answers = ask(llm, *PROMPTS, tokens=12)
     for answer, dense in zip(answers, truth, strict=True):
         assert answer.report["computed"] == answer.report["prompt_tokens"] - answer.report["local"]
