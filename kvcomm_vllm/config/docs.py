@@ -27,9 +27,32 @@ Keys of the YAML file given with `--kvcomm-config`, and of `kv_connector_extra_c
 `--kv-transfer-config`. An unknown key, a wrong type or a value out of range is refused at start.
 Generated from `kvcomm_vllm/config/config.py`.
 
-| Key | Default | Allowed | Meaning |
-|---|---|---|---|
+Most people need four: `mode`, `seam_tokens`, `anchor_memory_mb` and `report`.
 """
+_HEAD = "| Key | Default | Allowed | Meaning |\n|---|---|---|---|\n"
+
+# Every key stands in one group; a test sees to that.
+GROUPS = {
+    "What most people need": ("mode", "seam_tokens", "anchor_memory_mb", "report"),
+    "Which requests": ("default_on", "self_check"),
+    "What is worth reusing": (
+        *("min_span_tokens", "min_reuse_tokens", "min_reuse_share", "private_price"),
+        *("max_unseen_share", "reuse_approximate", "max_hole_tokens", "share_inflight_seconds"),
+    ),
+    "What is remembered": ("window_tokens", "max_sequences", "keep_last_page"),
+    "Anchors: when they are learned and used": (
+        *("anchor_seam_tokens", "min_anchors", "max_anchors", "max_anchor_error"),
+        *("bootstrap_requests", "audits", "audit_idle_seconds", "audit_tokens", "audit_share"),
+        *("learn_from_approximate", "max_slots"),
+    ),
+    "Constants of the estimator (leave them alone)": (
+        *("head_tokens", "mean_prior", "ridge", "ridge_tokens", "map_inputs", "map_rank"),
+    ),
+    "Mode paper": (
+        *("paper_memory_mb", "paper_anchors", "paper_gamma", "paper_top_p"),
+        *("paper_temperature", "paper_window", "paper_quirks"),
+    ),
+}
 
 _REASONS_HEADER = """\
 # Why something was not reused
@@ -50,12 +73,14 @@ def render_yaml() -> str:
 
 
 def render_config_table() -> str:
-    """The text of ``docs/config.md``: one row per key."""
-    rows = [
-        f"| `{name}` | `{_plain(key.default)}` | {key.allowed} | {key.doc} |\n"
-        for name, key in keys().items()
-    ]
-    return _TABLE_HEADER + "".join(rows)
+    """The text of ``docs/config.md``: a table per group, a row per key."""
+    known, parts = keys(), [_TABLE_HEADER]
+    for title, names in GROUPS.items():
+        parts.append(f"\n## {title}\n\n{_HEAD}")
+        for name in names:
+            key = known[name]
+            parts.append(f"| `{name}` | `{_plain(key.default)}` | {key.allowed} | {key.doc} |\n")
+    return "".join(parts)
 
 
 def render_reasons_table() -> str:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm_vllm.config import MAX_PROBLEMS, ConfigError, KVCommConfig, keys
-from kvcomm_vllm.config.docs import generated
+from kvcomm_vllm.config.docs import GROUPS, generated
 from kvcomm_vllm.config.file import load_file
 from kvcomm_vllm.config.key import Key
 from kvcomm_vllm.wording import shown
@@ -181,6 +181,11 @@ def test_the_log_line_marks_what_differs_from_the_default() -> None:
 def test_combinations_that_defeat_themselves_are_warned_about() -> None:
     assert KVCommConfig().warnings() == ()
     assert "window_tokens=64" in KVCommConfig(window_tokens=64).warnings()[0]
+
+
+def test_every_key_stands_in_one_group_of_the_docs() -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(keys())
 
 
 @pytest.mark.parametrize("path", generated(ROOT), ids=lambda path: path.name)
