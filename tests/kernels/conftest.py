@@ -70,3 +70,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     line = {"id": report.nodeid, "outcome": report.outcome, "text": report.longreprtext}
     with Path(target).open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreting and compiling takes minutes: not for the fast lane."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.slow)
