@@ -353,7 +353,7 @@ _ALL_KEYS = "all keys are in docs/config.md and in `vllm serve --help=KVCommConf
 def _nearest(name: object, known: Mapping[str, Key]) -> str:
     if not isinstance(name, str) or len(name) > 2 * max(map(len, known)):
         return ""  # the search takes time that grows with the square of the name
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), known)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, cutoff=0.8)
     return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 
 

@@ -29,7 +29,7 @@ WORDS = 1200
 LAST_SECONDS = 20  # for the engine's loop to end; all lessons together take longer
 
 # token by token: a lesson takes a thousand steps, and none ends while these tests run
-CONFIG = "mode: anchor\naudit_idle_seconds: 0.1\naudit_tokens: 1\n"
+CONFIG = "mode: anchor\nreport: full\naudit_idle_seconds: 0.1\naudit_tokens: 1\n"
 
 
 @pytest.fixture(scope="module")
