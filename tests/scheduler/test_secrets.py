@@ -72,6 +72,7 @@ def test_the_attack_works_where_the_report_tells_all(server_of: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"report": "auto"}, {"report": "coarse"}, {"report": "off"}])
+@pytest.mark.slow
 def test_a_number_behind_known_text_is_not_found_digit_by_digit(
     server_of: Any, settings: dict[str, Any]
 ) -> None:
