@@ -94,7 +94,8 @@ def let_go_before_resets(scheduler: Any, let_go: Callable[[], list[Request]]) ->
     """Let requests whose KV arrives over several steps begin anew when running requests are reset.
 
     vLLM sets running requests back, and raises where others wait for their KV. ``let_go`` returns
-    those of which nothing is on its way; to vLLM their load has then failed from the first token.
+    those that do not run and of which nothing is on its way; to vLLM their load has then failed
+    from the first token.
     """
     from vllm.v1.request import RequestStatus
 
@@ -106,8 +107,6 @@ def let_go_before_resets(scheduler: Any, let_go: Callable[[], list[Request]]) ->
             if request.is_finished():
                 scheduler._free_blocks(request)
                 continue
-            if request.status == RequestStatus.RUNNING:
-                continue  # vLLM's own turn
             request.num_computed_tokens = 0
             scheduler.kv_cache_manager.free(request)
             if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:

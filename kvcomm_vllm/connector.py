@@ -71,11 +71,11 @@ class KVCommConnector(KVConnectorBase_V1):
             budget = vllm_config.scheduler_config.max_num_batched_tokens
             # until workers report
             off = self._off.reason if self._off else Reason.DISABLED_AT_START
-            engine = EngineState(compat.find_scheduler(), compat.find_engine())
+            self._vllm_scheduler = compat.find_scheduler()
+            engine = EngineState(self._vllm_scheduler, compat.find_engine())
             self._scheduler = SchedulerHalf(
                 self.config, block_size, budget, off, engine, compat.find_wake_up()
             )
-            self._vllm_scheduler = compat.find_scheduler()
             if self._vllm_scheduler is not None:
                 compat.let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
                 if self.config.report != "off":

@@ -204,13 +204,12 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     """What a worker found out at start: ``reason`` is None when reuse works there, else why not.
 
     ``engine`` is the id of the engine it belongs to: vLLM keeps one connector per process, so the
-    second engine of a process would be answered by the first one's worker. ``slots`` is the number
-    of slots whose anchors fit into the arena, ``paper_rows`` that of tokens for mode ``paper``.
+    second engine of a process would be answered by the first one's worker. ``rooms``: by mode,
+    how much of what it learns can be kept there (slots, rows); empty where reuse does not work.
     """
 
     reason: str | None
     detail: str
     summary: str
     engine: str = ""
-    slots: int = 0
-    paper_rows: int = 0
+    rooms: dict[str, int] = field(default_factory=dict)

@@ -48,9 +48,7 @@ METRICS = {
         "Finished requests: reused, declined, off; failed is a load that failed, aborted a request "
         "that ended (its client hung up) before it was served with or without reuse.",
     ),
-    "reasons": Metric(
-        "vllm:kvcomm_reasons", "reason", "Why requests, or attempts to plan them, were not reused."
-    ),
+    "reasons": Metric("vllm:kvcomm_reasons", "reason", "Why finished requests reused nothing."),
     "asked_again": Metric(
         "vllm:kvcomm_asked_again",
         "why",
@@ -95,8 +93,8 @@ class KVCommStats(KVConnectorStats):
         key = f"{metric}/{label}"
         self.data[key] = self.data.get(key, 0) + amount
 
-    def count_reason(self, reason: Reason) -> None:
-        self._add("reasons", reason.value)
+    def count_reason(self, reason: str) -> None:
+        self._add("reasons", reason)
 
     def count_asked_again(self, why: str) -> None:
         self._add("asked_again", why)
@@ -126,7 +124,7 @@ class KVCommStats(KVConnectorStats):
                 if tokens:
                     self._add("tokens", label, tokens)
         for reason in state.declined:
-            self._add("reasons", reason)
+            self.count_reason(reason)
         self._add("requests", state.outcome)
 
     def take(self) -> KVCommStats | None:

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvcomm_vllm.evaluation.cases.table import words
+
 _COLUMNS = ["case", "#", "prompt", "cached", "now", "KL", "now", "top kept", "now", "said now"]
 _SUMS = {
     "compared": "compared, since they used KV of others",
@@ -22,11 +24,12 @@ _SUMS = {
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Sums, then a row per request of the later run; what a report does not say stays empty."""
-    sums = [["", "before", "now"], ["---"] * 3]
-    for key, words in _SUMS.items():
-        sums.append([words, str(before["summary"][key]), str(after["summary"][key])])
+    sums = [
+        [told, str(before["summary"][key]), str(after["summary"][key])]
+        for key, told in _SUMS.items()
+    ]
     earlier = {(row["case"], row["number"]): row for row in before["requests"]}
-    rows = [_COLUMNS, ["---"] * len(_COLUMNS)]
+    rows = []
     for row in after["requests"]:
         old = earlier.get((row["case"], row["number"]), {})
         pairs = [(_cached(r), _kl(r), _top(r)) for r in (old, row)]
@@ -34,8 +37,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
         said = "; ".join(word for word in [row["declined"], *row["faults"]] if word)
         prompt = "" if row["prompt"] is None else str(row["prompt"])
         rows.append([row["case"], str(row["number"]), prompt, *columns, said])
-    tables = ("\n".join("| " + " | ".join(row) + " |" for row in table) for table in (sums, rows))
-    return "\n\n".join(tables) + "\n"
+    tables = words("Sums", ["", "before", "now"], sums), words("Requests", _COLUMNS, rows)
+    return "\n\n".join(table.markdown() for table in tables) + "\n"
 
 
 def _cached(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcomm_vllm.evaluation.cases.judge import Verdict
+from kvcomm_vllm.evaluation.report.table import Table
 
 _COUNTS = ("prompt", "local", "reused", "computed", "approximate")
 _COLUMNS = ["case", "#", "HTTP", *_COUNTS, "KL", "top", "said"]
@@ -15,15 +16,19 @@ _COLUMNS = ["case", "#", "HTTP", *_COUNTS, "KL", "top", "said"]
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
     """A row per request; ``top`` is OTHER where dense's likeliest token was clear, and lost."""
-    rows = [_COLUMNS, ["---"] * len(_COLUMNS)]
+    rows = []
     for v in verdicts:
         counts = (v.prompt, v.local, v.reused, v.computed, v.from_approximate)
         kl = "" if v.kl is None else f"{v.kl:.4f}"
-        words = [v.declined, *v.faults]
         shown = ("" if count is None else str(count) for count in counts)
-        said = "; ".join(word for word in words if word)
+        said = "; ".join(word for word in [v.declined, *v.faults] if word)
         rows.append([v.case, str(v.number), str(v.status), *shown, kl, _top(v), said])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return words("A row per request", _COLUMNS, rows).markdown()
+
+
+def words(title: str, head: list[str], rows: list[list[str]]) -> Table:
+    """A table whose cells are all words."""
+    return Table(title, "", head, rows, labels=len(head))
 
 
 def _top(verdict: Verdict) -> str:

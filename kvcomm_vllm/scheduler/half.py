@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm import compat
 from kvcomm_vllm.config import KVCommConfig
@@ -29,7 +30,7 @@ from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.idle.lesson_queue import LessonQueue
 from kvcomm_vllm.scheduler.index import SequenceIndex
 from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
-from kvcomm_vllm.scheduler.modes.registry import make_modes
+from kvcomm_vllm.scheduler.modes.registry import Modes
 from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import first_approximate, generation
@@ -96,13 +97,12 @@ class SchedulerHalf:
         self.pages = SourcePages(pool, self.block_size)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
         self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
-        self.modes = make_modes(Parts(self.config, self.lessons, self.pages))
+        self.modes = Modes(Parts(self.config, self.lessons, self.pages))
 
     def workers_ready(self, facts: Listing[WorkerFacts]) -> None:
         """All ranks can reuse, and have room for so much."""
         self.off = None
-        for mode in self.modes.values():
-            mode.set_capacity(facts)
+        self.modes.set_capacity(facts)
 
     def on_new_request(self, request: Request) -> None:
         self._keep_up()
@@ -237,8 +237,7 @@ class SchedulerHalf:
         if state.is_private(state.local, self.block_size):
             assert state.first_approximate is not None
             state.served_approximate = state.local - state.first_approximate
-        if state.mode in self.modes:
-            self.modes[state.mode].admitted(state, plan)
+        self.modes.admitted(state, plan)
         near.note(state, self.config, self.store.index)
         if plan is not None:
             state.declined.clear()
@@ -262,8 +261,7 @@ class SchedulerHalf:
         room = self.max_batched_tokens - output.total_num_scheduled_tokens - self._hole_tokens()
         self._ops += self.spread.next_pieces(room)
         busy = self.states or self._ops or output.total_num_scheduled_tokens
-        probes = [probe for mode in self.modes.values() for probe in mode.take_probes()]
-        lesson = self.lessons.next_op(idle=not busy)
+        probes, lesson = self.modes.take_probes(), self.lessons.next_op(idle=not busy)
         message, self._ops = StepMessage(self._ops, probes, lesson), []
         return message
 
@@ -282,8 +280,7 @@ class SchedulerHalf:
         if report.lesson >= 0:
             self._count_anchors()
         for request_id, distances in report.distances.items():
-            for mode in self.modes.values():
-                mode.on_distances(request_id, self.states.get(request_id), distances)
+            self.modes.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
             self.store.lose(
                 lost_pages, [*self.states.values(), *self._leaving.values()], self.pages
@@ -349,6 +346,8 @@ class SchedulerHalf:
         """
         let_go = []
         for state in [*self.states.values(), *self._leaving.values()]:
+            if state.request.status == RequestStatus.RUNNING:
+                continue  # vLLM sets it back itself
             ended = (state.awaited and not state.loading) or state.failed
             if self.spread.drop(state.id) or ended:
                 self.pages.release(state.id)
@@ -370,10 +369,8 @@ class SchedulerHalf:
             state.lesson = None
         self.store.clear(list(self.states.values()))
         self.lessons.clear()
-        for mode in self.modes.values():
-            mode.clear()
+        self.modes.clear()
         self._count_anchors()
 
     def _count_anchors(self) -> None:
-        pools = [mode.counts() for mode in self.modes.values()]
-        self.stats.count_held(*map(sum, zip(*pools, strict=True)))
+        self.stats.count_held(*self.modes.counts())

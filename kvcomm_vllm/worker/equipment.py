@@ -68,13 +68,8 @@ def equip(
             self_check(groups, block_size, kernel)
         single = alone and parallel.tensor_parallel_size == 1
         corrections, said = reserve(Ground(groups, config, block_size, alone, single))
-    facts = WorkerFacts(
-        None,
-        "",
-        _summary(groups, block_size) + said,
-        slots=corrections["anchor"].room,
-        paper_rows=corrections["paper"].room,
-    )
+    rooms = {mode: correction.room for mode, correction in corrections.items()}
+    facts = WorkerFacts(None, "", _summary(groups, block_size) + said, rooms=rooms)
     return Equipment(groups, kernel, side_forward, corrections), facts
 
 

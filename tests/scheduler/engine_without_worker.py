@@ -129,7 +129,8 @@ class EngineWithoutWorker(SimulatedWorker):
         self._watch_allocations()
         self.partial_names: set[bytes] = set()
         if self.scheduler.connector is not None:
-            facts = WorkerFacts(None, "", "test", slots=slots, paper_rows=paper_rows)
+            rooms = {"anchor": slots, "paper": paper_rows}
+            facts = WorkerFacts(None, "", "test", rooms=rooms)
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
             self._watch_partial_pages()
 

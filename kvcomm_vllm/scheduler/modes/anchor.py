@@ -28,7 +28,7 @@ class AnchorMode(PlainMode):
 
     def set_capacity(self, facts: Listing[WorkerFacts]) -> None:
         """As many slots as every rank has room for."""
-        self.table.set_capacity(min(fact.slots for fact in facts))
+        self.table.set_capacity(min(fact.rooms["anchor"] for fact in facts))
 
     # ---- planning --------------------------------------------------------------------------------
 

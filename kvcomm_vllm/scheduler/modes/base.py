@@ -74,7 +74,9 @@ class Mode(Protocol):
     def on_distances(
         self, request_id: str, state: RequestState | None, found: list[list[float]] | None
     ) -> None:
-        """The answer to a probe, None if it failed; ``state`` is None if the request is gone."""
+        """The answer to a probe of any mode, None if it failed; ``state`` is None if the request is
+        gone.
+        """
 
     def counts(self) -> tuple[int, int]:
         """(slots, anchors) held."""

@@ -109,7 +109,7 @@ class PaperMode:
 
     def set_capacity(self, facts: Listing[WorkerFacts]) -> None:
         """As many rows as every rank has room for."""
-        self.slots.set_capacity(min(fact.paper_rows for fact in facts))
+        self.slots.set_capacity(min(fact.rooms["paper"] for fact in facts))
 
     # ---- planning --------------------------------------------------------------------------------
 
@@ -200,9 +200,9 @@ class PaperMode:
     ) -> None:
         """A probe's answer; ``state`` is None if the request is gone."""
         self.pages.release(_holder(request_id))
-        probe = gated(state).probe if state is not None else None
-        if probe is not None:
-            probe.answered, probe.distances = True, found
+        mine = None if state is None else state.mode_data
+        if isinstance(mine, Gated) and mine.probe is not None:
+            mine.probe.answered, mine.probe.distances = True, found
 
     def _verdicts(
         self,
