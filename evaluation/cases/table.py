@@ -26,9 +26,9 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
     return words("A row per request", _COLUMNS, rows).markdown()
 
 
-def words(title: str, head: list[str], rows: list[list[str]]) -> Table:
+def words(title: str, head: list[str], rows: list[list[str]]) -> Table[str]:
     """A table whose cells are all words."""
-    return Table(title, "", head, rows, labels=len(head))
+    return Table(title, "", [dict(zip(head, row, strict=True)) for row in rows], len(head))
 
 
 def _top(verdict: Verdict) -> str:

@@ -16,10 +16,10 @@ from rich.progress import Progress
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions
 from kvcomm_vllm.cli.serve_command import served_name
 from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, PLAIN
-from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
+from kvcomm_vllm.evaluation.bench.driver import Driver
 from kvcomm_vllm.evaluation.bench.lockstep import Floor, Running, play
 from kvcomm_vllm.evaluation.bench.probe import rehearse
-from kvcomm_vllm.evaluation.bench.records import LOCKSTEP, SkipRecord
+from kvcomm_vllm.evaluation.bench.records import LOCKSTEP, SkipRecord, Stand
 from kvcomm_vllm.evaluation.bench.run import look_busy, make_drivers, resting
 from kvcomm_vllm.evaluation.bench.runner import stopwatch
 from kvcomm_vllm.evaluation.bench.servers import Served, serving

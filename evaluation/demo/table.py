@@ -160,7 +160,8 @@ def render_table(rows: list[AgentRow], questions: int, answer_tokens: int) -> Sc
         ]
         for row in rows
     ]
-    return Table(title, LEGEND, ["\nagent", *HEADINGS], cells, labels=1).screen()
+    head = ["\nagent", *HEADINGS]
+    return Table(title, LEGEND, [dict(zip(head, row, strict=True)) for row in cells], 1).screen()
 
 
 def headline(rows: list[AgentRow]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table as Screen
 
 from kvcomm_vllm.evaluation.report import table
-from kvcomm_vllm.evaluation.report.table import table_of
+from kvcomm_vllm.evaluation.report.table import Table
 from kvcomm_vllm.evaluation.workloads.answers import consistency
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def render_table(workload: str, summaries: list[Summary], tokens: int) -> Screen
 
     held = [f"{s.mode}, {s.anchors}: {s.anchor_mb:.0f} MB" for s in summaries if s.anchor_mb]
     caption = f"Memory of anchors: {'; '.join(held)}" if held else None
-    return table_of(title, LEGEND, summaries, cells, labels=1).screen(caption)
+    return Table(title, LEGEND, [cells(s) for s in summaries], labels=1).screen(caption)
 
 
 def _share(value: float | None, digits: int = 0) -> str:

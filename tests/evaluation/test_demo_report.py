@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kvcomm_vllm.evaluation.bench.driver import Stand
-from kvcomm_vllm.evaluation.bench.records import CallRecord
+from kvcomm_vllm.evaluation.bench.records import CallRecord, Stand
 from kvcomm_vllm.evaluation.demo.table import (
     Heard,
     Traced,
