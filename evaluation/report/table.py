@@ -34,8 +34,7 @@ class Table(Generic[Cell]):
 
     def markdown(self) -> str:
         """Numbers to the right."""
-        rule = ["---"] * self.labels + ["--:"] * (len(self.head) - self.labels)
-        return "\n".join(_line(cells) for cells in (self.head, rule, *map(_cells, self.rows)))
+        return markdown(self.head, [list(row.values()) for row in self.rows], self.labels)
 
     def screen(self, caption: str | None = None) -> Screen:
         """For a terminal of 80 columns; headings may have several lines."""
@@ -55,12 +54,14 @@ class Table(Generic[Cell]):
             else:
                 shown.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
-            shown.add_row(*_cells(row))
+            shown.add_row(*row.values())
         return shown
 
 
-def _cells(row: Mapping[str, str]) -> list[str]:
-    return list(row.values())
+def markdown(head: list[str], rows: list[list[str]], labels: int) -> str:
+    """A table; the first ``labels`` cells are words, the others to the right."""
+    rule = ["---"] * labels + ["--:"] * (len(head) - labels)
+    return "\n".join(_line(cells) for cells in (head, rule, *rows))
 
 
 def _line(cells: list[str]) -> str:

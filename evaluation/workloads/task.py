@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Protocol, overload
+from typing import Any
 
 from kvcomm_vllm.evaluation.workloads.case import Case, Message
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet, chance
@@ -86,12 +86,9 @@ class TaskSet:
     source: str
 
 
-class Build(Protocol):
-    """Makes the tasks from a data folder (None = beside the checkout, else the packaged sample), a
-    seed, and further options.
-    """
-
-    def __call__(self, folder: Path | None, seed: int, **options: int) -> TaskSet: ...
+# Makes the tasks from a data folder (None = beside the checkout, else the packaged sample), a seed,
+# and further options.
+Build = Callable[..., TaskSet]
 
 
 @dataclass(frozen=True)
@@ -146,17 +143,9 @@ class Endless(Sequence[Task]):
     def __len__(self) -> int:
         return ENDLESS
 
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Task]: ...
-
-    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+    def __getitem__(self, index: Any) -> Any:
         numbers = range(ENDLESS)[index]
-        if isinstance(numbers, int):
-            return self.task(numbers)
-        return [self.task(number) for number in numbers]
+        return self.task(numbers) if isinstance(numbers, int) else [*map(self.task, numbers)]
 
 
 def of_words(task: Callable[..., Task]) -> Build:
