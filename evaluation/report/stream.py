@@ -37,13 +37,11 @@ def stream(run: Run, workload: str, column: str) -> Iterator[dict[str, Shown]]:
     starts = list(range(0, len(tasks) - size + 1, size))
     ends = [*starts[1:], len(tasks)]
     for start, end in zip(starts, ends, strict=True):
-        last = end == len(tasks) and len(starts) > 1
+        lasting = _lasting(tasks[: ends[0]], tasks[-size:]) if len(starts) > 1 else None
         yield {
             "tasks": Shown(f"{start + 1}-{end}", [start + 1, end]),
             **_window(tasks[start:end]),
-            "last / first [95%]": times(_lasting(tasks[: ends[0]], tasks[-size:]))
-            if last
-            else Shown(""),
+            "last / first [95%]": times(lasting) if end == len(tasks) else Shown(""),
         }
 
 

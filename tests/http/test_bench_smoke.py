@@ -128,7 +128,8 @@ def test_the_servers_did_what_the_columns_say(run: Continued) -> None:
         assert row["repeated_tokens"] <= row["prompt_tokens"]
     memory = [row for row in run.rows if row["kind"] == "memory"]
     assert any(row["anchors"] for row in memory if row["column"] == "anchor"), "nothing was learned"
-    assert any(row["corrected"] for row in run.calls("anchor")), "what was learned is unused"
+    learning = run.calls("anchor") + run.calls("paper")
+    assert any(row["corrected"] for row in learning), "what was learned is unused"
     assert {row["column"] for row in memory} == {"plain", "anchor"}
     assert all(row["resident_mb"] > 100 for row in memory)
     assert all(row["kv_usage"] == 0 for row in memory), "pages are held while nobody is served"
