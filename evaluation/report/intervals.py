@@ -59,8 +59,8 @@ def interval(statistic: Callable[..., Floats], *samples: Floats) -> Interval | N
     if min(map(len, samples)) < FEWEST_UNITS:
         return Interval(value, None, None, units)
     drawn = statistic(*(_resample(len(sums), n) @ sums for n, sums in enumerate(samples)))
-    # sorted, infinite ones last: between neighbours, as long as both are numbers
-    low, high = np.nanpercentile(drawn, PERCENTILES)
+    with np.errstate(invalid="ignore"):  # between two infinite ones there is nothing
+        low, high = np.nanpercentile(drawn, PERCENTILES)
     return Interval(value, _finite(low), _finite(high), units)
 
 
