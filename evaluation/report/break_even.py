@@ -26,11 +26,9 @@ Point = tuple[object, float, float]  # unit, x, y
 def break_even(run: Run, workload: str, column: str) -> Iterator[dict[str, Shown]]:
     """A column against plain, call by call; plain itself has but its line by prompt length."""
     calls = run.calls_of(workload, column)
-    pairs = run.against(calls)
-    if not pairs and column != PLAIN:
+    pairs = run.against(calls) if column != PLAIN else []
+    if not calls or not (pairs or column == PLAIN):
         return
-    if column == PLAIN:
-        pairs = []
     prompts = [
         (n, call.prompt_tokens, call.ttft_ms) for n, call in enumerate(calls) if not call.warmup
     ]

@@ -36,8 +36,8 @@ def stream(run: Run, workload: str, column: str) -> Iterator[dict[str, Shown]]:
     size = WINDOW if len(tasks) >= 2 * WINDOW else max(1, len(tasks) // 3)
     starts = list(range(0, len(tasks) - size + 1, size))
     ends = [*starts[1:], len(tasks)]
+    lasting = _lasting(tasks[: ends[0]], tasks[-size:]) if len(starts) > 1 else None
     for start, end in zip(starts, ends, strict=True):
-        lasting = _lasting(tasks[: ends[0]], tasks[-size:]) if len(starts) > 1 else None
         yield {
             "tasks": Shown(f"{start + 1}-{end}", [start + 1, end]),
             **_window(tasks[start:end]),
