@@ -9,31 +9,16 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from kvcomm_vllm.evaluation.bench.columns import Column
-from kvcomm_vllm.evaluation.bench.records import CallRecord
+from kvcomm_vllm.evaluation.bench.records import CallRecord, Stand
 from kvcomm_vllm.evaluation.bench.repeats import Repeated, Repeats
 from kvcomm_vllm.evaluation.serving.client import Answer, ChatClient
 from kvcomm_vllm.evaluation.serving.counters import Meter
 from kvcomm_vllm.evaluation.workloads.task import Call
-
-
-@dataclass(frozen=True)
-class Stand:
-    """Where in a run a task stands; the fields of its records."""
-
-    workload: str
-    phase: str
-    task: str
-    warmup: bool = False
-    session: int = 0
-
-    def fields(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 class Driver:
@@ -65,15 +50,10 @@ class Driver:
         self._repeats = Repeats()
         self._lock = threading.Lock()
 
-    def settle(self) -> None:
-        """Give the server the time it wants."""
-        if self._meter is not None:
-            self.late += not self._meter.settle()
-
     def forget(self) -> None:
         """Wait until the server is done with what was not observed, and charge nobody with it."""
-        self.settle()
         if self._meter is not None:
+            self._settle(self._meter)
             self._meter.take(0)
 
     def unobserved(self) -> Driver:
@@ -93,9 +73,7 @@ class Driver:
         for messages in call.primers:
             answer = self._client.stream(messages, 1, self.column.salt(0), hints=self.column.hints)
             self._repeated(answer)
-            if self._meter is not None:
-                self._meter.take(answer.prompt_tokens)
-                self.settle()
+            self._observed(answer)
         return len(call.primers)
 
     def ask(self, call: Call, index: int, stand: Stand) -> tuple[str, CallRecord]:
@@ -112,8 +90,10 @@ class Driver:
         )
         assert answer.ttft_ms is not None
         repeated = self._repeated(answer)
-        record = CallRecord(
-            **stand.fields(),
+        observed = self._observed(answer)
+        again = self._client.stream(call.messages, 1, salt) if self._floor else None
+        return answer.text, CallRecord(
+            **vars(stand),
             column=self.column.name,
             index=index,
             agent=call.agent,
@@ -121,25 +101,27 @@ class Driver:
             output_tokens=answer.output_tokens,
             ttft_ms=answer.ttft_ms,
             total_ms=answer.total_ms,
+            full_hit_ms=again.ttft_ms if again else None,
             cached_tokens=answer.cached_tokens,
             repeated_tokens=repeated.tokens if repeated else None,
             repeated_runs=repeated.runs if repeated else None,
             prompt_digest=_digest(answer, call),
             answer_ids=list(answer.token_ids),
             at_s=at,
+            **observed,
         )
-        if self._meter is not None:
-            record = replace(record, **self._observed(answer.prompt_tokens, self._meter))
-        if self._floor:
-            again = self._client.stream(call.messages, 1, salt)
-            record = replace(record, full_hit_ms=again.ttft_ms)
-        return answer.text, record
 
-    def _observed(self, prompt_tokens: int, meter: Meter) -> dict[str, Any]:
-        found = meter.take(prompt_tokens)
+    def _observed(self, answer: Answer) -> dict[str, Any]:
+        """Fields of a record; the server has been given the time it wants."""
+        if self._meter is None:
+            return {}
+        found = self._meter.take(answer.prompt_tokens)
         began = time.perf_counter()
-        self.settle()
+        self._settle(self._meter)
         return {**found, "waited_ms": (time.perf_counter() - began) * 1e3}
+
+    def _settle(self, meter: Meter) -> None:
+        self.late += not meter.settle()
 
     def _repeated(self, answer: Answer) -> Repeated | None:
         if not answer.prompt_ids:

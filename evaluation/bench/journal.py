@@ -3,31 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from kvcomm_vllm.evaluation.bench.plan import Study, Unit
 from kvcomm_vllm.evaluation.bench.records import (
     LOAD,
-    CallRecord,
+    RECORDS,
     MemoryRecord,
     Record,
     SkipRecord,
     TaskRecord,
+    lines_of,
+    read_records,
 )
 
-RECORDS = "records.jsonl"
-KINDS: dict[type[Record], str] = {
-    CallRecord: "call",
-    TaskRecord: "task",
-    MemoryRecord: "memory",
-    SkipRecord: "skip",
-}
-Row = dict[str, Any]
 # phase, workload, task, column
 End = tuple[str, str, str, str]
 
@@ -42,47 +33,35 @@ class Journal:
     def __init__(self, folder: Path, studies: list[Study]) -> None:
         self.path = folder / RECORDS
         self._ended: set[End] = set()
-        rows = _rows(self.path)
-        for row in rows:
-            self._note(row)
+        records = read_records(self.path)
+        self._note(records)
         lost = {
-            end
-            for study in studies
-            for unit in study.units
-            if not self.complete(study, unit)
-            for end in _ends(study, unit)
+            end for study in studies for unit in self.remaining(study) for end in _ends(study, unit)
         }
         self._ended -= lost
-        kept = [row for row in rows if row["warmup"] or not _touches(row, lost)]
-        if len(kept) < len(rows):
-            self._rewrite(kept)
-
-    def complete(self, study: Study, unit: Unit) -> bool:
-        return _ends(study, unit) <= self._ended
+        kept = [one for one in records if one.warmup or not _touches(one, lost)]
+        if self.path.exists() and self.path.read_bytes() != lines_of(kept):
+            draft = self.path.with_suffix(".draft")
+            draft.write_bytes(lines_of(kept))
+            draft.replace(self.path)
 
     def remaining(self, study: Study) -> list[Unit]:
-        return [unit for unit in study.units if not self.complete(study, unit)]
+        """What of a study is to be done."""
+        return [unit for unit in study.units if not _ends(study, unit) <= self._ended]
 
-    def write(self, records: Iterable[Record]) -> None:
+    def write(self, records: list[Record]) -> None:
         """Add the records of a unit, all or none."""
-        rows = [{"kind": KINDS[type(record)], **asdict(record)} for record in records]
         with self.path.open("ab") as sink:
-            sink.write(_lines(rows))
+            sink.write(lines_of(records))
             sink.flush()
             os.fsync(sink.fileno())
-        for row in rows:
-            self._note(row)
+        self._note(records)
 
-    def _note(self, row: Row) -> None:
-        if row["warmup"] or row["kind"] not in ("task", "skip"):
-            return
-        for column in row.get("columns", [row["column"]]):
-            self._ended.add((row["phase"], row["workload"], row["task"], column))
-
-    def _rewrite(self, rows: list[Row]) -> None:
-        draft = self.path.with_suffix(".draft")
-        draft.write_bytes(_lines(rows))
-        draft.replace(self.path)
+    def _note(self, records: Iterable[Record]) -> None:
+        for one in records:
+            if isinstance(one, TaskRecord | SkipRecord) and not one.warmup:
+                columns = one.columns if isinstance(one, SkipRecord) else [one.column]
+                self._ended |= {(one.phase, one.workload, one.task, name) for name in columns}
 
 
 def _ends(study: Study, unit: Unit) -> set[End]:
@@ -93,27 +72,8 @@ def _ends(study: Study, unit: Unit) -> set[End]:
     }
 
 
-def _touches(row: Row, lost: set[End]) -> bool:
-    place = (row["phase"], row["workload"], row["task"])
-    if row["kind"] == "memory" and row["phase"] != LOAD:
+def _touches(record: Record, lost: set[End]) -> bool:
+    place = (record.phase, record.workload, record.task)
+    if isinstance(record, MemoryRecord) and record.phase != LOAD:
         return any(end[:3] == place for end in lost)
-    return (*place, row["column"]) in lost
-
-
-def _rows(path: Path) -> list[Row]:
-    """All rows; the last one may have been cut off."""
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise
-    return rows
-
-
-def _lines(rows: list[Row]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return (*place, record.column) in lost

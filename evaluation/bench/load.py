@@ -6,16 +6,15 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
+from kvcomm_vllm.evaluation.bench.driver import Driver
 from kvcomm_vllm.evaluation.bench.lockstep import Floor, Running
-from kvcomm_vllm.evaluation.bench.records import Record, SkipRecord
+from kvcomm_vllm.evaluation.bench.records import Record, SkipRecord, Stand
 from kvcomm_vllm.evaluation.serving.client import RefusedError
 from kvcomm_vllm.evaluation.workloads.task import Task
-
-Played = tuple[Running, float] | SkipRecord
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
@@ -30,17 +29,14 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def run_load(
-    tasks: Sequence[Task],
-    times: Sequence[float],
-    stand: Callable[[Task], Stand],
-    driver: Driver,
-    floor: Floor,
+    tasks: Sequence[Task], times: Sequence[float], stand: Stand, driver: Driver, floor: Floor
 ) -> list[Record]:
     """Start each task at its time, in a thread of its own, and wait for the last one to end. What
     servers are to have seen before is sent before the first one starts.
 
     Args:
         times: seconds from the start, ascending; as many as tasks.
+        stand: of all tasks, but for their names.
 
     Returns the records, task by task in the order of arrival.
 
@@ -57,39 +53,35 @@ def run_load(
     began = clock()
     stop = threading.Event()
 
-    def run(task: Task, at: float) -> Played:
-        running = Running(driver, task, at)
+    def run(running: Running) -> float | SkipRecord:
+        """Seconds from arrival to end."""
         try:
-            while not stop.is_set() and (call := running.call) is not None:
-                running.ask(call, stand(task))
+            while not stop.is_set() and running.ask():
+                pass
         except RefusedError as error:
-            column = driver.column.name
-            return SkipRecord(
-                **stand(task).fields(),
-                column=column,
-                columns=[column],
-                error=str(error),
-                at_s=clock(),
-            )
-        return running, clock() - at
+            return running.skip(error, [running.column], clock())
+        return clock() - running.at
 
+    started = [
+        Running(driver, task, replace(stand, task=task.id), began + at)
+        for task, at in zip(tasks, times, strict=True)
+    ]
     pool = ThreadPoolExecutor(max_workers=len(tasks) or 1)
-    futures: list[Future[Played]] = []
     try:
-        for task, at in zip(tasks, times, strict=True):
+        futures = []
+        for running in started:
             # an event that is never set in here: a wait that Ctrl-C ends
-            stop.wait(max(0.0, began + at - clock()))
-            floor.step(f"{driver.column.name}, {task.id}")
-            futures.append(pool.submit(run, task, began + at))
+            stop.wait(max(0.0, running.at - clock()))
+            floor.step(f"{running.column}, {running.task.id}")
+            futures.append(pool.submit(run, running))
         ended = [future.result() for future in futures]
     finally:
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
     records: list[Record] = []
-    for task, end in zip(tasks, ended, strict=True):  # scores are for when nobody is timed
+    for running, end in zip(started, ended, strict=True):  # scores are for when nobody is timed
         if isinstance(end, SkipRecord):
             records.append(end)
         else:
-            running, seconds = end
-            records += [*running.records, running.result(stand(task), seconds)]
+            records += [*running.records, running.result(end)]
     return records

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
-from kvcomm_vllm.evaluation.bench.records import CallRecord, Record, SkipRecord, TaskRecord
+from kvcomm_vllm.evaluation.bench.driver import Driver
+from kvcomm_vllm.evaluation.bench.records import CallRecord, Record, SkipRecord, Stand, TaskRecord
 from kvcomm_vllm.evaluation.serving.client import RefusedError
-from kvcomm_vllm.evaluation.workloads.task import Call, Task
+from kvcomm_vllm.evaluation.workloads.task import Task
 
 # vLLM's processes poll their shared memory for a second after the last request (SpinCondition), on
 # cores that the next request needs for its first token.
@@ -47,6 +47,7 @@ class Running:
 
     driver: Driver
     task: Task
+    stand: Stand
     at: float
     said: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -56,23 +57,23 @@ class Running:
     def column(self) -> str:
         return self.driver.column.name
 
-    @property
-    def call(self) -> Call | None:
-        """What is to be asked next; None once the task has its answer."""
-        return self.task.call(self.said)
-
-    def ask(self, call: Call, stand: Stand) -> None:
-        text, record = self.driver.ask(call, len(self.records), stand)
+    def ask(self) -> bool:
+        """The next call; False once the task has its answer."""
+        call = self.task.call(self.said)
+        if call is None:
+            return False
+        text, record = self.driver.ask(call, len(self.records), self.stand)
         self.records.append(record)
         self.texts.append(text)
         self.said.append(text)
+        return True
 
-    def result(self, stand: Stand, seconds: float | None = None) -> TaskRecord:
+    def result(self, seconds: float | None = None) -> TaskRecord:
         """After the last call; ``seconds`` if they are more than the calls'."""
         spent = sum(record.total_ms for record in self.records) / 1e3
         task, answer = self.task, self.texts[-1]
         return TaskRecord(
-            **stand.fields(),
+            **vars(self.stand),
             column=self.column,
             seconds=spent if seconds is None else seconds,
             answer=answer,
@@ -80,6 +81,12 @@ class Running:
             group=task.group,
             choice=None if task.choice is None else task.choice(answer),
             at_s=self.at,
+        )
+
+    def skip(self, error: RefusedError, columns: list[str], at: float) -> SkipRecord:
+        """Instead of a result."""
+        return SkipRecord(
+            **vars(self.stand), column=self.column, columns=columns, error=str(error), at_s=at
         )
 
 
@@ -112,11 +119,11 @@ def play(
     Raises:
         RequestError: a server does not serve at all.
     """
-    started = [Running(driver, task, floor.clock()) for driver in drivers]
+    started = [Running(driver, task, stand, floor.clock()) for driver in drivers]
     turn = started
     for index in range(len(task.case.turns)):
         for one in turn:
-            call = one.call
+            call = task.call(one.said)
             assert call is not None
             floor.step(f"{task.id}, {call.agent}, {one.column}")
             try:
@@ -124,16 +131,9 @@ def play(
                 if one.driver.prime(call):
                     floor.rest.after()
                     floor.rest.before()
-                one.ask(call, stand)
+                one.ask()
             except RefusedError as error:
-                names = [driver.column.name for driver in drivers]
-                return SkipRecord(
-                    **stand.fields(),
-                    column=one.column,
-                    columns=names,
-                    error=str(error),
-                    at_s=floor.clock(),
-                )
+                return one.skip(error, [other.column for other in started], floor.clock())
             floor.rest.after()
         for one in started:
             said = next((other.texts for other in started if other.column == lead), one.texts)
@@ -168,9 +168,8 @@ def run_task(
     for group in [drivers] if side_by_side else [[driver] for driver in drivers]:
         played = play(task, stand, group, floor)
         if isinstance(played, SkipRecord):
-            names = [driver.column.name for driver in drivers]
-            return [SkipRecord(**{**vars(played), "columns": names})]
+            return [replace(played, columns=[driver.column.name for driver in drivers])]
         for index in range(len(task.case.turns)):
             order += [one.records[index] for one in (played if index % 2 == 0 else played[::-1])]
         done += played
-    return [*order, *(one.result(stand) for one in done)]
+    return [*order, *(one.result() for one in done)]

@@ -60,47 +60,49 @@ class Options:
 
 
 def read_options(
-    model: str,
+    model: str | None,
     out: Path,
     *,
+    quick: bool = False,
     full: bool = False,
     workloads: list[str] | None = None,
-    columns: str | None = None,
     endpoints: list[str] | None = None,
-    sizes: dict[str, int] | None = None,
     config: Path | None = None,
     **given: Any,
 ) -> Options:
     """The preset, and what the user has said instead.
 
     Args:
-        sizes: options for all workloads that have them.
-        given: further fields of :class:`Options`; None = not said.
+        given: sizes, for all workloads that have them, and further fields of :class:`Options`;
+            None = not said.
 
     Raises:
         DataError: an option that cannot be used.
         ConfigError: a configuration file that cannot.
     """
-    preset = FULL if full else QUICK
-    foreign = read_endpoints(endpoints or [])
-    names = preset.columns if columns is None else [name.strip() for name in columns.split(",")]
-    chosen = choose_columns([name for name in names if name], foreign)
+    if model is None:
+        raise DataError("--model is needed")
+    if quick and full:
+        raise DataError("--quick and --full are two things")
     said = {name: value for name, value in given.items() if value is not None}
-    if said.get("rate") and said.get("burst"):
-        raise DataError("--rate and --burst are two ways to arrive")
+    sizes = {name: said.pop(name) for name in SIZES if name in said}
     if said.get("burst"):
+        if said.get("rate"):
+            raise DataError("--rate and --burst are two ways to arrive")
         said["rate"] = 0.0
-    rest = {**preset.others(), **said}
-    rest["load_seconds"] = (rest["load_seconds"] or FULL.load_seconds) if rest["rate"] else 0.0
-    return Options(
-        model,
-        out,
-        workloads=_with_sizes(workloads or list(preset.workloads), preset.workloads, sizes or {}),
-        columns=chosen,
-        endpoints=foreign,
-        config=bench_config(config, chosen),
-        **rest,
-    )
+    fields = (FULL if full else QUICK) | said
+    foreign = read_endpoints(endpoints or [])
+    names = [name.strip() for name in fields["columns"].split(",")]
+    chosen = choose_columns([name for name in names if name], foreign)
+    known = fields["workloads"]
+    fields |= {
+        "workloads": _with_sizes(workloads or list(known), known, sizes),
+        "columns": chosen,
+        "endpoints": foreign,
+        "load_seconds": fields["load_seconds"] if fields["rate"] else 0.0,
+        "config": bench_config(config, chosen),
+    }
+    return Options(model, out, **fields)
 
 
 def _with_sizes(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from kvcomm_vllm.evaluation.bench.load import arrivals
@@ -49,62 +49,58 @@ class Study:
     units: tuple[Unit, ...]
 
     @property
-    def tasks(self) -> int:
-        return len({task.id for unit in self.units for task in unit.tasks})
-
-    @property
     def warmup_phase(self) -> str:
         return LOCKSTEP if self.phase == LOAD else self.phase
 
 
-def make_plan(options: Options) -> list[Study]:
-    """What the options come to, in the order in which it is done.
+def make_plan(options: Options, unserved: Container[str] = ()) -> list[Study]:
+    """What the options come to, in the order in which it is done, but for columns that nobody
+    serves.
 
     Raises:
         DataError: data that are unusable or too few.
     """
-    names = [column.name for column in options.columns]
+    names = tuple(column.name for column in options.columns if column.name not in unserved)
+    cached = [column.name for column in options.columns if column.cached and column.name in names]
     lockstep, load = [], []
     for name, given in options.workloads.items():
         found = workload(name).make(options.data, options.seed, **given)
         timed = found.tasks[: min(options.tasks, len(found.tasks) - 1)]
         if not timed:
             raise DataError(f"{name}: {found.source} has too few tasks: one is for warming up")
-        units = [Unit(number, (task,), tuple(names)) for number, task in enumerate(timed)]
-        lockstep.append(Study(LOCKSTEP, name, found.source, found.tasks[len(timed)], tuple(units)))
+        warmup = found.tasks[len(timed)]
+        lockstep.append(Study(LOCKSTEP, name, found.source, warmup, _one_by_one(timed, names)))
         if options.rate or options.burst:
-            load.append(_load(options, name, found, len(timed)))
-    return [*lockstep, *load, *_stream(options, names)]
+            units = _load(options, name, found, len(timed) + 1, cached)
+            load.append(Study(LOAD, name, found.source, warmup, units))
+    stream = tuple(name for name in STREAM_COLUMNS if name in names)
+    studies = [*lockstep, *load, *([_stream(options, stream)] if options.stream else [])]
+    return [study for study in studies if any(unit.columns for unit in study.units)]
 
 
-def _load(options: Options, name: str, found: TaskSet, done: int) -> Study:
+def _one_by_one(tasks: Sequence[Task], columns: tuple[str, ...]) -> tuple[Unit, ...]:
+    return tuple(Unit(number, (task,), columns) for number, task in enumerate(tasks))
+
+
+def _load(
+    options: Options, name: str, found: TaskSet, done: int, columns: list[str]
+) -> tuple[Unit, ...]:
     """The same tasks at the same times on plain vLLM and each mode, one column after the other."""
     times = [0.0] * options.burst or arrivals(options.rate, options.load_seconds, options.seed)
-    tasks: Sequence[Task] = found.tasks[done + 1 : done + 1 + len(times)]
+    tasks = tuple(found.tasks[done : done + len(times)])
     if len(tasks) < len(times) or not times:
         raise DataError(
             f"{name}: {found.source} has {len(tasks)} tasks left for {len(times)} arrivals: change "
             "--rate, --load-seconds, --burst or --tasks"
         )
-    columns = [column for column in options.columns if column.cached]
-    units = [
-        Unit(number, tuple(tasks), (column.name,), tuple(times))
-        for number, column in enumerate(columns)
-    ]
-    return Study(LOAD, name, found.source, found.tasks[done], tuple(units))
+    return tuple(Unit(n, tasks, (column,), tuple(times)) for n, column in enumerate(columns))
 
 
-def _stream(options: Options, names: list[str]) -> list[Study]:
-    columns = tuple(name for name in STREAM_COLUMNS if name in names)
-    if not options.stream or not columns:
-        return []
-    stream = workload(STREAM_WORKLOAD)
-    found = stream.make(options.data, options.seed, **options.stream_options)
-    first, last = STREAM_FIRST, STREAM_FIRST + options.stream
-    units = tuple(
-        Unit(number, (task,), columns) for number, task in enumerate(found.tasks[first:last])
-    )
-    return [Study(STREAM, STREAM_WORKLOAD, found.source, found.tasks[last], units)]
+def _stream(options: Options, columns: tuple[str, ...]) -> Study:
+    found = workload(STREAM_WORKLOAD).make(options.data, options.seed, **options.stream_options)
+    end = STREAM_FIRST + options.stream
+    units = _one_by_one(found.tasks[STREAM_FIRST:end], columns)
+    return Study(STREAM, STREAM_WORKLOAD, found.source, found.tasks[end], units)
 
 
 def rotated(columns: Sequence[str], servers: Mapping[str, str], number: int) -> list[str]:
@@ -124,15 +120,3 @@ def rotated(columns: Sequence[str], servers: Mapping[str, str], number: int) -> 
 def _turned(items: list[Item], number: int) -> list[Item]:
     turn = number % len(items)
     return [*items[turn:], *items[:turn]]
-
-
-def without(studies: list[Study], unserved: Container[str]) -> list[Study]:
-    """The plan without columns that nobody serves."""
-    found = []
-    for study in studies:
-        units = [
-            replace(unit, columns=tuple(name for name in unit.columns if name not in unserved))
-            for unit in study.units
-        ]
-        found.append(replace(study, units=tuple(unit for unit in units if unit.columns)))
-    return [study for study in found if study.units]

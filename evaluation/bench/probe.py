@@ -41,9 +41,7 @@ def _problem(column: Column, client: ChatClient) -> str | None:
             answer = client.complete(messages, TOKENS, f"{salt} again", hints=column.hints)
         except RefusedError as error:
             return str(error)
-        params = answer.extra.get("kv_transfer_params")
-        report = params.get("kvcomm") if isinstance(params, dict) else None
-        if report is None:
+        if (report := answer.report) is None:
             return f"its responses carry no report: {NO_REPORT}"
         for word in report.get("declined", {}):
             reason = Reason.of(word)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.evaluation.bench.columns import Column, Endpoint, choose_columns
+from kvcomm_vllm.evaluation.bench.columns import Endpoint, choose_columns
 from kvcomm_vllm.evaluation.bench.options import Options
 from kvcomm_vllm.evaluation.bench.plan import Study
 from kvcomm_vllm.evaluation.bench.records import LOCKSTEP
@@ -39,6 +39,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Whole or not at all."""
     draft = folder / f"{RUN}.draft"
     draft.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(folder / RUN)
@@ -74,42 +75,45 @@ def _short(value: Any) -> str:
 
 def new_settings(options: Options, plan: list[Study]) -> dict[str, Any]:
     """run.json before anything was measured."""
+    phases: dict[str, list[str]] = {}
+    for study in plan:
+        phases.setdefault(study.phase, []).append(study.workload)
     return {
-        "command": ["kvcomm", *sys.argv[1:]],
-        "model": options.model,
+        **about_run(options.model),
         "seed": options.seed,
         "options": options.settings(),
-        "columns": {column.name: _column(column) for column in options.columns},
+        "columns": {
+            column.name: {name: vars(column)[name] for name in ("server", "hints", "cached")}
+            for column in options.columns
+        },
         "workloads": {
             study.workload: {
-                **_workload(study.workload),
-                "options": options.workloads.get(study.workload, options.stream_options),
+                "title": workload(study.workload).title,
+                "metric": workload(study.workload).metric,
+                "options": options.workloads[study.workload],
                 "source": study.source,
-                "tasks": study.tasks,
+                "tasks": len(study.units),
             }
             for study in plan
             if study.phase == LOCKSTEP
         },
-        "phases": {
-            phase: [study.workload for study in plan if study.phase == phase]
-            for phase in dict.fromkeys(study.phase for study in plan)
-        },
-        "sampling": {"temperature": 0.0, "seed": 0},
+        "phases": phases,
         "config": {"effective": options.config.to_mapping()},
-        "versions": describe_versions(),
-        "machine": describe_machine(),
         "servers": [],
         "sessions": [],
         "complete": False,
     }
 
 
-def _column(column: Column) -> dict[str, Any]:
-    return {"server": column.server, "hints": column.hints, "cached": column.cached}
-
-
-def _workload(name: str) -> dict[str, Any]:
-    return {"title": workload(name).title, "metric": workload(name).metric}
+def about_run(model: str) -> dict[str, Any]:
+    """What every report says of how it came about."""
+    return {
+        "command": ["kvcomm", *sys.argv[1:]],
+        "model": model,
+        "sampling": {"temperature": 0.0, "seed": 0},
+        "versions": describe_versions(),
+        "machine": describe_machine(),
+    }
 
 
 def options_of(folder: Path) -> Options:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,20 +16,58 @@ from kvcomm_vllm.evaluation.bench.columns import KVCOMM, PLAIN, Column
 from kvcomm_vllm.evaluation.bench.driver import Driver
 from kvcomm_vllm.evaluation.bench.journal import Journal
 from kvcomm_vllm.evaluation.bench.lockstep import SPIN_SECONDS, Rest
-from kvcomm_vllm.evaluation.bench.options import Options
-from kvcomm_vllm.evaluation.bench.plan import Study, make_plan, without
+from kvcomm_vllm.evaluation.bench.options import Options, read_options
+from kvcomm_vllm.evaluation.bench.plan import make_plan
 from kvcomm_vllm.evaluation.bench.probe import rehearse
 from kvcomm_vllm.evaluation.bench.resume import (
     check_same,
     new_settings,
+    options_of,
     read_settings,
     write_settings,
 )
 from kvcomm_vllm.evaluation.bench.runner import Runner, stopwatch
-from kvcomm_vllm.evaluation.bench.servers import Served, serving
+from kvcomm_vllm.evaluation.bench.servers import Served, describe_servers, serving
+from kvcomm_vllm.evaluation.report import write_report
 from kvcomm_vllm.evaluation.serving.counters import KVCommMeter
 from kvcomm_vllm.evaluation.serving.screen import progress_bar, say
 from kvcomm_vllm.evaluation.serving.server import stop_at_sigterm
+from kvcomm_vllm.evaluation.workloads.rows import DataError
+
+
+def run_command(
+    given: set[str],
+    console: Console,
+    *,
+    out: Path,
+    resume: bool,
+    report: Path | None,
+    **options: Any,
+) -> None:
+    """A run, or what is left of one, and its report; or the report alone.
+
+    Args:
+        given: the options that the user has named.
+        options: see :func:`read_options`.
+
+    Raises:
+        UserError: an option that cannot be used; a server that does not start, or does not serve.
+    """
+    if report is not None:
+        _only(given, "--report")
+    elif resume:
+        _only(given, "--resume", "--out")
+        run_bench(options_of(out), console)
+    else:
+        run_bench(read_options(out=out, **options), console)
+    for path in write_report(report or out):
+        say(console, f"Written: {path}")
+
+
+def _only(given: set[str], *allowed: str) -> None:
+    """Refuse options that would have no effect."""
+    for option in sorted(given - set(allowed)):
+        raise DataError(f"{option} has no place beside {allowed[0]}")
 
 
 def run_bench(options: Options, console: Console) -> None:
@@ -52,50 +89,35 @@ def run_bench(options: Options, console: Console) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     stop_at_sigterm()
-    _session(options, plan, settings, console)
+    _session(options, settings, console)
     late = settings["sessions"][-1]["late"]
     if late:
-        console.print(f"Note: {late} times the server had not learned all when asked again.")
+        say(console, f"Note: {late} times the server had not learned all when asked again.")
 
 
-def _session(
-    options: Options, plan: list[Study], settings: dict[str, Any], console: Console
-) -> None:
+def _session(options: Options, settings: dict[str, Any], console: Console) -> None:
     """From the start of the servers to their end."""
-    load = look_busy(console)
+    session = {
+        "command": ["kvcomm", *sys.argv[1:]],
+        "load_before": look_busy(console),
+        "seconds": 0.0,
+        "late": 0,
+    }
     with progress_bar(console) as progress, serving(options, progress) as servers:
         unserved = rehearse(options.columns, servers)
         for name, problem in unserved.items():
             say(console, f"Column {name} is not served: {problem}")
         clock = stopwatch()
-        drivers = make_drivers(
-            [column for column in options.columns if column.name not in unserved], servers, clock
-        )
-        session = {
-            "command": ["kvcomm", *sys.argv[1:]],
-            "load_before": load,
-            "seconds": 0.0,
-            "late": 0,
-        }
+        served = [column for column in options.columns if column.name not in unserved]
+        drivers = make_drivers(served, servers, clock)
         settings["sessions"].append(session)
-        settings["servers"] += [
-            {**asdict(served.server), "log": str(served.server.log)}
-            for served in servers.values()
-            if served.server is not None
-        ]
-        for name in settings["columns"]:
-            settings["columns"][name]["not_served"] = unserved.get(name)
+        settings["servers"] += describe_servers(servers)
+        for name, column in settings["columns"].items():
+            column["not_served"] = unserved.get(name)
         write_settings(options.out, settings)
-        plan = without(plan, unserved)
-        runner = Runner(
-            drivers,
-            servers,
-            Journal(options.out, plan),
-            resting(),
-            progress,
-            clock,
-            len(settings["sessions"]) - 1,
-        )
+        plan = make_plan(options, unserved)
+        journal, number = Journal(options.out, plan), len(settings["sessions"]) - 1
+        runner = Runner(drivers, servers, journal, resting(), progress, clock, number)
         try:
             runner.run(plan)
             settings["complete"] = True
@@ -136,11 +158,11 @@ def make_drivers(
         assert server is not None
         meter = KVCommMeter(server.base_url)
         meter.settle()
-    make = partial(Driver, clock=clock)
     return {
-        column.name: make(
+        column.name: Driver(
             column,
             servers[column.server].client,
+            clock,
             meter=meter if column.server == KVCOMM else None,
             floor=floor and column.name == PLAIN,
         )

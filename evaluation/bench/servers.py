@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import openai
 import yaml
@@ -68,6 +69,12 @@ def serving(options: Options, progress: Progress) -> Iterator[dict[str, Served]]
         for one in found.values():
             stack.callback(one.client.close)
         yield found
+
+
+def describe_servers(servers: dict[str, Served]) -> list[dict[str, Any]]:
+    """Those that were started here; JSON-able."""
+    own = [served.server for served in servers.values() if served.server is not None]
+    return [{**asdict(server), "log": str(server.log)} for server in own]
 
 
 def _arguments(options: Options, servers: int) -> list[str]:

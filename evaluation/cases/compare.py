@@ -37,8 +37,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
         said = "; ".join(word for word in [row["declined"], *row["faults"]] if word)
         prompt = "" if row["prompt"] is None else str(row["prompt"])
         rows.append([row["case"], str(row["number"]), prompt, *columns, said])
-    tables = words("Sums", ["", "before", "now"], sums), words("Requests", _COLUMNS, rows)
-    return "\n\n".join(table.markdown() for table in tables) + "\n"
+    tables = words(["", "before", "now"], sums), words(_COLUMNS, rows)
+    return "\n\n".join(tables) + "\n"
 
 
 def _cached(row: dict[str, Any]) -> str:

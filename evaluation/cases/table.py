@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcomm_vllm.evaluation.cases.judge import Verdict
-from kvcomm_vllm.evaluation.report.table import Table
+from kvcomm_vllm.evaluation.report import table
 
 _COUNTS = ("prompt", "local", "reused", "computed", "approximate")
 _COLUMNS = ["case", "#", "HTTP", *_COUNTS, "KL", "top", "said"]
@@ -23,12 +23,12 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
         shown = ("" if count is None else str(count) for count in counts)
         said = "; ".join(word for word in [v.declined, *v.faults] if word)
         rows.append([v.case, str(v.number), str(v.status), *shown, kl, _top(v), said])
-    return words("A row per request", _COLUMNS, rows).markdown()
+    return words(_COLUMNS, rows)
 
 
-def words(title: str, head: list[str], rows: list[list[str]]) -> Table:
+def words(head: list[str], rows: list[list[str]]) -> str:
     """A table whose cells are all words."""
-    return Table(title, "", head, rows, labels=len(head))
+    return table.markdown(head, rows, labels=len(head))
 
 
 def _top(verdict: Verdict) -> str:

@@ -40,7 +40,7 @@ def prompt_spans(call: Traced) -> list[Span]:
     tokens nobody has provided.
     """
     raw: list[Any] = call.report.get("spans") or []
-    total = call.answer.prompt_tokens
+    total = call.prompt_tokens
     spans: list[Span] = []
     cursor = 0
     for start, end, kind in sorted((int(a), int(b), str(t)) for a, b, t in raw):
@@ -96,7 +96,7 @@ def _draw_prompts(axes: Axes, traced: list[Traced]) -> None:
             colour = COLOURS.get(kind, "#999999")
             axes.barh(number, end - start, 0.62, left=start, color=colour)
             seen.add(kind)
-    axes.set_xlim(0, max(call.answer.prompt_tokens for call in traced) * 1.02)
+    axes.set_xlim(0, max(call.prompt_tokens for call in traced) * 1.02)
     axes.set_xlabel("position in the prompt, tokens")
     axes.set_title("One more question, prompt by prompt", loc="left", fontsize=10, color="#444444")
     handles = [

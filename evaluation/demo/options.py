@@ -16,15 +16,8 @@ from kvcomm_vllm.evaluation.workloads.rows import DATA, DataError
 OURS = Column(KVCOMM, KVCOMM)
 
 
-@dataclass(frozen=True)
-class Preset:
-    """How much is shown: so many questions, notes of so many tokens."""
-
-    questions: int
-    answer_tokens: int
-
-
-QUICK, FULL = Preset(1, 48), Preset(2, 128)
+# How much is shown: so many questions, notes of so many tokens.
+QUICK, FULL = (1, 48), (2, 128)
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ def read_options(
     """
     if quick and full:
         raise DataError("--quick and --full are two things")
-    preset = FULL if full else QUICK
+    few, short = FULL if full else QUICK
     file = config or Path(str(DATA / "demo.yaml"))
     plain = OWN if full else OFF
     bench = Options(
@@ -78,5 +71,5 @@ def read_options(
         config=load_file(file),
         server_args=server_args or [],
     )
-    *timed, extra = load_questions((questions or preset.questions) + 1, data)
-    return DemoOptions(bench, timed, extra, answer_tokens or preset.answer_tokens, file, full)
+    *timed, extra = load_questions((questions or few) + 1, data)
+    return DemoOptions(bench, timed, extra, answer_tokens or short, file, full)

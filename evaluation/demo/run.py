@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from kvcomm_vllm.cli.machine import describe_machine, describe_versions
 from kvcomm_vllm.cli.serve_command import served_name
 from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, PLAIN
-from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
+from kvcomm_vllm.evaluation.bench.driver import Driver
 from kvcomm_vllm.evaluation.bench.lockstep import Floor, Running, play
 from kvcomm_vllm.evaluation.bench.probe import rehearse
-from kvcomm_vllm.evaluation.bench.records import LOCKSTEP, SkipRecord
+from kvcomm_vllm.evaluation.bench.records import LOCKSTEP, SkipRecord, Stand
+from kvcomm_vllm.evaluation.bench.resume import about_run
 from kvcomm_vllm.evaluation.bench.run import look_busy, make_drivers, resting
 from kvcomm_vllm.evaluation.bench.runner import stopwatch
-from kvcomm_vllm.evaluation.bench.servers import Served, serving
+from kvcomm_vllm.evaluation.bench.servers import Served, describe_servers, serving
 from kvcomm_vllm.evaluation.demo.options import OURS, DemoOptions
 from kvcomm_vllm.evaluation.demo.table import (
     LEGEND,
@@ -85,17 +83,13 @@ def _measured(
     found: list[Heard] = []
 
     def heard(turn: Sequence[Running]) -> None:
-        number = len(found)
         by_name = {one.column: one for one in turn}
-        names = (NO_CACHE, PLAIN, OURS.name)
-        texts = tuple(by_name[name].texts[-1] for name in names)
-        plain, cached, kvcomm = (by_name[name].records[-1] for name in names)
-        call = task.call(by_name[OURS.name].said[:number])
+        plain, cached, ours = (by_name[name] for name in (NO_CACHE, PLAIN, OURS.name))
+        call = task.call(ours.said[: len(found)])
         assert call is not None
-        assert len(texts) == len(names)
-        found.append(
-            Heard(question.id, call.messages, plain, cached, kvcomm, (texts[0], texts[1], texts[2]))
-        )
+        records = (plain.records[-1], cached.records[-1], ours.records[-1])
+        answers = {"plain": plain.texts[-1], "kvcomm": ours.texts[-1]}
+        found.append(Heard(question.id, call.messages, *records, answers))
         progress.update(bar, completed=len(found))
         say(progress.console, at_once(found[-1]))
 
@@ -119,32 +113,22 @@ def _traced(client: ChatClient, options: DemoOptions, progress: Progress) -> lis
     while (call := task.call(said)) is not None:
         # with the salt of the timed question, under which all instructions are in the cache
         answer = client.complete(call.messages, call.max_tokens, OURS.salt(0))
-        params = answer.extra.get("kv_transfer_params")
-        report = params.get("kvcomm") if isinstance(params, dict) else None
-        found.append(Traced(call.agent, answer, report if isinstance(report, dict) else {}))
+        found.append(Traced(call.agent, answer.prompt_tokens, answer.report or {}))
         said.append(answer.text)
     return found
 
 
 def _settings(options: DemoOptions, servers: dict[str, Served]) -> dict[str, Any]:
     return {
-        "command": ["kvcomm", *sys.argv[1:]],
-        "model": options.bench.model,
+        **about_run(options.bench.model),
         "questions": [question.id for question in options.questions],
         "answer_tokens": options.answer_tokens,
         "order": "side by side" if options.full else "one server",
-        "sampling": {"temperature": 0.0, "seed": 0},
         "config": {
             "file": str(options.config),
             "effective": options.bench.config.to_mapping(),
         },
-        "versions": describe_versions(),
-        "machine": describe_machine(),
-        "servers": [
-            {**asdict(one.server), "log": str(one.server.log)}
-            for one in servers.values()
-            if one.server is not None
-        ],
+        "servers": describe_servers(servers),
     }
 
 

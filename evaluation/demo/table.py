@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,16 +15,10 @@ from kvcomm_vllm.evaluation.bench.records import CallRecord
 from kvcomm_vllm.evaluation.report import table
 from kvcomm_vllm.evaluation.report.numbers import sooner
 from kvcomm_vllm.evaluation.report.table import Table
-from kvcomm_vllm.evaluation.serving.client import Answer
 from kvcomm_vllm.evaluation.workloads.answers import equal_leading_share
 from kvcomm_vllm.evaluation.workloads.case import Message
 
 COUNTED = ("local", "reused", "computed", "corrected", "declined")
-# Two short lines each: the table must fit into 80 columns.
-HEADINGS = (
-    *("\nprompt", "\nlocal", "\nreused", "com-\nputed", "TTFT\nplain", "TTFT\ncache"),
-    *("TTFT\nkvcomm", "vs\nplain", "vs\ncache", "\nagree", "plain\nself"),
-)
 LEGEND = """\
 local, reused, computed: prompt tokens from the own prefix cache, from another agent's request,
 and from this prefill. plain: vLLM without a cached prefix; cache: vLLM with prefix caching.
@@ -35,7 +29,7 @@ prompt. plain self: the same between plain vLLM's two answers, which differ by r
 @dataclass(frozen=True)
 class Heard:
     """One prompt as each setting has served it: without any cached prefix (``plain``), with the
-    agent's own (``cached``), and by the plugin. ``texts`` are the answers, in this order.
+    agent's own (``cached``), and by the plugin. ``answers`` are the texts by setting.
     """
 
     question: str
@@ -43,7 +37,7 @@ class Heard:
     plain: CallRecord
     cached: CallRecord
     kvcomm: CallRecord
-    texts: tuple[str, str, str] = ("", "", "")
+    answers: dict[str, str]
 
     @property
     def agent(self) -> str:
@@ -65,7 +59,7 @@ class Traced:
     """One agent's turn with the server's own report of every span of the prompt."""
 
     agent: str
-    answer: Answer
+    prompt_tokens: int
     report: dict[str, Any]
 
 
@@ -148,19 +142,24 @@ def render_table(rows: list[AgentRow], questions: int, answer_tokens: int) -> Sc
         f"notes of {answer_tokens} tokens"
     )
     cells = [
-        [
-            row.agent,
-            *map(_count, (row.prompt_tokens, row.local, row.reused, row.computed)),
-            *map(_count, (row.ttft_plain_ms, row.ttft_cached_ms)),
-            f"[green]{row.ttft_kvcomm_ms:,.0f}[/green]",
-            f"{row.speedup_plain:.1f}x",
-            f"[green]{row.speedup_cached:.1f}x[/green]",
-            f"{row.agreement:.0%}",
-            f"{row.plain_agreement:.0%}",
-        ]
+        {
+            # Two short lines each: the table must fit into 80 columns.
+            "\nagent": row.agent,
+            "\nprompt": _count(row.prompt_tokens),
+            "\nlocal": _count(row.local),
+            "\nreused": _count(row.reused),
+            "com-\nputed": _count(row.computed),
+            "TTFT\nplain": _count(row.ttft_plain_ms),
+            "TTFT\ncache": _count(row.ttft_cached_ms),
+            "TTFT\nkvcomm": f"[green]{row.ttft_kvcomm_ms:,.0f}[/green]",
+            "vs\nplain": f"{row.speedup_plain:.1f}x",
+            "vs\ncache": f"[green]{row.speedup_cached:.1f}x[/green]",
+            "\nagree": f"{row.agreement:.0%}",
+            "plain\nself": f"{row.plain_agreement:.0%}",
+        }
         for row in rows
     ]
-    return Table(title, LEGEND, ["\nagent", *HEADINGS], cells, labels=1).screen()
+    return Table(title, LEGEND, cells, labels=1).screen()
 
 
 def headline(rows: list[AgentRow]) -> str:
@@ -188,7 +187,7 @@ def _call_record(call: Heard) -> dict[str, Any]:
         "agreement": call.agreement,
         "plain_agreement": call.plain_agreement,
         "messages": call.messages,
-        "answer": {"plain": call.texts[0], "kvcomm": call.texts[2]},
+        "answer": call.answers,
     }
 
 
@@ -198,11 +197,8 @@ def write_json(
     """Settings, the table's rows, every single call, and the traced prompts' reports."""
     report = {
         **settings,
-        "agents": [asdict(row) for row in agent_rows(calls)],
-        "trace": [
-            {"agent": one.agent, "prompt_tokens": one.answer.prompt_tokens, "report": one.report}
-            for one in traced
-        ],
+        "agents": agent_rows(calls),
+        "trace": traced,
         "calls": [_call_record(call) for call in calls],
     }
     table.write_json(path, report)

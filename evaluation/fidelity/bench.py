@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -16,8 +17,6 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from kvcomm_vllm.cli.failure import UserError
 from kvcomm_vllm.cli.machine import is_cpu_build, serving_dtype
 from kvcomm_vllm.cli.serve_command import CPU_BLOCK_TOKENS, max_model_tokens
-from kvcomm_vllm.evaluation.fidelity.memory import anchor_bytes
-from kvcomm_vllm.evaluation.fidelity.prompt import chat_prompt
 from kvcomm_vllm.evaluation.fidelity.tape import Tape
 from kvcomm_vllm.evaluation.modes import DENSE
 from kvcomm_vllm.evaluation.workloads.case import Case, fill
@@ -160,9 +159,16 @@ class Bench:
         return outputs
 
     def anchor_bytes(self) -> dict[str, int]:
-        """Bytes of each slot with anchors, by its key."""
+        """Bytes of each slot with anchors, by its key; none where there is no room for them."""
         scheduler = self.client.engine_core.scheduler.connector._scheduler
-        return anchor_bytes(scheduler, get_kv_transfer_group()._worker)
+        worker = get_kv_transfer_group()._worker
+        if worker.ready is None:
+            return {}
+        slots, arena = (worker.ready.corrections[name] for name in ("anchor", "paper"))
+        anchor, paper = (scheduler.modes[name] for name in ("anchor", "paper"))
+        held = dict.fromkeys(anchor.table.taught(), slots.bytes_per_slot)
+        rows = paper.slots.rows()
+        return held | {key: count * arena.row_bytes for key, count in rows.items()}
 
     def settle(self) -> None:
         """Let the plugin learn until nothing waits to be learned.
@@ -199,3 +205,28 @@ class Bench:
         """The prompts of all agents. Kept, as every mode is given the same."""
         self.rehearse([case])
         return self._scripts[case]
+
+
+def chat_prompt(tokenizer: Any, system: str, user: str) -> list[int]:
+    """The prompt as the model's chat template has it, plain text where there is none.
+
+    Args:
+        tokenizer: of the transformers library.
+        system: instructions; empty = none. Templates without a place for them get them in front
+            of the user's text.
+    """
+    if tokenizer.chat_template is None:
+        text = f"{system}\n\n{user}\n\n".lstrip()
+        return list(tokenizer(text)["input_ids"])
+    chat = [{"role": "user", "content": user}]
+    if system:
+        try:
+            return _templated(tokenizer, [{"role": "system", "content": system}, *chat])
+        except TemplateError:
+            chat = [{"role": "user", "content": f"{system}\n\n{user}"}]
+    return _templated(tokenizer, chat)
+
+
+def _templated(tokenizer: Any, chat: list[dict[str, str]]) -> list[int]:
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

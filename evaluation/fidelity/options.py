@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from kvcomm_vllm.cli.machine import serving_dtype
-from kvcomm_vllm.evaluation.fidelity.points import anchor_points, points
 from kvcomm_vllm.evaluation.fidelity.study import Study, choose
+from kvcomm_vllm.evaluation.modes import hints_of
 from kvcomm_vllm.evaluation.workloads import CASES, cases
 from kvcomm_vllm.evaluation.workloads.rows import DataError
 from kvcomm_vllm.evaluation.workloads.user_file import user_cases
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PAPER_MEMORY_MB = 2048  # 20 anchors of some slots of a small model
+CURVE = (1, 2, 5, 10)
+LEARNING = ("anchor", "paper")  # modes to which anchors make a difference
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class Options:
     tokens: int
     seed: int
     out: Path
-    exact_sources: bool = False
-    paper_gamma: float = 0.3
-    first: int = 0
-    dtype: str = "auto"
+    exact_sources: bool
+    paper_gamma: float
+    first: int
+    dtype: str
 
     @property
     def plugin(self) -> dict[str, Any]:
@@ -40,52 +42,32 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """For the report; JSON-able."""
+        same = ("first", "tokens", "dtype", "exact_sources", "plugin", "seed")
         return {
             "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
             "workloads": {study.workload: study.source for study in self.studies},
             "points": [{"mode": mode, "anchors": anchors} for mode, anchors in self.points],
             "prompts": len(self.studies[0].scored),
-            "first": self.first,
-            "tokens": self.tokens,
-            "dtype": self.dtype,
-            "exact_sources": self.exact_sources,
-            "plugin": self.plugin,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in same},
         }
 
 
-def _names(text: str, option: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise DataError(f"{option}: names nothing")
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    names = _names(text, "--anchors")
-    if not all(name.isdecimal() for name in names):
-        raise DataError(f"--anchors: {text!r} must be whole numbers of cases, 0 or more")
-    return [int(name) for name in names]
-
-
 def read_options(
-    model: str,
-    workload: str = "gsm8k3",
-    modes: str = "rotate,seam16,anchor16",
-    prompts: int = 8,
-    first: int = 0,
-    tokens: int = 24,
-    anchors: str = "20",
-    curve: bool = False,
-    jsonl: Path | None = None,
-    data: Path | None = None,
-    exact_sources: bool = False,
-    paper_gamma: float = 0.3,
-    dtype: str = "auto",
-    seed: int = 0,
-    out: Path = Path("out/fidelity"),
+    *,
+    workload: str,
+    modes: str,
+    prompts: int,
+    anchors: str,
+    curve: bool,
+    jsonl: Path | None,
+    data: Path | None,
+    dtype: str,
+    **others: Any,
 ) -> Options:
     """All that the user has said, checked.
+
+    Args:
+        others: further fields of :class:`Options`.
 
     Raises:
         DataError: an option that cannot be used, or data that are missing or too few.
@@ -102,17 +84,36 @@ def read_options(
         names = list(CASES) if workload == "all" else _names(workload, "--workload")
         chosen = []
         for name in names:
-            found, source = cases(name, data, seed)
-            chosen.append(choose(name, source, found, prompts, most, first))
-    return Options(
-        model=model,
-        points=measured,
-        studies=chosen,
-        tokens=tokens,
-        seed=seed,
-        out=out,
-        exact_sources=exact_sources,
-        paper_gamma=paper_gamma,
-        first=first,
-        dtype=serving_dtype(dtype),
-    )
+            found, source = cases(name, data, others["seed"])
+            chosen.append(choose(name, source, found, prompts, most, others["first"]))
+    return Options(points=measured, studies=chosen, dtype=serving_dtype(dtype), **others)
+
+
+def anchor_points(anchors: list[int], curve: bool) -> tuple[int, ...]:
+    """Numbers of anchors to measure, ascending: none, those given, and for a curve some between."""
+    between = [n for n in CURVE if n < max(anchors)] if curve else []
+    return tuple(sorted({0, *anchors, *between}))
+
+
+def points(modes: list[str], anchors: tuple[int, ...]) -> list[tuple[str, int]]:
+    """(mode, anchors) in the order they are measured; modes that do not learn have point 0 alone.
+
+    Raises:
+        DataError: see :func:`hints_of`.
+    """
+    learns = {mode: hints_of(mode)["mode"] in LEARNING for mode in modes}
+    return [(mode, n) for mode in modes for n in (anchors if learns[mode] else (0,))]
+
+
+def _names(text: str, option: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise DataError(f"{option}: names nothing")
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    names = _names(text, "--anchors")
+    if not all(name.isdecimal() for name in names):
+        raise DataError(f"--anchors: {text!r} must be whole numbers of cases, 0 or more")
+    return [int(name) for name in names]

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table as Screen
 
 from kvcomm_vllm.evaluation.report import table
-from kvcomm_vllm.evaluation.report.table import table_of
+from kvcomm_vllm.evaluation.report.table import Table
 from kvcomm_vllm.evaluation.workloads.answers import consistency
 
 if TYPE_CHECKING:
-    from kvcomm_vllm.evaluation.fidelity.score import Score
+    from kvcomm_vllm.evaluation.fidelity.measure import Score
 
 LEGEND = (
     "KL: of the last agent's next-token distribution from the dense one, in nats, along the dense "
@@ -65,32 +65,30 @@ def summarise(scores: list[Score]) -> list[Summary]:
 
 
 def _summary(workload: str, mode: str, anchors: int, scores: list[Score]) -> Summary:
-    def mean(value: Callable[[Score], float]) -> float:
-        return fmean(value(score) for score in scores)
-
-    def known(values: Iterable[float | None]) -> float | None:
-        found = [value for value in values if value is not None]
-        return fmean(found) if found else None
-
+    means: dict[str, Any] = {
+        name: _mean(getattr(score, name) for score in scores)
+        for name in ("kl1", "kl_mean", "top1", "clear", "prefix", "same_answer")
+    }
+    shares: dict[str, Any] = {
+        name: _mean(getattr(score, name) / score.prompt_tokens for score in scores)
+        for name in ("local", "reused", "computed", "corrected")
+    }
     return Summary(
         workload,
         mode,
         anchors,
         prompts=len(scores),
-        kl1=mean(lambda s: s.kl1),
-        kl_mean=mean(lambda s: s.kl_mean),
-        top1=mean(lambda s: s.top1),
-        clear=known(score.clear for score in scores),
-        prefix=mean(lambda s: s.prefix),
-        same_answer=known(score.same_answer for score in scores),
+        **means,
         consistency=consistency((s.group, s.said) for s in scores),
         dense_consistency=consistency((s.group, s.dense_said) for s in scores),
-        local=mean(lambda s: s.local / s.prompt_tokens),
-        reused=mean(lambda s: s.reused / s.prompt_tokens),
-        computed=mean(lambda s: s.computed / s.prompt_tokens),
-        corrected=mean(lambda s: s.corrected / s.prompt_tokens),
+        **shares,
         anchor_mb=max(score.anchor_mb for score in scores),
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return fmean(found) if found else None
 
 
 def render_table(workload: str, summaries: list[Summary], tokens: int) -> Screen:
@@ -117,7 +115,7 @@ def render_table(workload: str, summaries: list[Summary], tokens: int) -> Screen
 
     held = [f"{s.mode}, {s.anchors}: {s.anchor_mb:.0f} MB" for s in summaries if s.anchor_mb]
     caption = f"Memory of anchors: {'; '.join(held)}" if held else None
-    return table_of(title, LEGEND, summaries, cells, labels=1).screen(caption)
+    return Table(title, LEGEND, [cells(s) for s in summaries], labels=1).screen(caption)
 
 
 def _share(value: float | None, digits: int = 0) -> str:
@@ -128,9 +126,5 @@ def write_json(
     path: Path, settings: dict[str, Any], summaries: list[Summary], scores: list[Score]
 ) -> None:
     """Settings, means, and every prompt."""
-    content = {
-        "settings": settings,
-        "summary": [asdict(summary) for summary in summaries],
-        "prompts": [asdict(score) for score in scores],
-    }
+    content = {"settings": settings, "summary": summaries, "prompts": scores}
     table.write_json(path, content, finite=False)

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
-from kvcomm_vllm.evaluation.report.content import compute
 from kvcomm_vllm.evaluation.report.markdown import markdown
-from kvcomm_vllm.evaluation.report.read import read_run
+from kvcomm_vllm.evaluation.report.report import make_report
+from kvcomm_vllm.evaluation.report.run import read_run
 from kvcomm_vllm.evaluation.report.table import write_json
 from kvcomm_vllm.evaluation.report.words import alarms
 from kvcomm_vllm.evaluation.workloads.rows import DataError
@@ -25,8 +24,9 @@ def write_report(folder: Path) -> list[Path]:
     run = read_run(folder)
     if not run.tasks:
         raise DataError(f"{folder}: no task has ended yet, there is nothing to report")
-    content = compute(run)
+    report = make_report(run)
     numbers, text = folder / "report.json", folder / "report.md"
-    write_json(numbers, {"alarms": alarms(content), "settings": run.settings, **asdict(content)})
-    text.write_text(markdown(content, run), encoding="utf-8")
+    tables = {title: table.rows for title, table in report.tables.items()}
+    write_json(numbers, {"alarms": alarms(report), "settings": run.settings, "tables": tables})
+    text.write_text(markdown(report), encoding="utf-8")
     return [numbers, text]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,15 +31,6 @@ class Interval:
     units: int
 
 
-def resample(units: int, stream: int = 0) -> Floats:
-    """How often each of ``units`` is drawn in each resample: (RESAMPLES, units).
-
-    Another ``stream`` draws independently of this one.
-    """
-    rng = np.random.default_rng((SEED, stream))
-    return rng.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
-
-
 def unit_sums(rows: Iterable[tuple[object, tuple[float, ...]]]) -> Floats:
     """Sums of the values of each unit: (units, values), units in the order of appearance.
 
@@ -51,6 +42,38 @@ def unit_sums(rows: Iterable[tuple[object, tuple[float, ...]]]) -> Floats:
     return np.stack(list(sums.values())) if sums else np.zeros((0, 0))
 
 
+def interval(statistic: Callable[..., Floats], *samples: Floats) -> Interval | None:
+    """A statistic of sums over units, from samples that are drawn independently of each other.
+
+    Args:
+        statistic: of the sums over a sample's units, one argument per sample, ``[..., values]``
+            each; infinite or NaN where it has no value.
+        samples: (units, values) each, see :func:`unit_sums`.
+
+    Returns None where the statistic has no value; its ends are None where they have none.
+    """
+    value = float(statistic(*(sums.sum(axis=0) for sums in samples)))
+    units = sum(map(len, samples))
+    if not np.isfinite(value):
+        return None
+    if min(map(len, samples)) < FEWEST_UNITS:
+        return Interval(value, None, None, units)
+    drawn = statistic(*(_resample(len(sums), n) @ sums for n, sums in enumerate(samples)))
+    with np.errstate(invalid="ignore"):  # between two infinite ones there is nothing
+        low, high = np.nanpercentile(drawn, PERCENTILES)
+    return Interval(value, _finite(low), _finite(high), units)
+
+
+def _resample(units: int, sample: int) -> Floats:
+    """How often each of ``units`` is drawn in each resample: (RESAMPLES, units)."""
+    rng = np.random.default_rng((SEED, sample))
+    return rng.multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
 def ratio_of_sums(rows: Iterable[tuple[object, float, float]]) -> Interval | None:
     """Sum of the first values over the sum of the second ones.
 
@@ -60,15 +83,12 @@ def ratio_of_sums(rows: Iterable[tuple[object, float, float]]) -> Interval | Non
     Returns None without rows, or where the denominators add up to nothing.
     """
     sums = unit_sums((unit, (above, below)) for unit, above, below in rows)
-    if not len(sums) or sums[:, 1].sum() <= 0:
-        return None
-    value = float(sums[:, 0].sum() / sums[:, 1].sum())
-    if len(sums) < FEWEST_UNITS:
-        return Interval(value, None, None, len(sums))
-    drawn = resample(len(sums)) @ sums
-    good = drawn[:, 1] > 0
-    low, high = np.percentile(drawn[good, 0] / drawn[good, 1], PERCENTILES)
-    return Interval(value, float(low), float(high), len(sums))
+    return interval(_ratio, sums) if len(sums) else None
+
+
+def _ratio(sums: Floats) -> Floats:
+    above, below = sums[..., 0], sums[..., 1]
+    return np.divide(above, below, out=np.full_like(below, np.nan), where=below > 0)
 
 
 def mean_of(rows: Iterable[tuple[object, float]]) -> Interval | None:

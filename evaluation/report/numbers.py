@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them; a dash where there is none."""
+"""Numbers as people read them, a dash where there is none; each text keeps its number."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from kvcomm_vllm.evaluation.report.intervals import Interval
 
@@ -9,34 +11,65 @@ NONE = "–"
 MINUS = "−"
 
 
-def count(value: float | None) -> str:
+class Shown(str):
+    """A cell of a table as it is shown; ``value`` is what stands in JSON."""
+
+    value: Any
+
+    def __new__(cls, text: str, value: Any = None) -> Shown:
+        shown = super().__new__(cls, text)
+        shown.value = value
+        return shown
+
+
+def word(text: str) -> Shown:
+    """A cell that is no number."""
+    return Shown(text, text)
+
+
+def count(value: float | None) -> Shown:
     """A whole number with thousands separators."""
-    return NONE if value is None else f"{value:,.0f}".replace("-", MINUS)
+    return _number(value, ",.0f")
 
 
-def fixed(value: float | None, digits: int = 1) -> str:
+def fixed(value: float | None, digits: int = 1) -> Shown:
     """A number with so many decimals."""
-    return NONE if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
+    return _number(value, f",.{digits}f")
 
 
-def share(value: float | None) -> str:
+def share(value: float | None) -> Shown:
     """A share in 0..1 as a percentage."""
-    return NONE if value is None else f"{value:.1%}".replace("-", MINUS)
+    return _number(value, ".1%")
 
 
-def times(value: Interval | None) -> str:
+def _number(value: float | None, how: str) -> Shown:
+    return Shown(NONE) if value is None else Shown(f"{value:{how}}".replace("-", MINUS), value)
+
+
+def times(value: Interval | None) -> Shown:
     """A ratio with its interval: 4.51× [4.10, 4.93]."""
-    if value is None:
-        return NONE
-    digits = 2 if value.value < 10 else 1
-    return f"{value.value:.{digits}f}×{_ends(value, 1.0, digits, '')}"
+    digits = 2 if value is not None and value.value < 10 else 1
+    return _with_ends(value, f".{digits}f", unit="×")
 
 
-def points(value: Interval | None) -> str:
+def points(value: Interval | None) -> Shown:
     """A difference of shares in percentage points, with its interval: −1.2 [−4.0, +1.5]."""
+    return _with_ends(value, "+.1f", scale=100.0)
+
+
+def tokens(value: Interval | None) -> Shown:
+    """A number of tokens with its interval: 120 [80, 190]."""
+    return _with_ends(value, ",.0f")
+
+
+def _with_ends(value: Interval | None, how: str, scale: float = 1.0, unit: str = "") -> Shown:
     if value is None:
-        return NONE
-    return f"{100 * value.value:+.1f}".replace("-", MINUS) + _ends(value, 100.0, 1, "+")
+        return Shown(NONE)
+    text = f"{scale * value.value:{how}}{unit}"
+    if value.low is not None:
+        high = "∞" if value.high is None else f"{scale * value.high:{how}}"
+        text += f" [{scale * value.low:{how}}, {high}]"
+    return Shown(text.replace("-", MINUS), value)
 
 
 def between(value: Interval, digits: int, scale: float = 1.0) -> str:
@@ -45,24 +78,6 @@ def between(value: Interval, digits: int, scale: float = 1.0) -> str:
         return ""
     ends = (fixed(scale * end, digits) for end in (value.low, value.high))
     return f" (95% interval {' to '.join(ends)})"
-
-
-def _ends(value: Interval, scale: float, digits: int, sign: str) -> str:
-    if value.low is None:
-        return ""
-    low = f"{scale * value.low:{sign}.{digits}f}"
-    high = "∞" if value.high is None else f"{scale * value.high:{sign}.{digits}f}"
-    return f" [{low}, {high}]".replace("-", MINUS)
-
-
-def tokens(value: Interval | None) -> str:
-    """A number of tokens with its interval: 120 [80, 190]."""
-    if value is None:
-        return NONE
-    if value.low is None:
-        return count(value.value)
-    high = "∞" if value.high is None else count(value.high)
-    return f"{count(value.value)} [{count(value.low)}, {high}]"
 
 
 def sooner(speedup: float) -> str:

@@ -3,115 +3,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import groupby
 from statistics import median
 
 import numpy as np
 
 from kvcomm_vllm.evaluation.bench.columns import PLAIN
-from kvcomm_vllm.evaluation.bench.records import STREAM, CallRecord
-from kvcomm_vllm.evaluation.report.intervals import (
-    FEWEST_UNITS,
-    PERCENTILES,
-    Floats,
-    Interval,
-    resample,
-    unit_sums,
-)
-from kvcomm_vllm.evaluation.report.pairs import calls_of, pair_calls, unit
-from kvcomm_vllm.evaluation.report.read import Run
+from kvcomm_vllm.evaluation.bench.records import STREAM
+from kvcomm_vllm.evaluation.report.intervals import Floats, Interval, interval, unit_sums
+from kvcomm_vllm.evaluation.report.numbers import Shown, fixed, share, times
+from kvcomm_vllm.evaluation.report.run import Pair, Run, unit
 
-Pair = tuple[CallRecord, CallRecord]  # of the column, of plain
 WINDOW = 100
-FEWEST_WINDOWS = 2
+NOTE = (
+    "Novel tasks one after the other, after warm-up. Sum of a task's times to first token, "
+    "mean over the window; typical: the saving by medians of each of a task's calls; reused: "
+    "tokens a task; last line: saving of the last window over that of the first one."
+)
+Tasks = list[list[Pair]]
 
 
-@dataclass(frozen=True)
-class Window:
-    """Consecutive tasks of a stream, numbered from 1 after warm-up.
-
-    Args:
-        saving: share of plain's times to first token that was saved, over all calls.
-        typical: the same of the medians of each of a task's calls: single late calls do not count.
-        plain_ms, ttft_ms: mean over its tasks of the sum over a task's calls.
-        reused: tokens per task; None where the server does not count them.
+def stream(run: Run, workload: str, column: str) -> Iterator[dict[str, Shown]]:
+    """A column against plain in windows of tasks, thirds of a stream that is shorter than two of
+    them. A rest that fills no window belongs to the last one.
     """
-
-    first: int
-    last: int
-    saving: float
-    typical: float
-    plain_ms: float
-    ttft_ms: float
-    reused: float | None
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A column on one workload in phase stream, against plain.
-
-    Args:
-        tasks: after warm-up.
-        windows: of :data:`WINDOW` tasks; thirds of a stream that is shorter than two of them. A
-            rest that fills no window belongs to the last one.
-        lasting: saving of the last window over that of the first one.
-    """
-
-    workload: str
-    column: str
-    tasks: int
-    windows: list[Window]
-    lasting: Interval | None
+    calls = [call for call in run.calls_of(workload, column, STREAM) if not call.warmup]
+    pairs = [] if column == PLAIN else run.against(calls, PLAIN, STREAM)
+    tasks = [list(found) for _, found in groupby(pairs, key=lambda pair: unit(pair[0]))]
+    if not tasks:
+        return
+    size = WINDOW if len(tasks) >= 2 * WINDOW else max(1, len(tasks) // 3)
+    starts = list(range(0, len(tasks) - size + 1, size))
+    ends = [*starts[1:], len(tasks)]
+    lasting = _lasting(tasks[: ends[0]], tasks[-size:]) if len(starts) > 1 else None
+    for start, end in zip(starts, ends, strict=True):
+        yield {
+            "tasks": Shown(f"{start + 1}-{end}", [start + 1, end]),
+            **_window(tasks[start:end]),
+            "last / first [95%]": times(lasting) if end == len(tasks) else Shown(""),
+        }
 
 
-def stream(run: Run, workload: str, column: str) -> Stream | None:
-    """None without tasks after warm-up that both columns have served."""
-    calls = calls_of(run, workload, column, STREAM)
-    pairs = [
-        pair
-        for pair in pair_calls(calls, calls_of(run, workload, PLAIN, STREAM))
-        if not pair[0].warmup
-    ]
-    sums = unit_sums((unit(call), (call.ttft_ms, other.ttft_ms)) for call, other in pairs)
-    if column == PLAIN or not len(sums):
-        return None
-    size = WINDOW if len(sums) >= FEWEST_WINDOWS * WINDOW else max(1, len(sums) // 3)
-    starts = range(0, max(1, len(sums) - size + 1), size)
-    ends = [*starts[1:], len(sums)]
-    tasks: dict[object, list[Pair]] = {}
-    for pair in pairs:
-        tasks.setdefault(unit(pair[0]), []).append(pair)
-    rows = list(tasks.values())  # in the order of sums
-    windows = [
-        _window(start + 1, sums[start:end], rows[start:end])
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    first, last = sums[: ends[0]], sums[-size:]
-    return Stream(
-        workload,
-        column,
-        len(sums),
-        windows,
-        _lasting(first, last) if len(windows) >= FEWEST_WINDOWS else None,
-    )
-
-
-def _window(first: int, sums: Floats, rows: list[list[Pair]]) -> Window:
-    ours, plain = sums.sum(axis=0)
-    tasks, pairs = len(rows), [pair for row in rows for pair in row]
+def _window(tasks: Tasks) -> dict[str, Shown]:
+    ours, plain = _sums(tasks).sum(axis=0)
+    pairs = [pair for task in tasks for pair in task]
     reused = [call.reused for call, _ in pairs if call.reused is not None]
-    return Window(
-        first,
-        first + tasks - 1,
-        saving=float(1 - ours / plain),
-        typical=_typical(pairs),
-        plain_ms=float(plain / tasks),
-        ttft_ms=float(ours / tasks),
-        reused=sum(reused) / tasks if reused else None,
-    )
+    return {
+        "plain ms": fixed(float(plain / len(tasks)), 0),
+        "ms": fixed(float(ours / len(tasks)), 0),
+        "saved": share(float(1 - ours / plain)),
+        "typical": share(_typical(pairs)),
+        "reused": fixed(sum(reused) / len(tasks) if reused else None),
+    }
 
 
 def _typical(pairs: list[Pair]) -> float:
+    """The saving by medians of each of a task's calls: single late calls do not count."""
     calls: dict[int, list[Pair]] = {}
     for pair in pairs:
         calls.setdefault(pair[0].index, []).append(pair)
@@ -122,16 +70,18 @@ def _typical(pairs: list[Pair]) -> float:
     return 1 - ours / plain
 
 
-def _lasting(first: Floats, last: Floats) -> Interval | None:
+def _lasting(first: Tasks, last: Tasks) -> Interval | None:
+    """Saving of the last window over that of the first one, if there was any."""
+
     def saving(sums: Floats) -> Floats:
         return np.asarray(1 - sums[..., 0] / sums[..., 1])
 
-    before, after = saving(first.sum(axis=0)), saving(last.sum(axis=0))
-    if before <= 0:
+    if saving(_sums(first).sum(axis=0)) <= 0:
         return None
-    value = float(after / before)
-    if min(len(first), len(last)) < FEWEST_UNITS:
-        return Interval(value, None, None, len(first) + len(last))
-    drawn = saving(resample(len(last), 1) @ last) / saving(resample(len(first)) @ first)
-    low, high = np.percentile(drawn, PERCENTILES)
-    return Interval(value, float(low), float(high), len(first) + len(last))
+    samples = (_sums(first), _sums(last))
+    return interval(lambda before, after: saving(after) / saving(before), *samples)
+
+
+def _sums(tasks: Tasks) -> Floats:
+    """A task's times to first token, on the column and on plain."""
+    return unit_sums((n, (c.ttft_ms, o.ttft_ms)) for n, task in enumerate(tasks) for c, o in task)

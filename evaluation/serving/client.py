@@ -2,7 +2,7 @@
 """One chat request to an OpenAI endpoint, timed. Nothing in here knows the plugin."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
@@ -35,11 +35,18 @@ class Answer:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int
-    ttft_ms: float | None
-    total_ms: float
-    extra: dict[str, Any]
+    ttft_ms: float | None = None
+    total_ms: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
     prompt_ids: tuple[int, ...] = ()
     output_tokens: int = 0
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The plugin's, of how it has served the request; only without streaming."""
+        params = self.extra.get("kv_transfer_params")
+        report = params.get("kvcomm") if isinstance(params, dict) else None
+        return report if isinstance(report, dict) else None
 
 
 class ChatClient:
@@ -131,7 +138,14 @@ class ChatClient:
         if usage is None or ttft_ms is None:
             raise RequestError("The server ended the stream without a token or without usage.")
         total_ms = (time.perf_counter() - start) * 1e3
-        return _answer("".join(text), ids, prompt_ids, usage, ttft_ms, total_ms, {})
+        return Answer(
+            "".join(text),
+            tuple(ids),
+            ttft_ms=ttft_ms,
+            total_ms=total_ms,
+            prompt_ids=tuple(prompt_ids),
+            **_usage(usage),
+        )
 
     def complete(
         self,
@@ -153,12 +167,14 @@ class ChatClient:
         except openai.OpenAIError as error:
             raise _failure(error) from error
         total_ms = (time.perf_counter() - start) * 1e3
-        choice = response.choices[0]
-        ids = (choice.model_extra or {}).get("token_ids") or []
-        text = choice.message.content or ""
-        extra = response.model_extra or {}
-        prompt_ids = extra.get("prompt_token_ids") or []
-        return _answer(text, ids, prompt_ids, response.usage, None, total_ms, extra)
+        (choice,) = response.choices
+        return Answer(
+            choice.message.content or "",
+            tuple((choice.model_extra or {}).get("token_ids") or []),
+            total_ms=total_ms,
+            extra=response.model_extra or {},
+            **_usage(response.usage),
+        )
 
 
 # 400: vLLM for a prompt that is too long, hints it does not accept; 422: other servers
@@ -170,25 +186,10 @@ def _failure(error: openai.OpenAIError) -> RequestError:
     return kind(f"Request failed: {error}")
 
 
-def _answer(
-    text: str,
-    ids: list[int],
-    prompt_ids: list[int],
-    usage: Any,
-    ttft_ms: float | None,
-    total_ms: float,
-    extra: dict[str, Any],
-) -> Answer:
+def _usage(usage: Any) -> dict[str, Any]:
     details = usage.prompt_tokens_details
-    cached = (details.cached_tokens or 0) if details else 0
-    return Answer(
-        text,
-        tuple(ids),
-        usage.prompt_tokens,
-        cached,
-        ttft_ms,
-        total_ms,
-        extra,
-        tuple(prompt_ids),
-        usage.completion_tokens,
-    )
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "cached_tokens": (details.cached_tokens or 0) if details else 0,
+    }

@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -70,9 +70,7 @@ def _healthy(base_url: str) -> bool:
         return False
 
 
-def _wait(
-    process: subprocess.Popen[bytes], title: str, url: str, log: Path, tick: Callable[[float], None]
-) -> float:
+def _wait(process: subprocess.Popen[bytes], title: str, url: str, log: Path) -> float:
     start = time.monotonic()
     while True:
         waited = time.monotonic() - start
@@ -89,7 +87,6 @@ def _wait(
                 f"The {title} server was not ready after {START_TIMEOUT_SECONDS:.0f} s.\n"
                 f"End of {log}:\n{log_tail(log)}"
             )
-        tick(waited)
         time.sleep(0.25)
 
 
@@ -119,13 +116,11 @@ def running(
     port: int,
     env: dict[str, str],
     log: Path,
-    tick: Callable[[float], None] = lambda waited: None,
 ) -> Iterator[Server]:
     """Run `command` in its own process group until the block ends.
 
-    `tick` is called about four times a second with the seconds waited so far. Errors:
-    ServerError when the server exits or is not healthy in time, and when the block fails because
-    the server has died underneath it.
+    Errors: ServerError when the server exits or is not healthy in time, and when the block fails
+    because the server has died underneath it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     base_url = f"http://127.0.0.1:{port}"
@@ -139,7 +134,7 @@ def running(
             start_new_session=True,
         )
         try:
-            seconds = _wait(process, title, base_url, log, tick)
+            seconds = _wait(process, title, base_url, log)
             try:
                 yield Server(title, base_url, tuple(command), log, seconds, process.pid)
             except Exception as error:

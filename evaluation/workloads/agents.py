@@ -15,7 +15,7 @@ from __future__ import annotations
 from random import Random
 
 from kvcomm_vllm.evaluation.workloads.case import Case, Turn
-from kvcomm_vllm.evaluation.workloads.task import TOKENS, Task, Workload, of_words, rng_of
+from kvcomm_vllm.evaluation.workloads.task import TOKENS, Task, Workload, rng_of
 from kvcomm_vllm.evaluation.workloads.words import random_words
 
 BETWEEN, TAIL = 15, 10  # words before each message, and behind all of them
@@ -88,12 +88,12 @@ def _fifth(
 WORKLOAD = Workload(
     name="agents",
     title="Five agents and more read each other's messages, which are prefilled; one token each",
-    build=of_words(_team),
+    tasks=_team,
     options=OPTIONS,
 )
 CROWD = Workload(
     name="crowd",
     title="The fifth agents of many teams; one token each",
-    build=of_words(_fifth),
+    tasks=_fifth,
     options=OPTIONS,
 )

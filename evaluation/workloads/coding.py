@@ -15,7 +15,7 @@ from kvcomm_vllm.evaluation.workloads.case import Case, chain
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import DataError, Row
 from kvcomm_vllm.evaluation.workloads.scoring import share_passed
-from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.task import Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
 DATA = DataSet("coding_tasks.jsonl", {"task": str, "tests": list}, "coding_tasks.jsonl")
@@ -32,6 +32,7 @@ def _tasks(row: Row, rng: Random, output_tokens: int = 384) -> list[Task]:
 WORKLOAD = Workload(
     name="coding",
     title="A team plans, writes, tests, and reviews a small Python function",
-    build=of_rows(DATA, _tasks),
+    tasks=_tasks,
+    data=DATA,
     metric="share of hidden tests passed",
 )

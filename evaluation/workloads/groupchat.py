@@ -12,7 +12,7 @@ from kvcomm_vllm.evaluation.workloads.case import Case, Turn, literal
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.scoring import word_f1
-from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.task import Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
 MOST_CHARACTERS = 6000  # about 1,500 tokens: the models this is run on have short contexts
@@ -114,6 +114,7 @@ DATA = DataSet(
 WORKLOAD = Workload(
     name="groupchat",
     title="Three speakers go on with a meeting, one after the other, and a clerk is asked about it",
-    build=of_rows(DATA, _tasks),
+    tasks=_tasks,
+    data=DATA,
     metric="word F1",
 )

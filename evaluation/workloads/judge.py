@@ -10,7 +10,7 @@ from kvcomm_vllm.evaluation.workloads.answers import meaning
 from kvcomm_vllm.evaluation.workloads.case import Answer, Case, Turn, literal
 from kvcomm_vllm.evaluation.workloads.math import DATA
 from kvcomm_vllm.evaluation.workloads.rows import Row
-from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.task import Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
 CANDIDATES = tuple(f"Candidate {number}" for number in (1, 2, 3))
@@ -55,5 +55,6 @@ def _choice(case: Case, answer: str) -> str | None:
 WORKLOAD = Workload(
     name="judge",
     title="A judge picks the best of three answers to a word problem, in two orders",
-    build=of_rows(DATA, _tasks),
+    tasks=_tasks,
+    data=DATA,
 )

@@ -10,7 +10,7 @@ from kvcomm_vllm.evaluation.workloads.case import Answer, Case, chain
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.scoring import exact_number, stated_number
-from kvcomm_vllm.evaluation.workloads.task import AGENTS, TOKENS, Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.task import AGENTS, TOKENS, Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
 DATA = DataSet("gsm8k.jsonl", {"question": str, "answer": str}, "word_problems.jsonl")
@@ -40,7 +40,8 @@ def _tasks(row: Row, rng: Random, agents: int = 5, output_tokens: int = 256) -> 
 WORKLOAD = Workload(
     name="math",
     title="A team solves word problems; each reads all before it, the last one states the number",
-    build=of_rows(DATA, _tasks),
+    tasks=_tasks,
+    data=DATA,
     metric="exact number",
     options={"agents": AGENTS, "output_tokens": TOKENS},
 )

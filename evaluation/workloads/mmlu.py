@@ -10,7 +10,7 @@ from kvcomm_vllm.evaluation.workloads.case import Case, chain
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import DataError, Row
 from kvcomm_vllm.evaluation.workloads.scoring import LETTERS, letter
-from kvcomm_vllm.evaluation.workloads.task import AGENTS, TOKENS, Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.task import AGENTS, TOKENS, Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
 FIELDS: dict[str, type] = {"question": str, "choices": list, "answer": str}
@@ -32,7 +32,8 @@ def _tasks(row: Row, rng: Random, agents: int = 3, output_tokens: int = 128) -> 
 WORKLOAD = Workload(
     name="mmlu",
     title="Analysts discuss a question with four choices, and a referee names the letter",
-    build=of_rows(DATA, _tasks),
+    tasks=_tasks,
+    data=DATA,
     metric="letter",
     options={"agents": AGENTS, "output_tokens": TOKENS},
 )

@@ -9,6 +9,7 @@ a GSM8K-style JSONL file.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -84,6 +85,7 @@ class Agent:
     system: str
 
 
+@cache
 def load_agents() -> list[Agent]:
     """The five roles in the order in which they speak."""
     rows = yaml.safe_load((DATA / "agents.yaml").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from kvcomm_vllm.evaluation.workloads.case import Case, Turn, literal
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.scoring import word_f1
-from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.task import Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
 SAMPLE_PASSAGES = 4
@@ -64,6 +64,7 @@ DATA = DataSet(
 WORKLOAD = Workload(
     name="rag",
     title="Three agents answer a question from shared passages, each in another order",
-    build=of_rows(DATA, _tasks),
+    tasks=_tasks,
+    data=DATA,
     metric="word F1",
 )

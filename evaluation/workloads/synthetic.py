@@ -14,7 +14,6 @@ from kvcomm_vllm.evaluation.workloads.task import (
     TOKENS,
     Task,
     Workload,
-    of_words,
     rng_of,
 )
 from kvcomm_vllm.evaluation.workloads.words import random_words
@@ -59,7 +58,7 @@ def _task(
 WORKLOAD = Workload(
     name="synthetic",
     title="Copy machines over a shared random input and each other's outputs, all lengths given",
-    build=of_words(_task),
+    tasks=_task,
     options={
         "agents": (1, MOST_AGENTS),
         "prefix_tokens": (2 * INSTRUCTION_TOKENS, None),

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Protocol, overload
+from typing import Any
 
 from kvcomm_vllm.evaluation.workloads.case import Case, Message
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet, chance
@@ -86,32 +87,30 @@ class TaskSet:
     source: str
 
 
-class Build(Protocol):
-    """Makes the tasks from a data folder (None = beside the checkout, else the packaged sample), a
-    seed, and further options.
-    """
-
-    def __call__(self, folder: Path | None, seed: int, **options: int) -> TaskSet: ...
-
-
 @dataclass(frozen=True)
 class Workload:
     """A workload by name.
 
     Args:
         title: one line for people: who talks about what.
+        tasks: of a row of ``data``, as ``tasks(row, rng, **options)``; without data the task of
+            random words, as ``tasks(number, seed, **options)``, of any number.
         metric: what its score is ("exact number", "F1", ...), empty without one.
-        options: what ``build`` takes, and within which limits.
+        options: what ``tasks`` takes, and within which limits.
     """
 
     name: str
     title: str
-    build: Build
+    tasks: Callable[..., Any]
+    data: DataSet | None = None
     options: Mapping[str, Range] = field(default_factory=lambda: {"output_tokens": TOKENS})
     metric: str = ""
 
     def make(self, folder: Path | None = None, seed: int = 0, **given: int) -> TaskSet:
-        """The tasks of this workload.
+        """The tasks of this workload, of data in an order that the seed decides.
+
+        Args:
+            folder: with the data; None = beside the checkout, else the packaged sample.
 
         Raises:
             DataError: an option out of its range; unusable data.
@@ -121,20 +120,11 @@ class Workload:
             if value < least or (most is not None and value > most):
                 allowed = f"{least} or more" if most is None else f"{least} to {most}"
                 raise DataError(f"{name} must be {allowed}, not {value}")
-        return self.build(folder, seed, **given)
-
-
-def of_rows(data: DataSet, tasks: Callable[..., list[Task]]) -> Build:
-    """A workload with a data file: ``tasks(row, rng, **options)`` for each of its rows, in an order
-    that the seed decides.
-    """
-
-    def build(folder: Path | None, seed: int, **options: int) -> TaskSet:
-        rows, source = data.shuffled(folder, seed)
-        found = [tasks(row, chance(row, seed), **options) for row in rows]
+        if self.data is None:
+            return TaskSet(Endless(partial(self.tasks, seed=seed, **given)), "random words")
+        rows, source = self.data.shuffled(folder, seed)
+        found = [self.tasks(row, chance(row, seed), **given) for row in rows]
         return TaskSet([task for some in found for task in some], source)
-
-    return build
 
 
 @dataclass(frozen=True)
@@ -146,26 +136,9 @@ class Endless(Sequence[Task]):
     def __len__(self) -> int:
         return ENDLESS
 
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Task]: ...
-
-    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+    def __getitem__(self, index: Any) -> Any:
         numbers = range(ENDLESS)[index]
-        if isinstance(numbers, int):
-            return self.task(numbers)
-        return [self.task(number) for number in numbers]
-
-
-def of_words(task: Callable[..., Task]) -> Build:
-    """A workload of random words: ``task(number, seed, **options)`` for any number."""
-
-    def build(folder: Path | None, seed: int, **options: int) -> TaskSet:
-        return TaskSet(Endless(lambda number: task(number, seed, **options)), "random words")
-
-    return build
+        return self.task(numbers) if isinstance(numbers, int) else [*map(self.task, numbers)]
 
 
 def rng_of(seed: int, what: str) -> Random:

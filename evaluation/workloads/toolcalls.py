@@ -15,7 +15,7 @@ from kvcomm_vllm.evaluation.workloads.case import Case, Turn, literal
 from kvcomm_vllm.evaluation.workloads.data_set import DataSet
 from kvcomm_vllm.evaluation.workloads.rows import DataError, Row
 from kvcomm_vllm.evaluation.workloads.scoring import word_f1
-from kvcomm_vllm.evaluation.workloads.task import Task, Workload, of_rows
+from kvcomm_vllm.evaluation.workloads.task import Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
 FIELDS: dict[str, type] = {"results": list, "question": str, "answers": list}
@@ -55,6 +55,7 @@ def _tasks(row: Row, rng: Random, output_tokens: int = 96) -> list[Task]:
 WORKLOAD = Workload(
     name="toolcalls",
     title="Three agents share the results of tools and answer a question from them",
-    build=of_rows(DATA, _tasks),
+    tasks=_tasks,
+    data=DATA,
     metric="word F1",
 )

@@ -23,11 +23,12 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="All workloads, columns and phases; hours on a CPU.")
     ] = False,
-    workload: Annotated[
+    workloads: Annotated[
         list[str] | None,
         typer.Option(
+            "--workload",
             help="math, coding, rag, mmlu, groupchat, judge, toolcalls, synthetic, agents, crowd; "
-            "repeatable."
+            "repeatable.",
         ),
     ] = None,
     tasks: Annotated[
@@ -37,9 +38,11 @@ def bench(
         str | None,
         typer.Option(help="plain_nocache, plain, rotate, seam, seam4, anchor, paper, with commas."),
     ] = None,
-    endpoint: Annotated[
+    endpoints: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=URL[,model] of any OpenAI server, as a column; repeatable."),
+        typer.Option(
+            "--endpoint", help="NAME=URL[,model] of any OpenAI server, as a column; repeatable."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="For the choice and order of tasks, arrivals.")] = 0,
     data: Annotated[
@@ -73,9 +76,12 @@ def bench(
     config: Annotated[
         Path | None, typer.Option(help="YAML file of the plugin's settings; without it, defaults.")
     ] = None,
-    server_arg: Annotated[
+    server_args: Annotated[
         list[str] | None,
-        typer.Option(help="Extra argument for both servers, e.g. --server-arg=--dtype=float32."),
+        typer.Option(
+            "--server-arg",
+            help="Extra argument for both servers, e.g. --server-arg=--dtype=float32.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, report and logs.")] = OUT,
     resume: Annotated[
@@ -88,9 +94,13 @@ def bench(
 ) -> None:
     """Workloads on plain vLLM and on every mode of the plugin, side by side, in one report."""
     options = {name: value for name, value in locals().items() if name != "context"}
-    sources = {name: context.get_parameter_source(name) for name in options}
-    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    given = {
+        option.opts[0]
+        for option in context.command.params
+        if (source := context.get_parameter_source(str(option.name)))
+        and source.name == "COMMANDLINE"
+    }
     with measuring("bench", CLIENT, f"To go on: kvcomm bench --resume --out {out}"):
-        from kvcomm_vllm.evaluation.bench.command import run_command
+        from kvcomm_vllm.evaluation.bench.run import run_command
 
-        run_command(options, given, Console())
+        run_command(given, Console(), **options)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvcomm_vllm.evaluation.bench.columns import OWN
-from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
-from kvcomm_vllm.evaluation.bench.records import CallRecord
+from kvcomm_vllm.evaluation.bench.driver import Driver
+from kvcomm_vllm.evaluation.bench.records import CallRecord, Stand
 from kvcomm_vllm.evaluation.serving.client import RefusedError
 from kvcomm_vllm.evaluation.workloads.case import Case, Turn
 from kvcomm_vllm.evaluation.workloads.task import Call, Task
@@ -59,4 +59,4 @@ def call_record(stand: Stand, column: str, index: int, **more: Any) -> CallRecor
         "prompt_digest": "d",
         "answer_ids": [1],
     }
-    return CallRecord(**{**fields, **stand.fields(), "column": column, "index": index, **more})
+    return CallRecord(**{**fields, **vars(stand), "column": column, "index": index, **more})

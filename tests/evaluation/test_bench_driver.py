@@ -13,7 +13,8 @@ pytest.importorskip("openai", reason="the bench extra is not installed")
 from bench_endpoint import FakeServer, serving, token
 
 from kvcomm_vllm.evaluation.bench.columns import OWN, Column, Endpoint
-from kvcomm_vllm.evaluation.bench.driver import Driver, Stand
+from kvcomm_vllm.evaluation.bench.driver import Driver
+from kvcomm_vllm.evaluation.bench.records import Stand
 from kvcomm_vllm.evaluation.bench.servers import foreign_client
 from kvcomm_vllm.evaluation.serving.client import ChatClient, RefusedError
 from kvcomm_vllm.evaluation.workloads.task import Call

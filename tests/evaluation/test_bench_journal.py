@@ -13,7 +13,6 @@ pytest.importorskip("openai", reason="the bench extra is not installed")
 
 from bench_tasks import call_record, relay
 
-from kvcomm_vllm.evaluation.bench.driver import Stand
 from kvcomm_vllm.evaluation.bench.journal import Journal
 from kvcomm_vllm.evaluation.bench.plan import Study, Unit
 from kvcomm_vllm.evaluation.bench.records import (
@@ -22,6 +21,7 @@ from kvcomm_vllm.evaluation.bench.records import (
     MemoryRecord,
     Record,
     SkipRecord,
+    Stand,
     TaskRecord,
 )
 
@@ -37,7 +37,7 @@ def records(task: str, columns: tuple[str, ...] = COLUMNS, **more: Any) -> list[
     found: list[Record] = [call_record(stand, column, 0) for column in columns]
     found += [
         TaskRecord(
-            **stand.fields(),
+            **vars(stand),
             column=column,
             seconds=1.0,
             answer="x",
@@ -47,7 +47,8 @@ def records(task: str, columns: tuple[str, ...] = COLUMNS, **more: Any) -> list[
         )
         for column in columns
     ]
-    found.append(MemoryRecord(columns[0], task, 0.0, 1.0, None, None, 0.0, stand.phase, "work"))
+    held = {"kv_usage": 0.0, "resident_mb": 1.0, "slots": None, "anchors": None}
+    found.append(MemoryRecord(**vars(stand), column=columns[0], **held))
     return found
 
 
@@ -85,7 +86,8 @@ def test_a_unit_that_was_cut_off_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_skipped_task_is_not_tried_again(tmp_path: Path) -> None:
-    skip = SkipRecord("work", LOCKSTEP, "a", "seam", list(COLUMNS), "too long")
+    columns = list(COLUMNS)
+    skip = SkipRecord("work", LOCKSTEP, "a", column="seam", columns=columns, error="too long")
     Journal(tmp_path, [STUDY]).write([skip])
     assert Journal(tmp_path, [STUDY]).remaining(STUDY) == [STUDY.units[1]]
 
@@ -95,6 +97,14 @@ def test_warm_ups_are_kept_and_count_for_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path, [STUDY])
     assert journal.remaining(STUDY) == list(STUDY.units)
     assert [kind for kind, _ in kinds(tmp_path)][:2] == ["call", "call"]
+
+
+def test_a_line_that_was_cut_off_is_gone_before_another_one_is_written(tmp_path: Path) -> None:
+    Journal(tmp_path, [STUDY]).write(records("a"))
+    path = tmp_path / "records.jsonl"
+    path.write_text(path.read_text()[:-9])
+    Journal(tmp_path, [STUDY]).write(records("b"))
+    assert [task for kind, task in kinds(tmp_path) if kind == "task"] == ["a", "a", "b", "b"]
 
 
 def test_under_load_each_column_is_a_unit_of_all_its_tasks(tmp_path: Path) -> None:

@@ -14,21 +14,18 @@ pytest.importorskip("openai", reason="the bench extra is not installed")
 
 from bench_tasks import ScriptedDriver, relay
 
-from kvcomm_vllm.evaluation.bench.driver import Stand
 from kvcomm_vllm.evaluation.bench.load import arrivals, run_load
 from kvcomm_vllm.evaluation.bench.lockstep import Floor, Rest
-from kvcomm_vllm.evaluation.bench.records import CallRecord, SkipRecord, TaskRecord
+from kvcomm_vllm.evaluation.bench.records import CallRecord, SkipRecord, Stand, TaskRecord
 from kvcomm_vllm.evaluation.bench.runner import stopwatch
 from kvcomm_vllm.evaluation.serving.client import RequestError
-from kvcomm_vllm.evaluation.workloads.task import Call, Task
+from kvcomm_vllm.evaluation.workloads.task import Call
+
+STAND = Stand("work", "load", "any")
 
 
 def floor() -> Floor:
     return Floor(Rest(0.0), stopwatch())
-
-
-def stand_of(task: Task) -> Stand:
-    return Stand("work", "load", task.id)
 
 
 def test_arrivals_are_a_poisson_process_of_the_seed() -> None:
@@ -58,7 +55,7 @@ def test_a_task_does_not_wait_for_the_one_before_it() -> None:
             return said, replace(record, total_ms=1e12)
 
     tasks = [relay("a"), relay("b")]
-    records = run_load(tasks, [0.0, 0.01], stand_of, Patient("plain", []), floor())
+    records = run_load(tasks, [0.0, 0.01], STAND, Patient("plain", []), floor())
     assert [(record.task, type(record)) for record in records] == [
         (name, kind) for name in "ab" for kind in [CallRecord] * 3 + [TaskRecord]
     ]
@@ -75,7 +72,7 @@ def test_a_refused_task_is_skipped_and_the_others_go_on() -> None:
             return super().ask(call, index, stand)
 
     tasks = [relay("a"), relay("b")]
-    skip, *rest = run_load(tasks, [0.0, 0.05], stand_of, Refusing("seam", []), floor())
+    skip, *rest = run_load(tasks, [0.0, 0.05], STAND, Refusing("seam", []), floor())
     assert isinstance(skip, SkipRecord)
     assert (skip.task, skip.columns) == ("a", ["seam"])
     assert [record.task for record in rest] == ["b"] * 4
@@ -87,7 +84,7 @@ def test_a_server_that_fails_ends_the_load() -> None:
             raise RequestError("gone")
 
     with pytest.raises(RequestError, match="gone"):
-        run_load([relay("a")], [0.0], stand_of, Broken("seam", []), floor())
+        run_load([relay("a")], [0.0], STAND, Broken("seam", []), floor())
 
 
 def test_what_servers_are_to_have_seen_is_sent_before_the_first_task_starts() -> None:
@@ -103,6 +100,6 @@ def test_what_servers_are_to_have_seen_is_sent_before_the_first_task_starts() ->
             return super().ask(call, index, stand)
 
     tasks = [relay("a", agents=1), relay("b", agents=1)]
-    run_load(tasks, [0.0, 0.0], stand_of, Primed("seam", []), floor())
+    run_load(tasks, [0.0, 0.0], STAND, Primed("seam", []), floor())
     assert log[:2] == ["prime a agent 0", "prime b agent 0"]
     assert sorted(log[2:]) == ["ask a", "ask b"]

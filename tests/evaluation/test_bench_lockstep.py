@@ -11,9 +11,8 @@ pytest.importorskip("openai", reason="the bench extra is not installed")
 
 from bench_tasks import ScriptedDriver, relay
 
-from kvcomm_vllm.evaluation.bench.driver import Stand
 from kvcomm_vllm.evaluation.bench.lockstep import Floor, Rest, Running, play, run_task
-from kvcomm_vllm.evaluation.bench.records import CallRecord, Record, SkipRecord, TaskRecord
+from kvcomm_vllm.evaluation.bench.records import CallRecord, Record, SkipRecord, Stand, TaskRecord
 
 STAND = Stand("work", "lockstep", "t")
 FLOOR = Floor(Rest(0.0), lambda: 5.0)

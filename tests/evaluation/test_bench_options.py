@@ -13,7 +13,7 @@ pytest.importorskip("openai", reason="the bench extra is not installed")
 
 from kvcomm_vllm.cli.main import app
 from kvcomm_vllm.evaluation.bench.options import Options, read_options
-from kvcomm_vllm.evaluation.bench.plan import make_plan, rotated, without
+from kvcomm_vllm.evaluation.bench.plan import make_plan, rotated
 from kvcomm_vllm.evaluation.bench.presets import FULL, QUICK
 from kvcomm_vllm.evaluation.bench.records import LOAD, LOCKSTEP, STREAM
 from kvcomm_vllm.evaluation.bench.resume import check_same, options_of, write_settings
@@ -29,18 +29,18 @@ def options(out: Path = Path("o"), **given: Any) -> Options:
 
 @pytest.mark.parametrize("preset", [QUICK, FULL], ids=["quick", "full"])
 def test_presets_name_workloads_and_options_that_exist(preset: Any) -> None:
-    for name, given in preset.workloads.items():
+    for name, given in preset["workloads"].items():
         assert set(given) <= set(WORKLOADS[name].options)
     found = read_options("m", Path("o"), full=preset is FULL)
-    assert found.workloads == preset.workloads
-    assert [column.name for column in found.columns] == list(preset.columns)
-    assert (found.rate, found.stream) == (preset.rate, preset.stream)
+    assert found.workloads == preset["workloads"]
+    assert ",".join(column.name for column in found.columns) == preset["columns"]
+    assert (found.rate, found.stream) == (preset["rate"], preset["stream"])
     assert make_plan(read_options("m", Path("o"), full=preset is FULL, tasks=1, rate=0.01))
 
 
 def test_what_is_said_wins_over_the_preset() -> None:
-    found = options(sizes={"input_tokens": 99}, seed=3, rate=0.5, stream=7)
-    assert found.workloads["synthetic"] == {**QUICK.workloads["synthetic"], "input_tokens": 99}
+    found = options(input_tokens=99, seed=3, rate=0.5, stream=7)
+    assert found.workloads["synthetic"] == {**QUICK["workloads"]["synthetic"], "input_tokens": 99}
     assert (found.tasks, found.seed, found.rate, found.stream) == (3, 3, 0.5, 7)
     assert found.load_seconds > 0
 
@@ -51,7 +51,7 @@ def test_what_is_said_wins_over_the_preset() -> None:
         ({"columns": "plain,sem"}, "'sem' is no column"),
         ({"columns": ","}, "no column"),
         ({"workloads": ["maths"]}, "'maths' is no workload"),
-        ({"workloads": ["rag"], "sizes": {"agents": 3}}, "--agents"),
+        ({"workloads": ["rag"], "agents": 3}, "--agents"),
         ({"endpoints": ["http://host"]}, "NAME=URL"),
         ({"endpoints": ["plain=http://host"]}, "'plain' already"),
     ],
@@ -112,11 +112,11 @@ def test_over_the_units_every_column_is_first_and_servers_stay_together() -> Non
 
 
 def test_a_column_that_is_not_served_leaves_the_plan() -> None:
-    studies = make_plan(options(rate=0.5, load_seconds=20.0, stream=2))
-    kept = without(studies, {"anchor": "why"})
+    asked = options(rate=0.5, load_seconds=20.0, stream=2)
+    kept = make_plan(asked, {"anchor": "why"})
     assert {name for study in kept for unit in study.units for name in unit.columns} == {"plain"}
     assert [len(study.units) for study in kept] == [3, 1, 2]
-    assert without(studies, {"anchor": "", "plain": ""}) == []
+    assert make_plan(asked, {"anchor": "", "plain": ""}) == []
 
 
 def test_a_run_is_continued_by_the_same_options_alone(tmp_path: Path) -> None:
@@ -145,6 +145,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     assert "two things" in refused("--model", "m", "--quick", "--full", *out)
     assert "no run to continue" in refused("--resume", *out)
     assert "--seed has no place" in refused("--resume", "--seed", "1", *out)
+    assert "--workload has no place" in refused("--resume", "--workload", "rag", *out)
     assert "--out has no place" in refused("--report", str(tmp_path), *out)
     assert "records.jsonl" in refused("--report", str(tmp_path))
     assert not (tmp_path / "o").exists()

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_significant_loss_is_said_first(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, tasks=40, stream=0, load=0, anchor_score=0.1)
+    folder = write_run(tmp_path, tasks=20, stream=0, load=0, anchor_score=0.1)
     write_report(folder)
     alarm = "anchor scores significantly below plain vLLM on math: −"
     (found,) = json.loads((folder / "report.json").read_text())["alarms"]

@@ -46,7 +46,7 @@ def options(fake: FakeServer, out: Path, **given: Any) -> Options:
         "columns": "a,b",
         "endpoints": [f"a={fake.url},m", f"b={fake.url},m"],
         "tasks": TASKS,
-        "sizes": sizes,
+        **sizes,
     }
     return read_options("m", out, **{**fields, **given})
 

@@ -10,13 +10,12 @@ pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
 from kvcomm_vllm.evaluation.demo.figure import prompt_spans, write_figure
 from kvcomm_vllm.evaluation.demo.table import AgentRow, Traced
-from kvcomm_vllm.evaluation.serving.client import Answer
 
 TREATMENTS = ("local", "reused", "computed")
 
 
 def traced(total: int, spans: object) -> Traced:
-    return Traced("Reader", Answer("", (), total, 0, None, 1, {}), {"spans": spans})
+    return Traced("Reader", total, {"spans": spans})
 
 
 @given(

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kvcomm_vllm.evaluation.bench.driver import Stand
-from kvcomm_vllm.evaluation.bench.records import CallRecord
+from kvcomm_vllm.evaluation.bench.records import CallRecord, Stand
 from kvcomm_vllm.evaluation.demo.table import (
     Heard,
     Traced,
@@ -22,7 +21,6 @@ from kvcomm_vllm.evaluation.demo.table import (
     write_json,
 )
 from kvcomm_vllm.evaluation.report.numbers import sooner
-from kvcomm_vllm.evaluation.serving.client import Answer
 from kvcomm_vllm.evaluation.workloads.answers import equal_leading_share
 
 IDS = st.lists(st.integers(0, 3), max_size=12).map(tuple)
@@ -46,7 +44,7 @@ def heard(
     names = ("local", "reused", "computed")
     more = dict(zip(names, counts, strict=True)) if counts else {}
     ours = record(ttft_ms, agent=agent, prompt_tokens=prompt_tokens, **more)
-    return Heard(question, [], plain, cached, ours, ("dense", "dense", "text"))
+    return Heard(question, [], plain, cached, ours, {"plain": "dense", "kvcomm": "text"})
 
 
 CALLS = [
@@ -131,8 +129,7 @@ def test_a_loss_is_not_called_a_gain() -> None:
 
 
 def test_json_holds_the_settings_the_rows_and_every_call(tmp_path: Path) -> None:
-    answer = Answer("text", (1,), 100, 0, None, 51.0, {})
-    traced = [Traced("Reader", answer, {"spans": [[0, 100, "local"]]})]
+    traced = [Traced("Reader", 100, {"spans": [[0, 100, "local"]]})]
     file = tmp_path / "demo.json"
     write_json(file, {"model": "m"}, CALLS, traced)
     report = json.loads(file.read_text())

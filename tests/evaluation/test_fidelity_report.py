@@ -13,9 +13,9 @@ pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
 from kvcomm_vllm.cli.main import app
 from kvcomm_vllm.evaluation.fidelity.figure import lines, write_figure
-from kvcomm_vllm.evaluation.fidelity.points import anchor_points, points
+from kvcomm_vllm.evaluation.fidelity.measure import Score
+from kvcomm_vllm.evaluation.fidelity.options import anchor_points, points
 from kvcomm_vllm.evaluation.fidelity.report import render_table, summarise, write_json
-from kvcomm_vllm.evaluation.fidelity.score import Score
 from kvcomm_vllm.evaluation.modes import hints_of
 from kvcomm_vllm.evaluation.workloads.rows import DataError
 from kvcomm_vllm.hints import parse_hints

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvcomm bench` on real servers with a real model: records, interruption, repetition."""
+"""`kvcomm bench` on real servers with a real model: records, interruption, repetition.
+
+One run serves all tests: it is interrupted, and continued on servers that know nothing of it. What
+both sessions have in common is their warm-up.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,118 +23,137 @@ pytest.importorskip("openai", reason="the bench extra is not installed")
 
 from kvcomm_vllm.evaluation.bench.records import VARYING  # noqa: E402
 
-TIMEOUT_SECONDS = 1500
+TIMEOUT_SECONDS = 900
+BENCH = [sys.executable, "-m", "kvcomm_vllm.cli.main", "bench"]
 COLUMNS = ["plain_nocache", "plain", "anchor", "paper"]
-AGENTS, TASKS, STREAM = 2, 3, 1
+AGENTS, TASKS, STREAM, ANSWER_TOKENS = 2, 3, 1, 4
+SIZES = {"agents": AGENTS, "prefix-tokens": 48, "input-tokens": 96, "output-tokens": ANSWER_TOKENS}
+Rows = list[dict[str, Any]]
 
 
-def command(model: str, out: Path) -> list[str]:
-    sizes = {"agents": AGENTS, "prefix-tokens": 48, "input-tokens": 160, "output-tokens": 12}
-    config = out.with_suffix(".yaml")
-    # three tasks of random words teach little; here it is enough that they are corrected at all
-    config.write_text("max_anchor_error: 1.0\n")
-    return [
-        *[sys.executable, "-m", "kvcomm_vllm.cli.main", "bench", "--model", model],
-        *["--workload", "synthetic", "--tasks", str(TASKS), "--stream", str(STREAM)],
-        *["--columns", ",".join(COLUMNS), "--config", str(config), "--out", str(out)],
-        *(part for name, size in sizes.items() for part in (f"--{name}", str(size))),
-    ]
+@dataclass(frozen=True)
+class Continued:
+    """A run in two sessions: the records, and those that the first one left behind."""
+
+    folder: Path
+    status: int
+    kept: Rows
+
+    @property
+    def rows(self) -> Rows:
+        return read(self.folder)
+
+    def calls(self, column: str) -> Rows:
+        """Timed ones, of all tasks."""
+        return [
+            row
+            for row in self.rows
+            if (row["kind"], row["phase"], row["column"]) == ("call", "lockstep", column)
+            and not row["warmup"]
+        ]
 
 
-def run(model: str, out: Path) -> None:
-    done = subprocess.run(
-        command(model, out), capture_output=True, text=True, timeout=TIMEOUT_SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
+def read(folder: Path) -> Rows:
     """Whole records; the last line may be on its way."""
-    path = out / "records.jsonl"
+    path = folder / "records.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def ended(rows: Rows) -> set[tuple[str, str]]:
+    """Phase and name of the tasks that are timed and have ended."""
+    found = [row for row in rows if row["kind"] == "task" and not row["warmup"]]
+    return {(row["phase"], row["task"]) for row in found}
+
+
+def command(model: str, out: Path) -> list[str]:
+    config = out / "given.yaml"
+    # three tasks of random words teach little; here it is enough that they are corrected at all
+    config.write_text("max_anchor_error: 1.0\n")
+    return [
+        *[*BENCH, "--model", model, "--workload", "synthetic"],
+        *["--tasks", str(TASKS), "--stream", str(STREAM), "--columns", ",".join(COLUMNS)],
+        *["--config", str(config), "--out", str(out)],
+        *(part for name, size in SIZES.items() for part in (f"--{name}", str(size))),
+    ]
+
+
 @pytest.fixture(scope="module")
-def whole(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody interrupted."""
-    out = tmp_path_factory.mktemp("whole")
-    run(smollm2, out)
-    return out
+def run(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Continued:
+    out = tmp_path_factory.mktemp("run")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(command(smollm2, out), **quiet)
+    try:
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while not ended(read(out)):
+            assert first.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        # not SIGINT, which what was started in the background may be set to ignore
+        first.send_signal(signal.SIGTERM)
+        status = first.wait(TIMEOUT_SECONDS)
+    finally:
+        first.kill()
+    kept = read(out)
+    done = subprocess.run(
+        [*BENCH, "--resume", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Continued(out, status, kept)
 
 
-def of_column(out: Path, column: str) -> list[dict[str, Any]]:
-    calls = [row for row in rows(out) if row["kind"] == "call" and row["phase"] == "lockstep"]
-    return [row for row in calls if row["column"] == column and not row["warmup"]]
-
-
-def test_every_column_has_every_call_of_every_task(whole: Path) -> None:
+def test_every_column_has_every_call_of_every_task(run: Continued) -> None:
     for column in COLUMNS:
-        found = of_column(whole, column)
+        found = run.calls(column)
         assert len(found) == AGENTS * TASKS, column
-        assert all(row["output_tokens"] == 12 for row in found)
-    settings = json.loads((whole / "run.json").read_text())
+        assert all(row["output_tokens"] == ANSWER_TOKENS for row in found)
+    settings = json.loads((run.folder / "run.json").read_text())
     assert settings["complete"]
-    assert len(settings["servers"]) == 2
+    assert len(settings["servers"]) == 2 * 2, "a session has two"
     assert not any(column["not_served"] for column in settings["columns"].values())
-    assert settings["sessions"][0]["late"] == 0
+    assert [session["late"] for session in settings["sessions"]] == [0, 0]
 
 
-def test_the_servers_did_what_the_columns_say(whole: Path) -> None:
-    assert all(row["cached_tokens"] == 0 for row in of_column(whole, "plain_nocache"))
-    for row in of_column(whole, "plain"):
+def test_the_servers_did_what_the_columns_say(run: Continued) -> None:
+    assert all(row["cached_tokens"] == 0 for row in run.calls("plain_nocache"))
+    for row in run.calls("plain"):
         assert row["full_hit_ms"] > 0
         assert row["reused"] is None
-    for row in of_column(whole, "anchor"):
+    for row in run.calls("anchor"):
         assert row["local"] + row["reused"] + row["computed"] == row["prompt_tokens"]
         assert bool(row["reused"]) == (row["index"] > 0), "the first agent has nobody to quote"
         assert row["repeated_tokens"] <= row["prompt_tokens"]
-    memory = [row for row in rows(whole) if row["kind"] == "memory"]
+    memory = [row for row in run.rows if row["kind"] == "memory"]
     assert any(row["anchors"] for row in memory if row["column"] == "anchor"), "nothing was learned"
-    assert any(row["corrected"] for row in of_column(whole, "anchor")), "what was learned is unused"
+    learning = run.calls("anchor") + run.calls("paper")
+    assert any(row["corrected"] for row in learning), "what was learned is unused"
     assert {row["column"] for row in memory} == {"plain", "anchor"}
     assert all(row["resident_mb"] > 100 for row in memory)
     assert all(row["kv_usage"] == 0 for row in memory), "pages are held while nobody is served"
 
 
-def _same(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All but times."""
-    return [{name: value for name, value in row.items() if name not in VARYING} for row in found]
-
-
-def ended(out: Path) -> set[tuple[str, str]]:
-    """Phase and name of the tasks that are timed and have ended."""
-    found = [row for row in rows(out) if row["kind"] == "task" and not row["warmup"]]
-    return {(row["phase"], row["task"]) for row in found}
-
-
-def test_an_interrupted_run_agrees_with_one_that_was_not_and_is_continued(
-    smollm2: str, tmp_path: Path, whole: Path
-) -> None:
-    running = subprocess.Popen(
-        command(smollm2, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+def test_what_does_not_depend_on_time_is_the_same_on_other_servers(run: Continued) -> None:
+    ignored = {*VARYING, "session"}
+    first, second = (
+        [
+            {name: value for name, value in row.items() if name not in ignored}
+            for row in run.rows
+            if row["warmup"] and row["session"] == session and row["phase"] == "lockstep"
+        ]
+        for session in (0, 1)
     )
-    try:
-        end = time.monotonic() + TIMEOUT_SECONDS
-        while not ended(tmp_path):
-            assert running.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        # not SIGINT, which what was started in the background may be set to ignore
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(TIMEOUT_SECONDS) == 128 + signal.SIGTERM
-    finally:
-        running.kill()
-    kept = rows(tmp_path)
-    assert _same(kept) == _same(rows(whole))[: len(kept)]
-    assert ended(tmp_path) < ended(whole)
+    assert [row["kind"] for row in first].count("call") == AGENTS * len(COLUMNS)
+    assert first == second
 
-    resumed = [sys.executable, "-m", "kvcomm_vllm.cli.main", "bench", "--resume"]
-    done = subprocess.run(
-        [*resumed, "--out", str(tmp_path)], capture_output=True, text=True, timeout=TIMEOUT_SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert rows(tmp_path)[: len(kept)] == kept
-    assert ended(tmp_path) == ended(whole)
-    left = subprocess.run(["pgrep", "-f", f"{smollm2} .*{tmp_path}"], capture_output=True)
+
+def test_an_interrupted_run_is_continued_behind_its_last_task(run: Continued) -> None:
+    assert run.status == 128 + signal.SIGTERM
+    assert run.rows[: len(run.kept)] == run.kept
+    assert len(ended(run.kept)) == 1
+    assert len(ended(run.rows)) == TASKS + STREAM
+    ours = f"--kvcomm-config {run.folder}"
+    left = subprocess.run(["pgrep", "-f", "--", ours], capture_output=True)
     assert left.returncode == 1, "a server is still running"
