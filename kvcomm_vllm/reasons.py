@@ -218,8 +218,8 @@ class Reason(enum.StrEnum):
     LEARNING = (
         "learning",
         Scope.REQUEST,
-        "Served exactly so that its slots learn from it (hint learn, bootstrap_requests, or a "
-        "message that the gate of mode paper did not let pass).",
+        "Served exactly so that its placeholders learn from it (hint learn, bootstrap_requests, or "
+        "a message that the gate of mode paper did not let pass).",
     )
     NO_PAPER_MEMORY = (
         "no_paper_memory",

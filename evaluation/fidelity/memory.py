@@ -19,6 +19,6 @@ def anchor_bytes(scheduler: SchedulerHalf, worker: WorkerHalf) -> dict[str, int]
     anchor, paper = scheduler.modes["anchor"], scheduler.modes["paper"]
     assert isinstance(anchor, AnchorMode)
     assert isinstance(paper, PaperMode)
-    held = dict.fromkeys(anchor.table.taught(), slots.bytes_per_slot)
-    rows = paper.slots.rows()
+    held = dict.fromkeys(anchor.table.taught(), slots.bytes_per_placeholder)
+    rows = paper.table.rows()
     return held | {key: count * rows_of.row_bytes for key, count in rows.items()}

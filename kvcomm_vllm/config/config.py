@@ -38,8 +38,9 @@ class KVCommConfig:
         "anchor",
         "How other agents' KV is reused: off = not at all, rotate = moved to its new position as "
         "it is, seam = moved, with each span's first tokens and the text between spans computed, "
-        "anchor = seam, and corrected with learned deviations wherever a slot is warm, paper = the "
-        "KVCOMM paper's method, for comparison (needs paper_memory_mb).",
+        "anchor = seam, and corrected with learned deviations wherever a placeholder (the place in "
+        "a prompt where text arrives) is warm, paper = the KVCOMM paper's method, for comparison "
+        "(needs paper_memory_mb).",
         choices=MODES,
     )
     default_on: bool = key(
@@ -60,26 +61,29 @@ class KVCommConfig:
     )
     min_anchors: int = key(
         2,
-        "Anchors a slot needs before its spans are corrected; the second one is the first test.",
+        "Anchors a placeholder needs before its spans are corrected; the second one is the first "
+        "test.",
         low=2,
         high=MOST,
     )
     max_anchors: int = key(
         50,
-        "Anchors after which a slot is not taught any more.",
+        "Anchors after which a placeholder is not taught any more.",
         low=2,
         high=MOST,
     )
     max_anchor_error: float = key(
         0.8,
-        "A slot is corrected only while its correction, tested on each new anchor before learning "
-        "it, leaves at most this share of the deviation; otherwise it is served as in mode seam.",
+        "A placeholder is corrected only while its correction, tested on each new anchor before "
+        "learning it, leaves at most this share of the deviation; otherwise it is served as in "
+        "mode seam.",
         low=0.0,
         high=1.0,
     )
     bootstrap_requests: int = key(
         0,
-        "Requests per new slot that are served exactly, so that it learns from them at no cost.",
+        "Requests per new placeholder that are served exactly, so that it learns from them at no "
+        "cost.",
         low=0,
         high=MOST,
         when_zero="learn by audits alone",
@@ -108,24 +112,26 @@ class KVCommConfig:
     )
     learn_from_approximate: bool = key(
         True,
-        "Whether text whose source KV is itself approximate teaches its slot.",
+        "Whether text whose source KV is itself approximate teaches its placeholder.",
     )
     anchor_memory_mb: int = key(
         1024,
-        "Memory reserved at start for what slots have learned, beside vLLM's own (per rank).",
+        "Memory reserved at start for what placeholders have learned, beside vLLM's own (per "
+        "rank).",
         low=0,
         high=MOST,
         when_zero="no anchors: mode anchor is mode seam",
     )
-    max_slots: int = key(
+    max_placeholders: int = key(
         10_000,
-        "Most slots remembered, with or without anchors; the least recently used go first.",
+        "Most placeholders remembered, with or without anchors; the least recently used go first.",
         low=1,
         high=MOST,
     )
     head_tokens: int = key(
         8,
-        "Leading tokens of a slot whose mean deviation is kept one by one (the estimator's M).",
+        "Leading tokens of a placeholder whose mean deviation is kept one by one (the estimator's "
+        "M).",
         low=0,
         high=4096,
     )
@@ -149,8 +155,8 @@ class KVCommConfig:
     )
     map_inputs: int = key(
         640,
-        "Numbers by which that map is told of a token, of its base KV in a few layers; a slot's "
-        "memory grows with them.",
+        "Numbers by which that map is told of a token, of its base KV in a few layers; a "
+        "placeholder's memory grows with them.",
         low=16,
         high=8192,
     )
@@ -176,7 +182,7 @@ class KVCommConfig:
     )
     paper_anchors: int = key(
         20,
-        "The paper's V (its code: max_anchor_num): anchors a slot may hold (mode paper).",
+        "The paper's V (its code: max_anchor_num): anchors a placeholder may hold (mode paper).",
         low=2,
         high=MOST,
     )

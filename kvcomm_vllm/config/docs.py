@@ -43,7 +43,7 @@ GROUPS = {
     "Anchors: when they are learned and used": (
         *("anchor_seam_tokens", "min_anchors", "max_anchors", "max_anchor_error"),
         *("bootstrap_requests", "audits", "audit_idle_seconds", "audit_tokens", "audit_share"),
-        *("learn_from_approximate", "max_slots"),
+        *("learn_from_approximate", "max_placeholders"),
     ),
     "Constants of the estimator (leave them alone)": (
         *("head_tokens", "mean_prior", "ridge", "ridge_tokens", "map_inputs", "map_rank"),

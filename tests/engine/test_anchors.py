@@ -35,7 +35,7 @@ def hear(llm: LLM, number: int, hints: dict[str, str] = ANCHOR) -> Answer:
     return answer
 
 
-def test_slots_are_learned_by_audits_and_then_corrected(learning: LLM) -> None:
+def test_placeholders_are_learned_by_audits_and_then_corrected(learning: LLM) -> None:
     assert hear(learning, 0).report["corrected"] == 0
     for number in range(1, 5):
         hear(learning, number)
@@ -50,10 +50,10 @@ def test_a_correction_brings_kv_closer_to_dense(learning: LLM) -> None:
     """What was left of the deviations of prompts that had not been seen, as the workers measured
     it.
     """
-    slots = connector(learning)._scheduler.modes["anchor"].table._slots.values()
-    warm = [slot for slot in slots if slot.anchors >= 3]
+    records = connector(learning)._scheduler.modes["anchor"].table._records.values()
+    warm = [record for record in records if record.anchors >= 3]
     assert warm
-    assert all(0 < slot.error < 0.95 for slot in warm)
+    assert all(0 < record.error < 0.95 for record in warm)
 
 
 def test_lessons_change_no_exact_answer(learning: LLM, plain: LLM) -> None:

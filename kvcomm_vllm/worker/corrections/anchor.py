@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchors, worker side: arenas of what slots have learned, corrected loads, and lessons."""
+"""Anchors, worker side: arenas of what placeholders have learned, corrected loads, and lessons."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from kvcomm_vllm.worker.corrections.residual import (
     ErrorSums,
     ResidualArena,
     ResidualSettings,
-    slot_bytes,
+    placeholder_bytes,
 )
 from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.load import (
     CorrectKernel,
     TokenMoves,
     correct_kernel,
-    slot_indices,
+    placeholder_indices,
     slots_of,
     token_moves,
 )
 
 
 class Anchors:
-    """One arena per layer group, as many slots as the configured memory holds; none where even one
-    slot does not fit, or where the mode asks for none, or where a forward of one engine alone would
+    """What placeholders have learned, and loads corrected with it.
+
+    One arena per layer group, for as many placeholders as the configured memory holds; none where
+    not even one fits, or where the mode asks for none, or where a forward of one engine alone would
     hang (data parallelism).
     """
 
@@ -54,12 +56,13 @@ class Anchors:
         # the model's first layer has no deviation: its K and V follow from token and position
         skips = [int(number == 0) for number in range(len(groups))]
         pages = [group.pages for group in groups]
-        self.bytes_per_slot = sum(
-            slot_bytes(group, skip, settings) for group, skip in zip(pages, skips, strict=True)
+        self.bytes_per_placeholder = sum(
+            placeholder_bytes(group, skip, settings)
+            for group, skip in zip(pages, skips, strict=True)
         )
         wanted = config.mode == "anchor" and ground.alone and ground.memory
         memory = config.anchor_memory_mb * 2**20 if wanted else 0
-        self.room = min(memory // self.bytes_per_slot, config.max_slots)
+        self.room = min(memory // self.bytes_per_placeholder, config.max_placeholders)
         self.arenas: list[ResidualArena] = []
         self.kernel: CorrectKernel | None = None
         if self.room:
@@ -78,10 +81,11 @@ class Anchors:
     def describe(self) -> str:
         if self.config.mode != "anchor":
             return ""
-        return f"; anchors of {self.room} slots of {self.bytes_per_slot / 2**20:.1f} MB each"
+        each = self.bytes_per_placeholder / 2**20
+        return f"; anchors of {self.room} placeholders of {each:.1f} MB each"
 
     def load(self, requests: Listing[RequestOps]) -> None:
-        """The loads of warm slots, a slot at a time."""
+        """The loads of warm placeholders, one at a time."""
         kinds: dict[tuple[int, bool], list[tuple[list[int], LoadOp]]] = {}
         for ops in requests:
             for load in ops.loads:
@@ -89,27 +93,27 @@ class Anchors:
                     kinds.setdefault((load.entry, load.mapped), []).append((ops.block_ids, load))
         for (entry, mapped), pairs in kinds.items():
             moves = token_moves(pairs, self.block_size, self.device)
-            self._load(entry, mapped, slot_indices(pairs, self.device), moves)
+            self._load(entry, mapped, placeholder_indices(pairs, self.device), moves)
 
     def distances_of(self, probe: ProbeOp) -> list[list[float]] | None:
         return None
 
-    def _load(self, entry: int, mapped: bool, slot_index: torch.Tensor, moves: TokenMoves) -> None:
-        """Load tokens of one slot with its correction; ``slot_index`` int32 ``[tokens]``."""
+    def _load(self, entry: int, mapped: bool, index: torch.Tensor, moves: TokenMoves) -> None:
+        """Load tokens ``index`` (int32 ``[tokens]``) of one placeholder with its correction."""
         assert self.kernel is not None
         for group, arena in zip(self.groups, self.arenas, strict=True):
             undo = group.rope.undo(moves.source_positions)
             code = None
             if mapped:
                 raw = arena.features.raw(moves.source_slots, undo)
-                code = arena.code(entry, slot_index, raw)
+                code = arena.code(entry, index, raw)
             self.kernel(
                 group.pages,
                 moves.source_slots,
                 moves.slots,
                 undo,
                 group.rope.redo(moves.positions),
-                arena.deviation(entry, slot_index, code),
+                arena.deviation(entry, index, code),
             )
 
     def learn(self, op: LessonOp) -> list[list[float]]:
@@ -131,7 +135,7 @@ class Anchors:
             undo = group.rope.undo(span.source_start + tokens)
             sums = arena.learn(
                 span.entry,
-                (span.slot_index + tokens).clamp(min=0),
+                (span.placeholder_index + tokens).clamp(min=0),
                 arena.features.raw(base_slots, undo),
                 _deviations(
                     group,

@@ -34,7 +34,7 @@ class Correction(Protocol):
     """The worker side of one mode. One instance per rank; called in the order of steps.
 
     Attributes:
-        room: how much it can keep, in units of its mode (slots, rows); told the scheduler.
+        room: how much it can keep, in units of its mode (placeholders, rows); told the scheduler.
     """
 
     room: int

@@ -214,14 +214,14 @@ class PaperArena:
         """
         firsts = [max(op.start, op.behind_end - known) for known in op.known]
         edges = sorted({first for first in firsts if first < op.stop} | {op.stop})
-        runs = []
+        parts = []
         for start, stop in pairwise(edges):
             knowing = [a for a, first in enumerate(firsts) if first <= start]
             rows = [op.anchors[a].end - (op.behind_end - start) for a in knowing]
             true = torch.stack([layer.base[row : row + stop - start].float() for row in rows])
             weights = softmax_weights(distances[knowing], self.temperature)
-            runs.append((weights[:, None] * true).sum(0))
-        return torch.cat(runs)
+            parts.append((weights[:, None] * true).sum(0))
+        return torch.cat(parts)
 
     # ---- learning --------------------------------------------------------------------------------
 

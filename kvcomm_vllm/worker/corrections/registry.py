@@ -17,8 +17,8 @@ CORRECTIONS: dict[str, Callable[[Ground], Correction]] = {
 
 
 def reserve(ground: Ground) -> tuple[dict[str, Correction], str]:
-    """One of each, and what the start line says of them; where there is no memory, slots stay
-    cold.
+    """One of each, and what the start line says of them; where there is no memory, placeholders
+    stay cold.
     """
     config = ground.config
     try:
