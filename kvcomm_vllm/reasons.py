@@ -224,7 +224,7 @@ class Reason(enum.StrEnum):
     NO_PAPER_MEMORY = (
         "no_paper_memory",
         Scope.REQUEST,
-        "Mode paper has no place for anchors: paper_memory_mb is too small, or there are several "
+        "Mode paper has no place for anchors: paper.memory_mb is too small, or there are several "
         "tensor- or data-parallel ranks.",
     )
     NO_ROOM = (

@@ -36,7 +36,7 @@ class Options:
         """What the plugin has to be configured with for these modes."""
         if all(mode != "paper" for mode, _ in self.points):
             return {}
-        return {"paper_memory_mb": PAPER_MEMORY_MB, "paper_gamma": self.paper_gamma}
+        return {"paper": {"memory_mb": PAPER_MEMORY_MB, "gamma": self.paper_gamma}}
 
     def settings(self) -> dict[str, Any]:
         """For the report; JSON-able."""

@@ -13,7 +13,9 @@ from scripts import words
 Make = Callable[..., EngineWithoutWorker]
 
 AGENT, MIDDLE, TAIL = words("agent", 21), words("middle", 7), words("tail", 6)
-PAPER = {"mode": "paper", "paper_memory_mb": 1, "min_span_tokens": 12}
+MEMORY = {"memory_mb": 1}
+SMALL = {**MEMORY, "anchors": 2, "window": 2}
+PAPER = {"mode": "paper", "paper": MEMORY, "min_span_tokens": 12}
 ROOMY = {"num_blocks": 256}
 
 
@@ -91,7 +93,7 @@ def test_one_message_that_is_not_shareable_makes_all_of_them_dense(make_engine: 
 
 
 def test_anchors_used_most_stay_when_the_pool_is_full(make_engine: Make) -> None:
-    engine = make_engine(**PAPER, **ROOMY, paper_anchors=2, paper_window=2)
+    engine = make_engine(**{**PAPER, "paper": SMALL}, **ROOMY)
     warm(engine)
     table = engine.half.modes["paper"].table
     before = {key: list(record.pool.messages) for key, record in table._records.items()}
@@ -172,7 +174,7 @@ def test_the_papers_quirks_are_a_switch(make_engine: Make) -> None:
     """Its pool settles above V, ours at V."""
     sizes = {}
     for quirks in (False, True):
-        engine = make_engine(**PAPER, **ROOMY, paper_anchors=2, paper_window=2, paper_quirks=quirks)
+        engine = make_engine(**{**PAPER, "paper": {**SMALL, "quirks": quirks}}, **ROOMY)
         engine.probe = lambda op: [[4.0] * len(anchors) for _, anchors in op.spans]
         for number in range(6):
             hear(engine, number, 48)

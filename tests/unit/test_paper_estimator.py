@@ -193,7 +193,7 @@ def check_entry(case: Case, prefix: str, consumer: str, here: tuple[int, int], e
     pages = list(range(len(cache.group.layers[0])))
     none = torch.zeros(4 * len(pages), 0)
     group = LayerGroup((), cache.group, Rope(none, none, False), None)
-    config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
+    config = KVCommConfig.from_mapping({"mode": "paper", "paper": {"memory_mb": 1}}, "test")
     arena = PaperArena(Ground([group], config, 4, alone=True, single=True))
     rows = AnchorRows(3, tokens, end - here[1])
     at = LoadOp(pages, here[0], 0, len(base[0]) + here[0], tokens)

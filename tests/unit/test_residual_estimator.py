@@ -6,19 +6,18 @@ import dataclasses
 import pytest
 import torch
 
-from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.config.estimator import EstimatorConfig
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.kernels.reference import deviate
 from kvcomm_vllm.worker.corrections.residual import (
     ErrorSums,
     ResidualArena,
-    ResidualSettings,
     placeholder_bytes,
 )
 
 LAYERS, HEADS, DIM = 3, 2, 8
 WIDTH = LAYERS * HEADS * 2 * DIM  # all layers are looked at
-SETTINGS = ResidualSettings(
+SETTINGS = EstimatorConfig(
     head_tokens=4, mean_prior=0.3, ridge=0.3, ridge_tokens=20, map_inputs=WIDTH, map_rank=10_000
 )
 
@@ -181,8 +180,4 @@ def test_an_8b_model_needs_at_most_200_mb_a_placeholder_with_defaults():
         torch.empty(1, 8, 16, 256, dtype=torch.bfloat16, device="meta") for _ in range(32)
     )
     llama = PageGroup(caches, Packing.STRIDED, 128, 128)
-    c = KVCommConfig()
-    settings = ResidualSettings(
-        c.head_tokens, c.mean_prior, c.ridge, c.ridge_tokens, c.map_inputs, c.map_rank
-    )
-    assert 100e6 < placeholder_bytes(llama, 1, settings) <= 200e6
+    assert 100e6 < placeholder_bytes(llama, 1, EstimatorConfig()) <= 200e6

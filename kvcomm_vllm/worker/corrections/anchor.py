@@ -17,7 +17,6 @@ from kvcomm_vllm.worker.corrections.base import Ground
 from kvcomm_vllm.worker.corrections.residual import (
     ErrorSums,
     ResidualArena,
-    ResidualSettings,
     placeholder_bytes,
 )
 from kvcomm_vllm.worker.kv_view import LayerGroup
@@ -45,19 +44,11 @@ class Anchors:
         self.block_size = ground.block_size
         self.device = groups[0].pages.layers[0].device
         self.judged_from = config.anchor_seam_tokens
-        settings = ResidualSettings(
-            config.head_tokens,
-            config.mean_prior,
-            config.ridge,
-            config.ridge_tokens,
-            config.map_inputs,
-            config.map_rank,
-        )
         # the model's first layer has no deviation: its K and V follow from token and position
         skips = [int(number == 0) for number in range(len(groups))]
         pages = [group.pages for group in groups]
         self.bytes_per_placeholder = sum(
-            placeholder_bytes(group, skip, settings)
+            placeholder_bytes(group, skip, config.estimator)
             for group, skip in zip(pages, skips, strict=True)
         )
         wanted = config.mode == "anchor" and ground.alone and ground.memory
@@ -67,7 +58,7 @@ class Anchors:
         self.kernel: CorrectKernel | None = None
         if self.room:
             self.arenas = [
-                ResidualArena(group, self.room, settings, skip)
+                ResidualArena(group, self.room, config.estimator, skip)
                 for group, skip in zip(pages, skips, strict=True)
             ]
             self.kernel = correct_kernel(

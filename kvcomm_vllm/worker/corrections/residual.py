@@ -19,30 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcomm_vllm.config.estimator import EstimatorConfig
 from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.kernels.reference import deviate
 from kvcomm_vllm.worker.corrections.features import Features
 from kvcomm_vllm.worker.corrections.ridge import about, reduced_rank, row_means
-
-
-@dataclass(frozen=True)
-class ResidualSettings:
-    """Args:
-    head_tokens: M, leading tokens of a placeholder that have a mean of their own.
-    mean_prior: anchors' worth by which an index's mean is drawn to the mean of all.
-    ridge, ridge_tokens: penalty on the map, ``ridge`` per token seen and for so many more that
-        were not, since few tokens say little; inputs are standardised.
-    map_inputs: most numbers of a token's KV that the map is given.
-    map_rank: most numbers of a token's code, per layer.
-    """
-
-    head_tokens: int
-    mean_prior: float
-    ridge: float
-    ridge_tokens: int
-    map_inputs: int
-    map_rank: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def _shapes(
-    group: PageGroup, features: Features, skip_layers: int, settings: ResidualSettings
+    group: PageGroup, features: Features, skip_layers: int, settings: EstimatorConfig
 ) -> Shapes:
     """Shape and dtype of all that is kept of one placeholder: its sums, and what they say."""
     layers, heads, dim = len(group.layers) - skip_layers, group.kv_heads, group.head_dim
@@ -105,7 +87,7 @@ def _factor_dtypes(group: PageGroup) -> tuple[torch.dtype, torch.dtype]:
     return cache.dtype if native and cache.dtype is torch.bfloat16 else torch.float32, torch.float32
 
 
-def placeholder_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> int:
+def placeholder_bytes(group: PageGroup, skip_layers: int, settings: EstimatorConfig) -> int:
     """Bytes of one placeholder. Nearly all of them are the sums that lead to the map."""
     shapes = _shapes(group, Features(group, settings.map_inputs), skip_layers, settings)
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
@@ -122,7 +104,7 @@ class ResidualArena:
     """
 
     def __init__(
-        self, group: PageGroup, capacity: int, settings: ResidualSettings, skip_layers: int
+        self, group: PageGroup, capacity: int, settings: EstimatorConfig, skip_layers: int
     ) -> None:
         self.settings = settings
         self.skip_layers = skip_layers

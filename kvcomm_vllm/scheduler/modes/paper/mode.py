@@ -103,7 +103,7 @@ class PaperMode:
         self.lessons = parts.lessons
         self.pages = parts.pages
         self.table = PaperTable(
-            config.max_placeholders, config.paper_anchors, config.paper_window, config.paper_quirks
+            config.max_placeholders, config.paper.anchors, config.paper.window, config.paper.quirks
         )
         self._probes: list[ProbeOp] = []
 
@@ -225,9 +225,9 @@ class PaperMode:
                     near,
                     lengths,
                     m.span.length,
-                    gamma=self.config.paper_gamma,
-                    top_p=self.config.paper_top_p,
-                    paper_quirks=self.config.paper_quirks,
+                    gamma=self.config.paper.gamma,
+                    top_p=self.config.paper.top_p,
+                    paper_quirks=self.config.paper.quirks,
                 )
             found.append(Verdict(m.key, m.digest, decision))
         return found
