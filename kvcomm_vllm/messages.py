@@ -174,7 +174,7 @@ class StepReport(KVConnectorWorkerMetadata):
     Args:
         lesson: number of the lesson this step worked on; negative if none.
         lesson_failed: any rank could not do it.
-        errors: per span of the lesson the sums of ``estimators.residual.ErrorSums`` over ranks.
+        errors: per span of the lesson the sums of ``ErrorSums`` over ranks.
         distances: per probed request and span the squared distance to each anchor; None if it could
             not be measured. Mode ``paper`` has one rank alone.
     """

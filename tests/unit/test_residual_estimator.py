@@ -9,8 +9,8 @@ import torch
 from kvcomm_vllm.config.estimator import EstimatorConfig
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.kernels.reference import deviate
+from kvcomm_vllm.worker.corrections.base import ErrorSums
 from kvcomm_vllm.worker.corrections.residual import (
-    ErrorSums,
     ResidualArena,
     placeholder_bytes,
 )

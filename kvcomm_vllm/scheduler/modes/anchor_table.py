@@ -115,7 +115,7 @@ class PlaceholderTable:
         return True
 
     def learned(self, record: Record, errors: SequenceOf[float]) -> None:
-        """One more anchor; ``errors`` are the sums of ``residual.ErrorSums`` over all ranks."""
+        """One more anchor; ``errors`` are ``ErrorSums`` as a list, summed over all ranks."""
         if record.entry is None:
             return
         k_left, k_all, v_left, v_all, k_means, v_means = errors

@@ -3,29 +3,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 
 import torch
 
-from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.deviation import MeanMap
-from kvcomm_vllm.kernels.pages import Rotation
-from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.messages import LessonOp, LoadOp, ProbeOp, RequestOps
-from kvcomm_vllm.worker.corrections.base import Ground
+from kvcomm_vllm.worker.corrections.base import ErrorSums, Ground
+from kvcomm_vllm.worker.corrections.deviations import base_of, deviations, true_of
 from kvcomm_vllm.worker.corrections.residual import (
-    ErrorSums,
     ResidualArena,
     placeholder_bytes,
 )
-from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.load import (
     CorrectKernel,
     TokenMoves,
     correct_kernel,
     placeholder_indices,
-    slots_of,
     token_moves,
 )
 
@@ -115,25 +109,16 @@ class Anchors:
         return [self._learn(op.block_ids, span) for span in op.spans]
 
     def _learn(self, block_ids: list[int], span: LoadOp) -> list[float]:
-        device = self.groups[0].pages.layers[0].device
-        tokens = torch.arange(span.length, device=device)
-        base = slots_of(span.source_blocks, span.source_offset, span.length, self.block_size)
-        true = slots_of(block_ids, span.prompt_start, span.length, self.block_size)
-        base_slots = torch.from_numpy(base).to(device)
-        true_slots = torch.from_numpy(true).to(device)
+        tokens = torch.arange(span.length, device=self.device)
         total = ErrorSums().as_list()
         for group, arena in zip(self.groups, self.arenas, strict=True):
-            undo = group.rope.undo(span.source_start + tokens)
+            base = base_of(group, span, self.block_size)
+            true = true_of(group, span, block_ids, self.block_size)
             sums = arena.learn(
                 span.entry,
                 (span.placeholder_index + tokens).clamp(min=0),
-                arena.features.raw(base_slots, undo),
-                _deviations(
-                    group,
-                    (base_slots, undo),
-                    (true_slots, group.rope.undo(span.prompt_start + tokens)),
-                    arena.skip_layers,
-                ),
+                arena.features.raw(base.slots, base.undo),
+                deviations(group, base, true, arena.skip_layers),
                 self.judged_from,
             )
             total = [a + b for a, b in zip(total, sums.as_list(), strict=True)]
@@ -146,22 +131,3 @@ def _examples(arena: ResidualArena) -> list[MeanMap]:
     raw = torch.zeros(1, arena.features.raw_width, device=arena.device)
     codes = (None, arena.code(0, index, raw))
     return [arena.deviation(0, index, code) for code in codes]
-
-
-def _deviations(
-    group: LayerGroup,
-    base: tuple[torch.Tensor, Rotation],
-    true: tuple[torch.Tensor, Rotation],
-    skip_layers: int,
-) -> Iterator[torch.Tensor]:
-    """Per layer true minus base (K, V), both unrotated: fp32 ``[tokens, heads, 2 * dim]``.
-
-    Args:
-        base, true: slots, int64 ``[tokens]``, and what takes the rotation off their keys.
-    """
-    for layer in range(skip_layers, len(group.layers)):
-        found = []
-        for slots, undo in (base, true):
-            k, v = packing.read(group.pages, layer, slots)
-            found.append(torch.cat((turn_keys(k, undo, group.pages.interleaved), v), dim=-1))
-        yield found[1] - found[0]

@@ -15,7 +15,6 @@ corrected loads are given the code and multiply it by the second.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
@@ -23,26 +22,9 @@ from kvcomm_vllm.config.estimator import EstimatorConfig
 from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.kernels.reference import deviate
+from kvcomm_vllm.worker.corrections.base import ErrorSums
 from kvcomm_vllm.worker.corrections.features import Features
 from kvcomm_vllm.worker.corrections.ridge import about, reduced_rank, row_means
-
-
-@dataclass(frozen=True)
-class ErrorSums:
-    """Squares of K's and V's deviations, and of what was left of them with predictions made before
-    they were seen, by means and map and by means alone. Ranks add theirs up.
-    """
-
-    k_left: float = 0.0
-    k_all: float = 0.0
-    v_left: float = 0.0
-    v_all: float = 0.0
-    k_means: float = 0.0
-    v_means: float = 0.0
-
-    def as_list(self) -> list[float]:
-        return [self.k_left, self.k_all, self.v_left, self.v_all, self.k_means, self.v_means]
-
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
