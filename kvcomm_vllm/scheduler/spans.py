@@ -17,6 +17,8 @@ from kvcomm_vllm.scheduler.index import Sequence
 
 
 class Treatment(enum.StrEnum):
+    """What happens to the KV of a span's tokens; labels of reports and of a metric."""
+
     LOCAL = "local"
     REUSE = "reused"
     COMPUTE = "computed"

@@ -67,10 +67,12 @@ class Teacher(Protocol):
 
 @dataclass(slots=True)
 class Lesson:
-    """Args:
-    tokens: the prompt up to the end of what is taught, int32.
-    exact_hashes: hashes of its full pages on vLLM's exact chain.
-    spans: what it has not taught yet.
+    """One served prompt, and how far learning from it has come.
+
+    Args:
+        tokens: the prompt up to the end of what is taught, int32.
+        exact_hashes: hashes of its full pages on vLLM's exact chain.
+        spans: what it has not taught yet.
 
     Attributes:
         parts: the spans' parts whose base KV is still there; known once it has started.
