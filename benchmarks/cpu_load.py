@@ -30,7 +30,7 @@ from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 SOURCE_OFFSET = 5
-HEAD_TOKENS = 8  # tokens of a slot with a mean of their own
+HEAD_TOKENS = 8  # tokens of a placeholder with a mean of their own
 RANK = 32  # numbers of a code
 FIRST = "load, naive torch"  # the first version of this load
 

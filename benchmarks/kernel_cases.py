@@ -17,7 +17,7 @@ from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 ANCHORS = 5
-HEAD_TOKENS = 8  # tokens of a slot with a mean of their own
+HEAD_TOKENS = 8  # tokens of a placeholder with a mean of their own
 RANK = 32  # numbers of a code
 Run = Callable[[], object]
 

@@ -41,8 +41,9 @@ class MeanMap:
 
     Args:
         mean_k, mean_v: ``[layers, M + 1, kv_heads, head_dim]``; row i < M is the mean deviation of
-            token i of the slot, row M the mean over all later tokens.
-        index: int32 ``[tokens]``, each token's index inside its slot (clamped to M by the reader).
+            token i of the placeholder, row M the mean over all later tokens.
+        index: int32 ``[tokens]``, each token's index inside its placeholder (clamped to M by the
+            reader).
         code: ``[tokens, layers, rank]``, any float dtype, contiguous: what a layer's deviation is
             predicted from, the same for all heads; None = the mean alone.
         up: ``[layers, kv_heads, rank, 2 * head_dim]``, any float dtype, contiguous: from a code

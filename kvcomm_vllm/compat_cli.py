@@ -170,7 +170,7 @@ def transfer_config(path: str | None) -> KVTransferConfig:
         kv_connector="kvcomm",
         kv_role="kv_both",
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config=config.to_mapping(),
+        kv_connector_extra_config=config.to_mapping(as_given=True),
     )
 
 
@@ -222,6 +222,10 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     if not quiet:
         for warning in config.warnings():
             logger.warning("%s", warning)
+    if config.moved:  # which has been said now
+        args.kv_transfer_config = dataclasses.replace(
+            args.kv_transfer_config, kv_connector_extra_config=config.to_mapping()
+        )
 
 
 class _OurFlag(argparse.Action):

@@ -28,10 +28,10 @@ class LoadOp:
         source_start: position of that token in its own sequence (the rotation it carries).
         prompt_start: position it takes in the new prompt.
         length: number of tokens.
-        entry: place of the slot's correction in the workers' arenas; negative = move them as they
-            are.
-        slot_index: index of the run's first token in its slot; tokens before the slot count as its
-            first.
+        entry: where the workers' arenas hold the placeholder's correction; negative = move them as
+            they are.
+        placeholder_index: index of the run's first token in its placeholder; tokens before that
+            count as its first.
         mapped: correct by means and map; False = by means alone.
     """
 
@@ -41,7 +41,7 @@ class LoadOp:
     prompt_start: int
     length: int
     entry: int = -1
-    slot_index: int = 0
+    placeholder_index: int = 0
     mapped: bool = True
 
 
@@ -138,8 +138,9 @@ class LessonOp:
         number: which lesson the report speaks of.
         block_ids: pages of the prompt's true KV, from its first token.
         hole: tokens whose true KV is computed first; None if all of it is there.
-        spans: where the base KV of each slot's text lies; empty while more is to be computed.
-        fresh: arena entries that begin anew, for slots that had none.
+        spans: where the base KV of each placeholder's text lies; empty while more is to be
+            computed.
+        fresh: arena entries that begin anew, for placeholders that had none.
         anchors: what mode ``paper`` keeps.
     """
 
@@ -173,7 +174,7 @@ class StepReport(KVConnectorWorkerMetadata):
     Args:
         lesson: number of the lesson this step worked on; negative if none.
         lesson_failed: any rank could not do it.
-        errors: per span of the lesson the sums of ``estimators.residual.ErrorSums`` over ranks.
+        errors: per span of the lesson the sums of ``ErrorSums`` over ranks.
         distances: per probed request and span the squared distance to each anchor; None if it could
             not be measured. Mode ``paper`` has one rank alone.
     """
@@ -205,7 +206,8 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
 
     ``engine`` is the id of the engine it belongs to: vLLM keeps one connector per process, so the
     second engine of a process would be answered by the first one's worker. ``rooms``: by mode,
-    how much of what it learns can be kept there (slots, rows); empty where reuse does not work.
+    how much of what it learns can be kept there (placeholders, rows); empty where reuse does not
+    work.
     """
 
     reason: str | None

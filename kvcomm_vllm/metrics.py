@@ -67,18 +67,18 @@ METRICS = {
         "Prompts to learn anchors from: queued until the engine is idle, then learned, dropped "
         "(pages gone, too many) or failed; what is queued and none of these still waits.",
     ),
-    "slots": Metric(
-        "vllm:kvcomm_slots",
+    "placeholders": Metric(
+        "vllm:kvcomm_placeholders",
         "event",
-        "Slots that were gained (their first anchor was learned) and lost (evicted, reset); the "
-        "difference is what is held.",
+        "Placeholders that were gained (their first anchor was learned) and lost (evicted, reset); "
+        "the difference is what is held.",
     ),
     "taught": Metric(
         "vllm:kvcomm_taught",
         "source",
         "Anchors learned, by whether the KV they start from was exact or approximate itself.",
     ),
-    "anchors": Metric("vllm:kvcomm_anchors", "event", "Anchors gained and lost; as for slots."),
+    "anchors": Metric("vllm:kvcomm_anchors", "event", "Anchors gained and lost, likewise."),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
 
@@ -105,14 +105,14 @@ class KVCommStats(KVConnectorStats):
     def count_taught(self, approximate: bool) -> None:
         self._add("taught", "approximate" if approximate else "exact")
 
-    def count_held(self, slots: int, anchors: int) -> None:
+    def count_held(self, placeholders: int, anchors: int) -> None:
         """What is held now; counted is what has changed since the last call."""
         for metric, before, now in zip(
-            ("slots", "anchors"), self._held, (slots, anchors), strict=True
+            ("placeholders", "anchors"), self._held, (placeholders, anchors), strict=True
         ):
             if now != before:
                 self._add(metric, "gained" if now > before else "lost", abs(now - before))
-        self._held = slots, anchors
+        self._held = placeholders, anchors
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         self._add("seconds", phase, seconds)

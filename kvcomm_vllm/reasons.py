@@ -218,13 +218,13 @@ class Reason(enum.StrEnum):
     LEARNING = (
         "learning",
         Scope.REQUEST,
-        "Served exactly so that its slots learn from it (hint learn, bootstrap_requests, or a "
-        "message that the gate of mode paper did not let pass).",
+        "Served exactly so that its placeholders learn from it (hint learn, bootstrap_requests, or "
+        "a message that the gate of mode paper did not let pass).",
     )
     NO_PAPER_MEMORY = (
         "no_paper_memory",
         Scope.REQUEST,
-        "Mode paper has no place for anchors: paper_memory_mb is too small, or there are several "
+        "Mode paper has no place for anchors: paper.memory_mb is too small, or there are several "
         "tensor- or data-parallel ranks.",
     )
     NO_ROOM = (

@@ -129,6 +129,6 @@ def bench_config(path: Path | None, columns: list[Column]) -> KVCommConfig:
     for key, value in LEARNING.items():
         if values[key] == getattr(default, key):
             values[key] = value
-    if any(column.name == "paper" for column in columns) and not values["paper_memory_mb"]:
-        values["paper_memory_mb"] = PAPER_MEMORY_MB
+    if any(column.name == "paper" for column in columns) and not values["paper"]["memory_mb"]:
+        values["paper"]["memory_mb"] = PAPER_MEMORY_MB
     return KVCommConfig.from_mapping(values, "kvcomm bench")

@@ -22,7 +22,7 @@ QUICK: dict[str, Any] = {
         "rag": {"output_tokens": 32},
         "coding": {"output_tokens": 64},
     },
-    # slots stay cold with so few tasks, so another mode would be measured twice
+    # placeholders stay cold with so few tasks, so another mode would be measured twice
     "columns": "plain_nocache,plain,anchor",
     "tasks": 1,
     "rate": 0.0,

@@ -117,7 +117,7 @@ class TaskRecord(Record):
 @dataclass(frozen=True, kw_only=True)
 class MemoryRecord(Record):
     """What a server held after a task: share of its KV pages in use, resident memory of its
-    processes, slots and anchors learned so far (None where it does not say).
+    processes, placeholders (``slots``) and anchors learned so far (None where it does not say).
 
     A server has one record for all its columns, named after ``plain`` or ``anchor`` where it serves
     that one.

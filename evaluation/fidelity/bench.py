@@ -159,15 +159,15 @@ class Bench:
         return outputs
 
     def anchor_bytes(self) -> dict[str, int]:
-        """Bytes of each slot with anchors, by its key; none where there is no room for them."""
+        """Bytes by placeholder, of those with anchors; none where there is no room for them."""
         scheduler = self.client.engine_core.scheduler.connector._scheduler
         worker = get_kv_transfer_group()._worker
         if worker.ready is None:
             return {}
-        slots, arena = (worker.ready.corrections[name] for name in ("anchor", "paper"))
+        learned, arena = (worker.ready.corrections[name] for name in ("anchor", "paper"))
         anchor, paper = (scheduler.modes[name] for name in ("anchor", "paper"))
-        held = dict.fromkeys(anchor.table.taught(), slots.bytes_per_slot)
-        rows = paper.slots.rows()
+        held = dict.fromkeys(anchor.table.taught(), learned.bytes_per_placeholder)
+        rows = paper.table.rows()
         return held | {key: count * arena.row_bytes for key, count in rows.items()}
 
     def settle(self) -> None:

@@ -29,7 +29,7 @@ class Score(Divergence):
     ``said`` and ``dense_said`` are what the freely running answers come down to, ``same_answer``
     whether that is equal, None where the dense answer comes down to nothing. ``local`` to
     ``corrected`` are prompt tokens; corrected ones are among the reused. ``anchor_mb``: memory of
-    the anchors of all slots at its point.
+    the anchors of all placeholders at its point.
     """
 
     workload: str
@@ -132,7 +132,7 @@ def measure(
         for some in batches(study.scored):
             here += _scores(bench, study.workload, study.scored[some], dense[some], point)
         held = bench.anchor_bytes().items()
-        anchor_mb = sum(size for slot, size in held if slot not in others) / 2**20
+        anchor_mb = sum(size for key, size in held if key not in others) / 2**20
         found += [replace(score, anchor_mb=anchor_mb) for score in here]
     return found
 
@@ -169,7 +169,7 @@ def _said(
 
 
 def _teach(bench: Bench, case: Case, point: Point) -> None:
-    """All agents speak densely, for the plugin to learn one anchor of each of their slots."""
+    """All agents speak densely, for the plugin to learn one anchor of each of their placeholders."""
     script = bench.script(case)
     for prompt, message in zip(script.prompts, [*script.messages, []], strict=True):
         bench.run(prompt + message, {**point.hints, "learn": True}, point.salt)

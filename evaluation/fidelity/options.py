@@ -13,7 +13,7 @@ from kvcomm_vllm.evaluation.workloads.rows import DataError
 from kvcomm_vllm.evaluation.workloads.user_file import user_cases
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-PAPER_MEMORY_MB = 2048  # 20 anchors of some slots of a small model
+PAPER_MEMORY_MB = 2048  # 20 anchors of some placeholders of a small model
 CURVE = (1, 2, 5, 10)
 LEARNING = ("anchor", "paper")  # modes to which anchors make a difference
 
@@ -38,7 +38,7 @@ class Options:
         """What the plugin has to be configured with for these modes."""
         if all(mode != "paper" for mode, _ in self.points):
             return {}
-        return {"paper_memory_mb": PAPER_MEMORY_MB, "paper_gamma": self.paper_gamma}
+        return {"paper": {"memory_mb": PAPER_MEMORY_MB, "gamma": self.paper_gamma}}
 
     def settings(self) -> dict[str, Any]:
         """For the report; JSON-able."""

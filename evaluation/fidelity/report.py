@@ -32,7 +32,7 @@ LEGEND = (
 @dataclass(frozen=True)
 class Summary:
     """Means over the prompts of a workload. ``reused`` to ``corrected`` are shares of the prompt,
-    ``anchor_mb`` is the memory of the anchors of all slots;
+    ``anchor_mb`` is the memory of the anchors of all placeholders;
     ``clear``, ``same_answer``, ``consistency`` and ``dense_consistency`` are None where they mean
     nothing.
     """

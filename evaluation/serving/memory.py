@@ -9,7 +9,7 @@ from kvcomm_vllm.evaluation.serving.metrics_page import read_page, totals
 from kvcomm_vllm.evaluation.serving.server import Server
 
 KV_USAGE = "vllm:kv_cache_usage_perc"
-HELD = {"slots": "vllm:kvcomm_slots_total", "anchors": "vllm:kvcomm_anchors_total"}
+HELD = {"slots": "vllm:kvcomm_placeholders_total", "anchors": "vllm:kvcomm_anchors_total"}
 
 
 def look(server: Server) -> dict[str, Any]:

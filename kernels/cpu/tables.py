@@ -25,14 +25,18 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tables:
-    """Args:
-    blocks: ``[blocks, 6]``: destination, first source, second source (bytes from a head's start in
-        row 0), lanes from the first source, lanes, may whole blocks be stored past the caches.
-    block_bounds: ``[groups + 1]``, blocks of each destination page.
-    factors: fp32 ``[blocks, row pairs, 2, 16]``, cos and sin in the order the kernel reads them.
-    values: VEC ``[runs, 3]``: source, destination, bytes of V. AMX ``[lines, 5]``: destination, and
-        for its even and odd token the source and the bit where that token starts in its words.
-    value_bounds: ``[groups + 1]``, entries of ``values`` per destination page.
+    """What a load's kernels read beside pages, in the order of their destinations.
+
+    Args:
+        blocks: ``[blocks, 6]``: destination, first source, second source (bytes from a head's start
+            in row 0), lanes from the first source, lanes, may whole blocks be stored past the
+            caches.
+        block_bounds: ``[groups + 1]``, blocks of each destination page.
+        factors: fp32 ``[blocks, row pairs, 2, 16]``, cos and sin as the kernel reads them.
+        values: VEC ``[runs, 3]``: source, destination, bytes of V. AMX ``[lines, 5]``: destination,
+            and for its even and odd token the source and the bit where that token starts in its
+            words.
+        value_bounds: ``[groups + 1]``, entries of ``values`` per destination page.
     """
 
     blocks: Ints

@@ -6,28 +6,20 @@ Imports neither torch nor vLLM, so that both halves and the command line can use
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from operator import attrgetter
 from typing import Any
 
-from kvcomm_vllm.config.key import Key, key
-from kvcomm_vllm.wording import one_line, shown
+from kvcomm_vllm.config.estimator import EstimatorConfig
+from kvcomm_vllm.config.key import MOST, Key, key
+from kvcomm_vllm.config.mapping import ConfigError, Reader
+from kvcomm_vllm.config.moved import MOVED, moved_warning
+from kvcomm_vllm.config.paper import PaperConfig
 
 REPORTS = ("auto", "coarse", "full", "off")
 MODES = ("off", "rotate", "seam", "anchor", "paper")
-# Of counts, tokens and megabytes: more than any engine has, and yet no more than can be provided
-# for (an index of so many sequences takes 50 MB before it holds the first).
-MOST = 1_000_000
-MAX_PROBLEMS = 20  # told at once
-
-
-class ConfigError(ValueError):
-    """A configuration that is refused.
-
-    The text has a line for each problem, with source, key, value and what is allowed.
-    """
 
 
 @dataclass(frozen=True)
@@ -38,8 +30,9 @@ class KVCommConfig:
         "anchor",
         "How other agents' KV is reused: off = not at all, rotate = moved to its new position as "
         "it is, seam = moved, with each span's first tokens and the text between spans computed, "
-        "anchor = seam, and corrected with learned deviations wherever a slot is warm, paper = the "
-        "KVCOMM paper's method, for comparison (needs paper_memory_mb).",
+        "anchor = seam, and corrected with learned deviations wherever a placeholder (the place in "
+        "a prompt where text arrives) is warm, paper = the KVCOMM paper's method, for comparison "
+        "(needs paper.memory_mb).",
         choices=MODES,
     )
     default_on: bool = key(
@@ -60,26 +53,29 @@ class KVCommConfig:
     )
     min_anchors: int = key(
         2,
-        "Anchors a slot needs before its spans are corrected; the second one is the first test.",
+        "Anchors a placeholder needs before its spans are corrected; the second one is the first "
+        "test.",
         low=2,
         high=MOST,
     )
     max_anchors: int = key(
         50,
-        "Anchors after which a slot is not taught any more.",
+        "Anchors after which a placeholder is not taught any more.",
         low=2,
         high=MOST,
     )
     max_anchor_error: float = key(
         0.8,
-        "A slot is corrected only while its correction, tested on each new anchor before learning "
-        "it, leaves at most this share of the deviation; otherwise it is served as in mode seam.",
+        "A placeholder is corrected only while its correction, tested on each new anchor before "
+        "learning it, leaves at most this share of the deviation; otherwise it is served as in "
+        "mode seam.",
         low=0.0,
         high=1.0,
     )
     bootstrap_requests: int = key(
         0,
-        "Requests per new slot that are served exactly, so that it learns from them at no cost.",
+        "Requests per new placeholder that are served exactly, so that it learns from them at no "
+        "cost.",
         low=0,
         high=MOST,
         when_zero="learn by audits alone",
@@ -108,100 +104,21 @@ class KVCommConfig:
     )
     learn_from_approximate: bool = key(
         True,
-        "Whether text whose source KV is itself approximate teaches its slot.",
+        "Whether text whose source KV is itself approximate teaches its placeholder.",
     )
     anchor_memory_mb: int = key(
         1024,
-        "Memory reserved at start for what slots have learned, beside vLLM's own (per rank).",
+        "Memory reserved at start for what placeholders have learned, beside vLLM's own (per "
+        "rank).",
         low=0,
         high=MOST,
         when_zero="no anchors: mode anchor is mode seam",
     )
-    max_slots: int = key(
+    max_placeholders: int = key(
         10_000,
-        "Most slots remembered, with or without anchors; the least recently used go first.",
+        "Most placeholders remembered, with or without anchors; the least recently used go first.",
         low=1,
         high=MOST,
-    )
-    head_tokens: int = key(
-        8,
-        "Leading tokens of a slot whose mean deviation is kept one by one (the estimator's M).",
-        low=0,
-        high=4096,
-    )
-    mean_prior: float = key(
-        1.0,
-        "Anchors' worth by which each of these means is drawn to the mean over all tokens.",
-        low=0.01,
-        high=1000.0,
-    )
-    ridge: float = key(
-        0.5,
-        "Penalty on the map from base KV to deviation, per token seen; inputs are standardised.",
-        low=0.01,
-        high=1000.0,
-    )
-    ridge_tokens: int = key(
-        2000,
-        "Tokens counted for that penalty beside those seen: few anchors correct little.",
-        low=0,
-        high=MOST,
-    )
-    map_inputs: int = key(
-        640,
-        "Numbers by which that map is told of a token, of its base KV in a few layers; a slot's "
-        "memory grows with them.",
-        low=16,
-        high=8192,
-    )
-    map_rank: int = key(
-        32,
-        "Numbers per layer the map makes of them, a token's code: few lose little and load faster.",
-        low=1,
-        high=512,
-    )
-    paper_memory_mb: int = key(
-        0,
-        "Memory reserved at start for anchors of mode paper, beside vLLM's own.",
-        low=0,
-        high=MOST,
-        when_zero="no request is served in mode paper",
-    )
-    paper_gamma: float = key(
-        0.3,
-        "The paper's threshold gamma: share of the highest entropy up to which a message may be "
-        "shared; 1 = always (mode paper).",
-        low=0.0,
-        high=1.0,
-    )
-    paper_anchors: int = key(
-        20,
-        "The paper's V (its code: max_anchor_num): anchors a slot may hold (mode paper).",
-        low=2,
-        high=MOST,
-    )
-    paper_window: int = key(
-        5,
-        "The paper's window_size: of how many oldest anchors the least used one goes (mode paper).",
-        low=1,
-        high=MOST,
-    )
-    paper_top_p: float = key(
-        0.9,
-        "Similarity that the anchors counted as used hold together (mode paper).",
-        low=0.0,
-        high=1.0,
-    )
-    paper_temperature: float = key(
-        1.0,
-        "Temperature of the weights of anchors; the paper has 1 (mode paper).",
-        low=0.001,
-        high=1000.0,
-    )
-    paper_quirks: bool = key(
-        False,
-        "Count, evict and let pass exactly as the paper's code does, where that differs from its "
-        "text (mode paper).",
     )
     min_span_tokens: int = key(
         32,
@@ -282,45 +199,58 @@ class KVCommConfig:
         True,
         "Check at start that KV is read, written and rotated correctly; reuse is off if it is not.",
     )
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    paper: PaperConfig = field(default_factory=PaperConfig)
+    # names of the previous version that keys were given by; no key itself
+    moved: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, object], source: str) -> KVCommConfig:
+    def from_mapping(cls, mapping: Mapping[str, object], origin: str) -> KVCommConfig:
         """The configuration that ``mapping`` describes; keys it leaves out keep their defaults.
 
         Args:
-            mapping: key -> value, as read from YAML or JSON.
-            source: where it came from (a file name, a flag), for error messages.
+            mapping: key -> value, as read from YAML or JSON; a block's value is such a mapping.
+            origin: where it came from (a file name, a flag), for error messages.
 
         Raises:
             ConfigError: unknown keys, wrong types, values out of range; all of them at once.
         """
-        values: dict[str, Any] = {}
-        problems = list(islice(_problems(mapping), MAX_PROBLEMS + 1))
-        if not problems:
-            known = keys()
-            values = {name: known[name].normalise(given) for name, given in mapping.items()}
-            if values.get("mode") == "paper" and not values.get("paper_memory_mb"):
-                problems = ["paper_memory_mb: mode paper needs a memory for its anchors, e.g. 1024"]
-        if problems:
-            if len(problems) > MAX_PROBLEMS:
-                problems[-1] = "there are more problems"
-            raise ConfigError("\n".join(f"{one_line(source)}: {told}" for told in problems))
-        return cls(**values)
+        config: KVCommConfig
+        config, moved = _reader().read(mapping, origin)
+        if config.mode == "paper" and not config.paper.memory_mb:
+            told = "paper.memory_mb: mode paper needs a memory for its anchors, e.g. 1024"
+            raise ConfigError.of([told], origin)
+        return replace(config, moved=moved)
 
-    def to_mapping(self) -> dict[str, bool | int | float | str]:
-        """All keys with their values; can be written as JSON and read by :meth:`from_mapping`."""
-        return asdict(self)
+    def to_mapping(self, *, as_given: bool = False) -> dict[str, Any]:
+        """All keys with their values; can be written as JSON and read by :meth:`from_mapping`.
+
+        Args:
+            as_given: keys that were given by an old name keep it, for who reads it to warn of.
+        """
+        mapping = asdict(self)
+        del mapping["moved"]
+        for old in self.moved if as_given else ():
+            first, _, rest = MOVED[old].partition(".")
+            mapping[old] = mapping[first].pop(rest) if rest else mapping.pop(first)
+        return mapping
+
+    def values(self) -> dict[str, bool | int | float | str]:
+        """Every key's value, by the names of :func:`keys`."""
+        return {name: attrgetter(name)(self) for name in keys()}
 
     def describe(self) -> str:
         """The effective configuration in one line; a star marks what differs from the default."""
         return ", ".join(
             f"{name}={_plain(value)}{'' if value == keys()[name].default else '*'}"
-            for name, value in self.to_mapping().items()
+            for name, value in self.values().items()
         )
 
     def warnings(self) -> tuple[str, ...]:
-        """Combinations that are allowed but defeat themselves, a sentence each."""
-        found = []
+        """Old names of keys, and combinations that are allowed but defeat themselves: a sentence
+        each.
+        """
+        found = [moved_warning(self.moved)] if self.moved else []
         sure = 2 * self.window_tokens - 1
         if self.min_span_tokens < sure:
             found.append(
@@ -330,31 +260,21 @@ class KVCommConfig:
         return tuple(found)
 
 
+@cache
+def _reader() -> Reader:
+    return Reader(KVCommConfig, MOVED)
+
+
 def keys() -> dict[str, Key]:
-    """Every configuration key by name, in the order of declaration."""
-    return {field.name: field.metadata["key"] for field in fields(KVCommConfig)}
+    """Every configuration key by name, in the order of declaration: ``mode``,
+    ``estimator.ridge``.
+    """
+    return _reader().keys
 
 
-def _problems(mapping: Mapping[str, object]) -> Iterator[str]:
-    """What is wrong with a configuration, a line each, as far as they are asked for."""
-    known = keys()
-    for name, given in mapping.items():
-        if name not in known:
-            yield f"unknown key {shown(name)}; {_nearest(name, known)}{_ALL_KEYS}"
-            continue
-        problem = known[name].problem(known[name].normalise(given))
-        if problem is not None:
-            yield f"{name}: {shown(given)} {problem}; allowed: {known[name].allowed}"
-
-
-_ALL_KEYS = "all keys are in docs/config.md and in `vllm serve --help=KVCommConfig`"
-
-
-def _nearest(name: object, known: Mapping[str, Key]) -> str:
-    if not isinstance(name, str) or len(name) > 2 * max(map(len, known)):
-        return ""  # the search takes time that grows with the square of the name
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), known, cutoff=0.8)
-    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+def blocks() -> dict[str, type]:
+    """What holds keys of its own, by name."""
+    return _reader().blocks
 
 
 def _plain(value: object) -> str:

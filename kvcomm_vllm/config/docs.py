@@ -10,7 +10,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from kvcomm_vllm.config.config import keys
+from kvcomm_vllm.config.config import blocks, keys
 from kvcomm_vllm.reasons import Reason
 
 _YAML_HEADER = """\
@@ -25,7 +25,16 @@ _TABLE_HEADER = """\
 
 Keys of the YAML file given with `--kvcomm-config`, and of `kv_connector_extra_config` in
 `--kv-transfer-config`. An unknown key, a wrong type or a value out of range is refused at start.
-Generated from `kvcomm_vllm/config/config.py`.
+Generated from `kvcomm_vllm/config/`.
+
+A key with a point, as `paper.gamma`, stands below the first part of its name:
+
+```yaml
+mode: paper
+paper:
+  memory_mb: 2048
+  gamma: 0.5
+```
 
 Most people need four: `mode`, `seam_tokens`, `anchor_memory_mb` and `report`.
 """
@@ -43,14 +52,15 @@ GROUPS = {
     "Anchors: when they are learned and used": (
         *("anchor_seam_tokens", "min_anchors", "max_anchors", "max_anchor_error"),
         *("bootstrap_requests", "audits", "audit_idle_seconds", "audit_tokens", "audit_share"),
-        *("learn_from_approximate", "max_slots"),
+        *("learn_from_approximate", "max_placeholders"),
     ),
     "Constants of the estimator (leave them alone)": (
-        *("head_tokens", "mean_prior", "ridge", "ridge_tokens", "map_inputs", "map_rank"),
+        *("estimator.head_tokens", "estimator.mean_prior", "estimator.ridge"),
+        *("estimator.ridge_tokens", "estimator.map_inputs", "estimator.map_rank"),
     ),
     "Mode paper": (
-        *("paper_memory_mb", "paper_anchors", "paper_gamma", "paper_top_p"),
-        *("paper_temperature", "paper_window", "paper_quirks"),
+        *("paper.memory_mb", "paper.anchors", "paper.gamma", "paper.top_p"),
+        *("paper.temperature", "paper.window", "paper.quirks"),
     ),
 }
 
@@ -64,11 +74,19 @@ response. Generated from `kvcomm_vllm/reasons.py`.
 
 def render_yaml() -> str:
     """The text of ``configs/kvcomm.yaml``: every key with its meaning, range and default."""
-    parts = [_YAML_HEADER]
-    for name, key in keys().items():
-        doc = textwrap.fill(key.doc, 100, initial_indent="# ", subsequent_indent="# ")
+    parts, block = [_YAML_HEADER], ""
+    for dotted, key in keys().items():
+        *outer, name = dotted.split(".")
+        if outer and outer[0] != block:
+            block = outer[0]
+            doc = (blocks()[block].__doc__ or "").strip()
+            parts.append(f"\n# {doc}\n{block}:")
+        indent = "  " * len(outer)
+        comment = f"{indent}# "
+        doc = textwrap.fill(key.doc, 100, initial_indent=comment, subsequent_indent=comment)
         value = _plain(key.default)
-        parts.append(f"\n{doc}\n# Allowed: {key.allowed}. Default: {value}.\n{name}: {value}\n")
+        allowed = f"{comment}Allowed: {key.allowed}. Default: {value}."
+        parts.append(f"\n{doc}\n{allowed}\n{indent}{name}: {value}\n")
     return "".join(parts)
 
 

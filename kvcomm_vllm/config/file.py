@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
 
-from kvcomm_vllm.config.config import ConfigError, KVCommConfig
+from kvcomm_vllm.config.config import KVCommConfig, blocks
+from kvcomm_vllm.config.mapping import ConfigError
 from kvcomm_vllm.wording import one_line, shown
 
 MAX_KB = 64  # ten times a file with every key and its comment; PyYAML reads some 40 KB a second
@@ -104,19 +105,29 @@ def _content(root: yaml.Node | None) -> object:
         value = None if root is None else _value(root)
         return {} if value is None else value
     content: dict[str, object] = {}
-    for key, value_node in root.value:
-        name = key.value
-        if not isinstance(name, str):
-            raise yaml.MarkedYAMLError(None, None, "a key must be a word", key.start_mark)
-        if name in content:
-            problem = f"key {shown(name)} is given twice"
-            raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
-        content[name] = _value(value_node)
+    for name, node in _pairs(root):
+        if name in blocks() and isinstance(node, yaml.MappingNode):
+            content[name] = {inner: _value(value) for inner, value in _pairs(node, f"{name}.")}
+        else:
+            content[name] = _value(node)
     return content
 
 
+def _pairs(mapping: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, yaml.Node]]:
+    seen = set()
+    for key, value in mapping.value:
+        name = key.value
+        if not isinstance(name, str):
+            raise yaml.MarkedYAMLError(None, None, "a key must be a word", key.start_mark)
+        if name in seen:
+            problem = f"key {shown(prefix + name)} is given twice"
+            raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+        seen.add(name)
+        yield name, value
+
+
 def _value(node: yaml.Node) -> object:
-    """A list or a mapping is no key's value, whatever is in it."""
+    """A list or a mapping is no key's value, whatever is in it; blocks were read before."""
     if isinstance(node, yaml.SequenceNode):
         return [...]
     if isinstance(node, yaml.MappingNode):

@@ -7,6 +7,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+# Of counts, tokens and megabytes: more than any engine has, and yet no more than can be provided
+# for (an index of so many sequences takes 50 MB before it holds the first).
+MOST = 1_000_000
+
 
 @dataclass(frozen=True)
 class Key:

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 class EngineState:
-    """Args:
-    scheduler, engine: vLLM's; what was not found is taken to be never paused and never changed.
+    """Whether the engine rests (paused, asleep, ending), and whether what was learned still holds.
+
+    Args:
+        scheduler, engine: vLLM's; what was not found is taken to be never paused and never changed.
     """
 
     def __init__(self, scheduler: Any | None = None, engine: Any | None = None) -> None:

@@ -241,7 +241,7 @@ class SchedulerHalf:
         near.note(state, self.config, self.store.index)
         if plan is not None:
             state.declined.clear()
-            state.slots = state.planned_slots
+            state.placeholders = state.planned_placeholders
             compat.count_cached_tokens(state.request, plan.local, plan.reused_tokens)
 
     def take_computed_hits(self) -> int:

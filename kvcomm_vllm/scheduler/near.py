@@ -45,7 +45,7 @@ class Near:
     end: int
     share: float
 
-    def row(self) -> list[int | float | str]:
+    def listed(self) -> list[int | float | str]:
         """``[start, end, share, kind]``; the kind is a guess."""
         return [self.start, self.end, round(self.share, 2), RE_ENCODED]
 
@@ -59,7 +59,7 @@ def note(state: RequestState, config: KVCommConfig, index: SequenceIndex) -> Non
     """Put what is near into the request's report, if it asks and may be told."""
     wanted = state.hints.explain and state.limits is not None
     if wanted and may_explain(state, config):
-        state.near = [stretch.row() for stretch in explain(state, index)]
+        state.near = [stretch.listed() for stretch in explain(state, index)]
 
 
 def explain(state: RequestState, index: SequenceIndex) -> list[Near]:
@@ -139,8 +139,8 @@ def _shared(kinds: U64, texts: list[I32]) -> Bools:
         return np.zeros((0, len(kinds)), np.bool_)
     stored = _shingles(np.concatenate(texts))
     asked = np.zeros(1 << _TABLE_BITS, np.bool_)
-    asked[_slot(kinds)] = True  # one look dismisses most of what is stored
-    places = np.flatnonzero(asked[_slot(stored)])
+    asked[_cell(kinds)] = True  # one look dismisses most of what is stored
+    places = np.flatnonzero(asked[_cell(stored)])
     kind = np.searchsorted(kinds, stored[places])
     kind[kind == len(kinds)] = 0
     same = kinds[kind] == stored[places]
@@ -150,7 +150,7 @@ def _shared(kinds: U64, texts: list[I32]) -> Bools:
     return shared[np.argsort(-shared.sum(axis=1), kind="stable")[:EXAMINED]]
 
 
-def _slot(keys: U64) -> U64:
+def _cell(keys: U64) -> U64:
     return keys >> np.uint64(64 - _TABLE_BITS)
 
 

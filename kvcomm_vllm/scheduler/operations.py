@@ -46,6 +46,6 @@ def source_load(span: ReuseSpan, block_size: int) -> LoadOp:
         prompt_start=span.start,
         length=span.length,
         entry=-1 if span.entry is None else span.entry,
-        slot_index=span.start - span.slot_start,
+        placeholder_index=span.start - span.placeholder_start,
         mapped=span.mapped,
     )

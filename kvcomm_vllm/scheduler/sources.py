@@ -19,9 +19,11 @@ from kvcomm_vllm.scheduler.state import RequestState
 
 
 class SourceFinder:
-    """Args:
-    index: where text is found.
-    pages: where its KV is found.
+    """Finds the text of a prompt in earlier sequences, and the pages that still hold its KV.
+
+    Args:
+        index: where text is found.
+        pages: where its KV is found.
     """
 
     def __init__(self, config: KVCommConfig, index: SequenceIndex, pages: SourcePages) -> None:

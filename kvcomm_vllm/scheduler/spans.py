@@ -17,6 +17,8 @@ from kvcomm_vllm.scheduler.index import Sequence
 
 
 class Treatment(enum.StrEnum):
+    """What happens to the KV of a span's tokens; labels of reports and of a metric."""
+
     LOCAL = "local"
     REUSE = "reused"
     COMPUTE = "computed"
@@ -95,9 +97,9 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class ReuseSpan:
     """Tokens ``start..end`` are loaded from ``source``; the ``seam`` tokens before ``start`` match,
-    too, but are computed. ``entry``: where workers keep the correction of its slot, if it is warm,
-    and ``mapped`` whether that is more than means; ``slot_start``: position of that slot's first
-    token; ``estimate``: the correction of mode ``paper``.
+    too, but are computed. ``entry``: where workers keep the correction of its placeholder, if it is
+    warm, and ``mapped`` whether that is more than means; ``placeholder_start``: position of that
+    placeholder's first token; ``estimate``: the correction of mode ``paper``.
     """
 
     start: int
@@ -106,7 +108,7 @@ class ReuseSpan:
     source: Source
     entry: int | None = None
     mapped: bool = True
-    slot_start: int = 0
+    placeholder_start: int = 0
     estimate: Estimate | None = None
 
     @property
@@ -131,18 +133,18 @@ class Plan:
     local: int
     spans: tuple[ReuseSpan, ...]
 
-    def runs(self) -> list[tuple[int, int]]:
+    def loaded(self) -> list[tuple[int, int]]:
         """Everything that is loaded, in order: the REUSE spans, and what is estimated behind."""
-        runs = []
+        loaded = []
         for span in self.spans:
-            runs.append((span.start, span.end))
+            loaded.append((span.start, span.end))
             if span.estimate is not None and span.estimate.start < span.estimate.stop:
-                runs.append((span.estimate.start, span.estimate.stop))
-        return runs
+                loaded.append((span.estimate.start, span.estimate.stop))
+        return loaded
 
     @property
     def end(self) -> int:
-        return self.runs()[-1][1]
+        return self.loaded()[-1][1]
 
     @property
     def external_tokens(self) -> int:
@@ -150,7 +152,7 @@ class Plan:
 
     @property
     def reused_tokens(self) -> int:
-        return sum(end - start for start, end in self.runs())
+        return sum(end - start for start, end in self.loaded())
 
     @property
     def corrected_tokens(self) -> int:
@@ -176,15 +178,15 @@ class Plan:
         return sum(span.seam for span in self.spans)
 
     def holes(self) -> list[tuple[int, int]]:
-        """The runs ``(start, end)`` between what is loaded, computed by the side forward."""
-        runs = self.runs()
-        starts = [self.local, *(end for _, end in runs)]
-        return [(a, start) for a, (start, _) in zip(starts, runs, strict=False) if a < start]
+        """The stretches ``(start, end)`` between what is loaded, computed by the side forward."""
+        loaded = self.loaded()
+        starts = [self.local, *(end for _, end in loaded)]
+        return [(a, start) for a, (start, _) in zip(starts, loaded, strict=False) if a < start]
 
     def treatments(self, total: int) -> list[tuple[int, int, Treatment]]:
         """All spans of a prompt of ``total`` tokens in order, without empty ones."""
         spans = [(0, self.local, Treatment.LOCAL)]
         spans += [(start, end, Treatment.COMPUTE) for start, end in self.holes()]
-        spans += [(start, end, Treatment.REUSE) for start, end in self.runs()]
+        spans += [(start, end, Treatment.REUSE) for start, end in self.loaded()]
         spans += [(self.end, total, Treatment.COMPUTE)]
         return sorted(span for span in spans if span[0] < span[1])

@@ -54,8 +54,10 @@ class Job:
 
 
 class SpreadPlans:
-    """Args:
-    max_tokens: of holes in one step.
+    """Plans whose holes fill more than one step, and which of their pieces go out next.
+
+    Args:
+        max_tokens: of holes in one step.
     """
 
     def __init__(self, max_tokens: int) -> None:

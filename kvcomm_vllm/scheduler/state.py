@@ -52,9 +52,9 @@ class RequestState:
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
         generation: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`.
-        planned_slots: keys of the last plan's spans, ``slots`` of the served one's.
+        planned_placeholders: keys of the last plan's spans, ``placeholders`` of the served one's.
         lesson: what can be learned from the last plan.
-        near: rows of the report about text stored in another rendering; None where not looked for.
+        near: lines of the report about text stored in another rendering; None where not looked for.
         mode_data: what its mode keeps of it.
     """
 
@@ -89,8 +89,8 @@ class RequestState:
     matches: list[Match] = field(default_factory=list)
     matches_key: tuple[int, int, int, bool] | None = None
     context: Context | None = None
-    planned_slots: list[str] = field(default_factory=list)
-    slots: list[str] = field(default_factory=list)
+    planned_placeholders: list[str] = field(default_factory=list)
+    placeholders: list[str] = field(default_factory=list)
     lesson: Lesson | None = None
     mode_data: object | None = None
     declined: Counter[str] = field(default_factory=Counter)
@@ -188,7 +188,7 @@ class RequestState:
             "seam": plan.seam_tokens if plan else 0,
             "gap": plan.hole_tokens - plan.seam_tokens if plan else 0,
             "spans": [[start, end, treatment.value] for start, end, treatment in spans],
-            "slots": self.slots if plan else [],
+            "placeholders": self.placeholders if plan else [],
         }
 
     def coarse_report(self, block_size: int) -> dict[str, Any]:

@@ -24,11 +24,13 @@ from kvcomm_vllm.worker.side_forward import SideForward
 
 @dataclass(frozen=True)
 class Equipment:
-    """Args:
-    groups: layers whose pages are laid out alike, and are rotated alike.
-    kernel: moves and rotates.
-    side_forward: computes holes.
-    corrections: by mode.
+    """Everything a rank needs to carry out a step, once it is known to work.
+
+    Args:
+        groups: layers whose pages are laid out alike, and are rotated alike.
+        kernel: moves and rotates.
+        side_forward: computes holes.
+        corrections: by mode.
     """
 
     groups: list[LayerGroup]

@@ -147,7 +147,7 @@ class WorkerHalf:
                 learned = [c.learn(lesson) for c in ready.corrections.values()]
             report.errors = [errors for spans in learned for errors in spans]
         except Exception:
-            logger.exception("kvcomm: a lesson failed, its slots start anew")
+            logger.exception("kvcomm: a lesson failed, its placeholders start anew")
             report.lesson_failed = True
         self._took("learning", began)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load: all REUSE spans of a step, from their source pages to the requests' own, re-rotated.
 
-K_new = R(new) (R(-old) K_page + dK)      V_new = V_page + dV      dK = dV = 0 for cold slots
+K_new = R(new) (R(-old) K_page + dK)      V_new = V_page + dV      dK = dV = 0 for cold placeholders
 """
 
 from __future__ import annotations
@@ -107,10 +107,13 @@ def token_moves(
     return TokenMoves(*tensors)
 
 
-def slot_indices(ops: Iterable[tuple[list[int], LoadOp]], device: torch.device) -> torch.Tensor:
-    """Each token's index in its slot, in the order of :func:`token_moves`: int32 ``[tokens]``."""
-    runs = [np.arange(op.slot_index, op.slot_index + op.length, dtype=np.int32) for _, op in ops]
-    index = np.maximum(np.concatenate(runs), 0)
+def placeholder_indices(
+    ops: Iterable[tuple[list[int], LoadOp]], device: torch.device
+) -> torch.Tensor:
+    """Each token's index in its placeholder, in :func:`token_moves`' order: int32 ``[tokens]``."""
+    firsts = ((op.placeholder_index, op.length) for _, op in ops)
+    parts = [np.arange(first, first + length, dtype=np.int32) for first, length in firsts]
+    index = np.maximum(np.concatenate(parts), 0)
     return torch.from_numpy(index).to(device, non_blocking=True)
 
 

@@ -56,9 +56,11 @@ def batches(rows: list[Row], max_tokens: int, max_rows: int) -> list[list[Row]]:
 
 
 class SideForward:
-    """Args:
-    runner: vLLM's model runner.
-    block_size: tokens per page of the block tables.
+    """Computes the KV of holes and lessons by extra forwards of vLLM's own model.
+
+    Args:
+        runner: vLLM's model runner.
+        block_size: tokens per page of the block tables.
     """
 
     def __init__(self, runner: Any, block_size: int) -> None:

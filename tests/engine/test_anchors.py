@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from engines import Answer, ask, connector, core, make_engine, settle, text
+from toy_correction import MeanCorrection
 from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from kvcomm_vllm.messages import WorkerFacts
+from kvcomm_vllm.worker.corrections.base import Ground
+from kvcomm_vllm.worker.corrections.registry import CORRECTIONS, reserve
 
 pytestmark = pytest.mark.engine
 
@@ -35,7 +41,7 @@ def hear(llm: LLM, number: int, hints: dict[str, str] = ANCHOR) -> Answer:
     return answer
 
 
-def test_slots_are_learned_by_audits_and_then_corrected(learning: LLM) -> None:
+def test_placeholders_are_learned_by_audits_and_then_corrected(learning: LLM) -> None:
     assert hear(learning, 0).report["corrected"] == 0
     for number in range(1, 5):
         hear(learning, number)
@@ -50,10 +56,10 @@ def test_a_correction_brings_kv_closer_to_dense(learning: LLM) -> None:
     """What was left of the deviations of prompts that had not been seen, as the workers measured
     it.
     """
-    slots = connector(learning)._scheduler.modes["anchor"].table._slots.values()
-    warm = [slot for slot in slots if slot.anchors >= 3]
+    records = connector(learning)._scheduler.modes["anchor"].table._records.values()
+    warm = [record for record in records if record.anchors >= 3]
     assert warm
-    assert all(0 < slot.error < 0.95 for slot in warm)
+    assert all(0 < record.error < 0.95 for record in warm)
 
 
 def test_lessons_change_no_exact_answer(learning: LLM, plain: LLM) -> None:
@@ -97,3 +103,25 @@ def test_a_lesson_that_fails_leaves_the_engine_serving(
     assert answer.report["corrected"] == 0
     assert answer.report["reused"] > 0
     settle(learning)
+
+
+def test_a_new_estimator_is_a_class_and_a_line(
+    learning: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine starts anew in what concerns its estimator alone, which saves a start."""
+    monkeypatch.setitem(CORRECTIONS, "anchor", MeanCorrection)
+    worker, scheduler = get_kv_transfer_group()._worker, connector(learning)._scheduler
+    groups = worker.equipment.groups
+    made, said = reserve(Ground(groups, worker.config, worker.block_size, alone=True, single=True))
+    monkeypatch.setattr(worker, "ready", replace(worker.equipment, corrections=made))
+    rooms = {mode: correction.room for mode, correction in made.items()}
+    scheduler.workers_ready([WorkerFacts(None, "", said, rooms=rooms)])
+    for number in range(70, 74):
+        hear(learning, number)
+        settle(learning)
+    table = scheduler.modes["anchor"].table
+    assert 0 < min(record.error for record in table._records.values()) < 1
+    monkeypatch.setattr(table, "max_error", 1.0)  # a mean says little of random texts
+    answer = hear(learning, 79)
+    assert answer.report["corrected"] == answer.report["reused"] > 60
+    scheduler.workers_ready([WorkerFacts(None, "", "", rooms=dict.fromkeys(rooms, 0))])

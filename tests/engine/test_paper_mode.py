@@ -22,8 +22,7 @@ def paper(tiny_llama: str) -> Iterator[LLM]:
     """vLLM with the plugin in mode paper, whose gate lets all pass that anchors cover."""
     plugin = {
         "mode": "paper",
-        "paper_memory_mb": 8,
-        "paper_gamma": 1.0,
+        "paper": {"memory_mb": 8, "gamma": 1.0},
         "audit_idle_seconds": 0,
         "audit_share": 1,
     }

@@ -72,15 +72,15 @@ def test_endpoints_are_columns_of_their_own() -> None:
 
 def test_the_plugin_is_set_up_for_all_columns_and_the_users_file_is_kept(tmp_path: Path) -> None:
     assert options().config.mode == "anchor"
-    assert options().config.paper_memory_mb == 0
-    assert options(columns="paper").config.paper_memory_mb > 0
+    assert options().config.paper.memory_mb == 0
+    assert options(columns="paper").config.paper.memory_mb > 0
     assert options().config.audit_idle_seconds < 1.0
     assert options().config.audit_share == 1.0
     file = tmp_path / "c.yaml"
-    file.write_text("mode: seam\nseam_tokens: 4\naudit_idle_seconds: 2.5\npaper_memory_mb: 77\n")
+    file.write_text("mode: seam\nseam_tokens: 4\naudit_idle_seconds: 2.5\npaper: {memory_mb: 77}\n")
     found = options(columns="paper", config=file).config
     assert (found.mode, found.seam_tokens) == ("anchor", 4)
-    assert (found.audit_idle_seconds, found.paper_memory_mb) == (2.5, 77)
+    assert (found.audit_idle_seconds, found.paper.memory_mb) == (2.5, 77)
 
 
 def test_warm_up_timed_load_and_stream_tasks_are_all_different() -> None:

@@ -39,7 +39,7 @@ def test_columns_that_are_refused_or_declined_as_a_whole_are_named_with_the_reas
     assert set(found) == {"rotate", "seam", "paper"}
     assert "not allowed" in found["rotate"]
     assert found["seam"].startswith("mla: ")
-    assert "paper_memory_mb" in found["paper"]
+    assert "paper.memory_mb" in found["paper"]
 
 
 def test_a_server_that_dropped_the_plugin_is_not_measured_as_if_it_had_it() -> None:

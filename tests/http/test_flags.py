@@ -19,7 +19,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvcomm_vllm import compat_cli, plugin
-from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.config import KVCommConfig, keys
 from kvcomm_vllm.front.hints_http import MIDDLEWARE
 from kvcomm_vllm.guards import version
 
@@ -104,14 +104,16 @@ def test_vllms_own_config_file_may_name_ours(
 
 @pytest.mark.parametrize("dotted", [False, True])
 def test_plain_kv_transfer_config_works_too(parser: FlexibleArgumentParser, dotted: bool) -> None:
-    flags = ["--kv-transfer-config", transfer_json(seam_tokens=4)]
+    wanted = {"seam_tokens": 4, "estimator": {"map_rank": 8}}
+    flags = ["--kv-transfer-config", transfer_json(**wanted)]
     if dotted:
         flags = ["--kv-transfer-config.kv_connector", "kvcomm"]
         flags += ["--kv-transfer-config.kv_role", "kv_both"]
         flags += ["--kv-transfer-config.kv_connector_extra_config.seam_tokens", "4"]
+        flags += ["--kv-transfer-config.kv_connector_extra_config.estimator.map_rank", "8"]
     transfer = parse(parser, *flags).kv_transfer_config
     assert transfer is not None
-    assert transfer.kv_connector_extra_config == {"seam_tokens": 4}
+    assert transfer.kv_connector_extra_config == wanted
 
 
 @pytest.mark.parametrize("ours", [["--kv-connector", "kvcomm"], ["--kvcomm-config", "FILE"]])
@@ -155,8 +157,8 @@ def test_both_ways_at_once_are_refused_when_one_is_in_vllms_config_file(
             "argument --kv-transfer-config: kv_connector_extra_config: unknown key 'seam'",
         ),
         (
-            ["--kv-transfer-config", transfer_json(ridge=1).replace("1}", "1e400}")],
-            "argument --kv-transfer-config: kv_connector_extra_config: ridge: inf is not a finite",
+            ["--kv-transfer-config", transfer_json(private_price=1).replace("1}", "1e400}")],
+            "argument --kv-transfer-config: kv_connector_extra_config: private_price: inf is not",
         ),
         (
             ["--kv-transfer-config", transfer_json(seam_tokens=10**400)],
@@ -259,7 +261,7 @@ def test_help_explains_both_flags(vllm_serve: object) -> None:
     assert done.returncode == 0
     assert "--kv-connector NAME" in done.stdout
     assert "--kvcomm-config FILE" in done.stdout
-    for name in KVCommConfig().to_mapping():
+    for name in keys():
         assert f"{name}=" in done.stdout
 
 

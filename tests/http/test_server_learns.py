@@ -43,7 +43,7 @@ def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_pa
         assert told["corrected"] == told["reused"]
         counters = agents.counters()
         assert counters["lessons/failed"] == 0
-        assert counters["slots/gained"] >= 1
+        assert counters["placeholders/gained"] >= 1
         assert counters["anchors/gained"] >= counters["lessons/learned"] >= 3
         assert agents.running() == 0
 

@@ -86,7 +86,7 @@ def check_index(engine: EngineWithoutWorker) -> None:
     """What the index offers is there: the very tokens at their positions, exact where it says."""
     filling, full = pages_in_use(engine), engine.memory.full_pages()
     claims = []
-    for sequence in engine.half.store.index._slot_of:
+    for sequence in engine.half.store.index._row_of:
         if not sequence.ready:
             continue
         text = engine.served[sequence.owner].text
@@ -136,7 +136,7 @@ def check_report(engine: EngineWithoutWorker, name: str) -> None:
         told = [span for span in spans if span[2] == "reused"]
         # one that an operator's reset sent back has more than one plan, and tells of the last
         (first,) = [ops for ops in served.loaded if loaded_spans(ops) == told][:1]
-        assert len(report["slots"]) == len(first.loads) + len(first.estimates)
+        assert len(report["placeholders"]) == len(first.loads) + len(first.estimates)
 
 
 def loaded_spans(ops: RequestOps) -> list[list[object]]:

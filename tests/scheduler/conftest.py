@@ -37,7 +37,7 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         "max_num_seqs",
         "policy",
         "pipeline",
-        "slots",
+        "placeholders",
         "paper_rows",
     }
 

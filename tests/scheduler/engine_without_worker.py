@@ -68,7 +68,7 @@ class EngineWithoutWorker(SimulatedWorker):
         model: any small model config; nothing of it is loaded.
         settings: changes to ``SETTINGS``; None for plain vLLM without a connector.
         pipeline: steps in flight; 2 is vLLM's asynchronous scheduling.
-        slots: slots whose anchors fit into the workers' arenas.
+        placeholders: placeholders whose anchors fit into the workers' arenas.
         paper_rows: tokens that mode paper can keep there.
     """
 
@@ -82,7 +82,7 @@ class EngineWithoutWorker(SimulatedWorker):
         max_num_seqs: int = 8,
         policy: str = "fcfs",
         pipeline: int = 1,
-        slots: int = 8,
+        placeholders: int = 8,
         paper_rows: int = 4096,
     ) -> None:
         super().__init__(num_blocks, block_size)
@@ -129,7 +129,7 @@ class EngineWithoutWorker(SimulatedWorker):
         self._watch_allocations()
         self.partial_names: set[bytes] = set()
         if self.scheduler.connector is not None:
-            rooms = {"anchor": slots, "paper": paper_rows}
+            rooms = {"anchor": placeholders, "paper": paper_rows}
             facts = WorkerFacts(None, "", "test", rooms=rooms)
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
             self._watch_partial_pages()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checks import check_idle
+from config_values import nested
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
 
@@ -40,7 +41,8 @@ def test_the_largest_index_is_little_memory_until_it_fills(window_tokens: int) -
 
 @pytest.mark.parametrize("bound", ["low", "high"])
 def test_a_configuration_at_its_bounds_serves(make_engine: Make, bound: str) -> None:
-    engine = make_engine(**{name: getattr(key, bound) for name, key in NUMBERS.items()})
+    values = {name: getattr(key, bound) for name, key in NUMBERS.items()}
+    engine = make_engine(**nested(values))
     engine.serve("source", [*words("one", 20), *QUESTION])
     engine.serve("second", READER)
     assert engine.served["second"].finished

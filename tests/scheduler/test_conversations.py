@@ -85,7 +85,7 @@ def test_a_chain_cut_in_the_middle_serves_its_head_and_loads_the_rest(make_engin
     engine = make_engine()
     warm(engine)
     index = engine.half.store.index
-    (sequence,) = (found for found in index._slot_of if found.owner == "turn1")
+    (sequence,) = (found for found in index._row_of if found.owner == "turn1")
     page = engine.half.pages.lookup(sequence.block_hashes[6])
     assert page is not None
     engine.pool.evict_blocks({page.block_id})

@@ -143,7 +143,7 @@ def test_what_does_not_follow_from_token_ids_is_neither_served_nor_stored(
     assert report is not None
     assert report["kvcomm"]["declined"] == {reason: 1}
     assert report["kvcomm"]["computed"] == len(READER)
-    assert [sequence.owner for sequence in half.store.index._slot_of] == ["source"]
+    assert [sequence.owner for sequence in half.store.index._row_of] == ["source"]
 
 
 def test_one_rank_that_cannot_reuse_turns_it_off_for_all(make_engine: Make) -> None:

@@ -42,7 +42,7 @@ def test_a_failed_load_is_recomputed_and_said_so(make_engine: Make) -> None:
     assert second.loaded == []
     assert second.spans("computed") == [(0, 56)]
     assert second.declined == ["load_failed"]
-    assert second.report["slots"] == []
+    assert second.report["placeholders"] == []
     check_idle(engine)
 
 
@@ -50,7 +50,7 @@ def test_nothing_is_shared_from_a_failed_request(make_engine: Make) -> None:
     engine = make_engine()
     with_failure(engine, "second")
     engine.serve("second", READER, words("answer", 30))
-    assert [sequence.owner for sequence in engine.half.store.index._slot_of] == ["source"]
+    assert [sequence.owner for sequence in engine.half.store.index._row_of] == ["source"]
     listener = engine.serve("listener", [*words("three", 5), *words("answer", 30)])
     assert listener.loaded == []
 

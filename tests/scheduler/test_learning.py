@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots learn from served prompts while vLLM has nothing to do, and are corrected from then on."""
+"""Placeholders learn from served prompts while vLLM is idle, and are corrected from then on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def warm(engine: EngineWithoutWorker, rounds: int = 3) -> None:
         engine.idle()
 
 
-def test_a_slot_is_corrected_behind_a_shorter_seam_once_it_is_warm(make_engine: Make) -> None:
+def test_a_placeholder_is_corrected_behind_a_shorter_seam_once_it_is_warm(
+    make_engine: Make,
+) -> None:
     engine = make_engine(**ANCHOR)
     cold = hear(engine, 100)
     assert cold.report["seam"] == 4
@@ -40,12 +42,12 @@ def test_a_slot_is_corrected_behind_a_shorter_seam_once_it_is_warm(make_engine: 
     assert after.report["corrected"] == after.report["reused"] > 0
     (op,) = after.loaded[-1].loads
     assert op.entry >= 0
-    assert op.slot_index == 2
+    assert op.placeholder_index == 2
     engine.idle()
     check_idle(engine)
 
 
-def test_a_slot_whose_map_misleads_is_corrected_by_its_means(make_engine: Make) -> None:
+def test_a_placeholder_whose_map_misleads_is_corrected_by_its_means(make_engine: Make) -> None:
     engine = make_engine(**ANCHOR)
     engine.errors = [1.2, 1.0, 1.2, 1.0, 0.5, 0.5]
     warm(engine)
@@ -90,7 +92,7 @@ def test_bootstrap_requests_are_served_exactly(make_engine: Make) -> None:
     assert hear(engine, 2).report["corrected"] > 0
 
 
-def test_a_text_seen_once_is_no_slot_to_learn_for(make_engine: Make) -> None:
+def test_a_text_seen_once_is_no_placeholder_to_learn_for(make_engine: Make) -> None:
     engine = make_engine(**ANCHOR)
     for number in range(5):
         hear(engine, number, agent=words(f"agent {number}", 20))
@@ -179,7 +181,7 @@ def test_nothing_is_learned_before_the_engine_has_been_idle_for_long(make_engine
     assert engine.half.lessons.pending
 
 
-def test_a_failed_lesson_costs_the_slot_what_it_knew(make_engine: Make) -> None:
+def test_a_failed_lesson_costs_the_placeholder_what_it_knew(make_engine: Make) -> None:
     engine = make_engine(**ANCHOR)
     warm(engine)
     engine.fail_lesson = lambda op: True
@@ -201,8 +203,8 @@ def test_two_tenants_with_the_same_text_learn_apart(make_engine: Make) -> None:
     assert engine.serve("b two", [*AGENT, *question, 7], salt="b").report["corrected"] == 0
 
 
-def test_a_slot_that_loses_its_place_is_served_as_a_cold_one(make_engine: Make) -> None:
-    engine = make_engine(**ANCHOR, slots=1, num_blocks=128)
+def test_a_placeholder_that_loses_its_entry_is_served_as_a_cold_one(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, placeholders=1, num_blocks=128)
     warm(engine)
     other = words("other agent", 20)
     for number in range(10, 13):
@@ -213,11 +215,11 @@ def test_a_slot_that_loses_its_place_is_served_as_a_cold_one(make_engine: Make) 
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_slot_whose_place_a_lesson_under_way_takes_is_served_as_a_cold_one(
+def test_a_placeholder_whose_entry_a_lesson_under_way_takes_is_served_as_a_cold_one(
     make_engine: Make, pipeline: int
 ) -> None:
     """With two steps under way, a request is planned before the lesson is known to be learned."""
-    engine = make_engine(**ANCHOR, slots=1, num_blocks=128, pipeline=pipeline)
+    engine = make_engine(**ANCHOR, placeholders=1, num_blocks=128, pipeline=pipeline)
     warm(engine)
     assert hear(engine, 9).report["corrected"] > 0
     engine.idle()
@@ -238,8 +240,8 @@ def test_a_slot_whose_place_a_lesson_under_way_takes_is_served_as_a_cold_one(
     check_idle(engine)
 
 
-def test_an_arena_too_small_for_one_slot_means_seams_alone(make_engine: Make) -> None:
-    engine = make_engine(**ANCHOR, slots=0)
+def test_an_arena_too_small_for_one_placeholder_means_seams_alone(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, placeholders=0)
     warm(engine)
     assert not engine.lessons
     served = hear(engine, 9)
@@ -294,7 +296,7 @@ def test_a_learn_hint_is_served_exactly_where_there_is_nothing_to_learn(make_eng
     full = make_engine(**ANCHOR, max_anchors=2)
     warm(full)
     assert hear(full, 9).report["corrected"] > 0
-    for engine in (full, make_engine(mode="seam"), make_engine(**ANCHOR, slots=0)):
+    for engine in (full, make_engine(mode="seam"), make_engine(**ANCHOR, placeholders=0)):
         hear(engine, 10)
         assert hear(engine, 11, hints={"learn": True}).declined == ["learning"]
 

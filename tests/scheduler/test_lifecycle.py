@@ -17,7 +17,7 @@ READER = [*words("two", 9), *QUESTION, *words("tail", 7)]
 
 
 def owners(engine: EngineWithoutWorker) -> list[str]:
-    return [sequence.owner for sequence in engine.half.store.index._slot_of]
+    return [sequence.owner for sequence in engine.half.store.index._row_of]
 
 
 def test_a_chunked_prompt_is_not_read_before_its_last_chunk(make_engine: Make) -> None:
@@ -47,7 +47,7 @@ def test_text_of_a_chunked_reuser_is_findable_only_with_its_last_chunk(make_engi
     engine.serve("source", [*words("one", 20), *QUESTION])
     engine.add("second", [*words("two", 9), *QUESTION, *words("tail", 50)])
     ready = []
-    while "second" not in [s.owner for s in engine.half.store.index._slot_of if s.ready]:
+    while "second" not in [s.owner for s in engine.half.store.index._row_of if s.ready]:
         engine.step()
         ready.append(engine.scheduler.requests["second"].num_computed_tokens)
     assert ready[-1] >= 99

@@ -84,7 +84,7 @@ def test_pages_of_a_load_that_fails_after_its_client_has_gone_are_forgotten(
     engine = make_engine(pipeline=pipeline)
     prompt = words("prompt", 60)
     engine.serve("source", prompt)
-    lost = engine.half.pages.lookup(next(iter(engine.half.store.index._slot_of)).block_hashes[3])
+    lost = engine.half.pages.lookup(next(iter(engine.half.store.index._row_of)).block_hashes[3])
     assert lost is not None
     engine.pool.evict_blocks({lost.block_id})
     engine.fail = lambda request: True

@@ -13,7 +13,9 @@ from scripts import words
 Make = Callable[..., EngineWithoutWorker]
 
 AGENT, MIDDLE, TAIL = words("agent", 21), words("middle", 7), words("tail", 6)
-PAPER = {"mode": "paper", "paper_memory_mb": 1, "min_span_tokens": 12}
+MEMORY = {"memory_mb": 1}
+SMALL = {**MEMORY, "anchors": 2, "window": 2}
+PAPER = {"mode": "paper", "paper": MEMORY, "min_span_tokens": 12}
 ROOMY = {"num_blocks": 256}
 
 
@@ -59,9 +61,9 @@ def test_a_message_longer_than_all_anchors_makes_the_request_dense_and_an_anchor
     engine = make_engine(**PAPER, **ROOMY)
     warm(engine)
     assert hear(engine, 11, length=60).declined == ["learning"]
-    before = engine.half.modes["paper"].slots.counts()[1]
+    before = engine.half.modes["paper"].table.counts()[1]
     engine.idle()
-    assert engine.half.modes["paper"].slots.counts()[1] == before + 2
+    assert engine.half.modes["paper"].table.counts()[1] == before + 2
 
 
 def test_a_gate_that_does_not_open_makes_the_request_dense(make_engine: Make) -> None:
@@ -91,16 +93,16 @@ def test_one_message_that_is_not_shareable_makes_all_of_them_dense(make_engine: 
 
 
 def test_anchors_used_most_stay_when_the_pool_is_full(make_engine: Make) -> None:
-    engine = make_engine(**PAPER, **ROOMY, paper_anchors=2, paper_window=2)
+    engine = make_engine(**{**PAPER, "paper": SMALL}, **ROOMY)
     warm(engine)
-    slots = engine.half.modes["paper"].slots
-    before = {key: list(slot.pool.messages) for key, slot in slots._slots.items()}
+    table = engine.half.modes["paper"].table
+    before = {key: list(record.pool.messages) for key, record in table._records.items()}
     for number in range(20, 23):
         hear(engine, number)  # the first anchor is the near one
-    hear(engine, 23, length=60)  # dense: a new anchor for both slots
+    hear(engine, 23, length=60)  # dense: a new anchor for both placeholders
     engine.idle()
     for key, messages in before.items():
-        now = slots.get(key).pool.messages
+        now = table.get(key).pool.messages
         assert messages[0] in now
         assert messages[1] not in now
         assert len(now) == 2
@@ -114,12 +116,12 @@ def test_without_room_for_anchors_requests_are_served_exactly(make_engine: Make)
     check_idle(engine)
 
 
-def test_slots_share_a_small_arena_and_the_least_used_ones_go(make_engine: Make) -> None:
+def test_placeholders_share_a_small_arena_and_the_least_used_ones_go(make_engine: Make) -> None:
     engine = make_engine(**PAPER, **ROOMY, paper_rows=150)
     for number in range(6):
         hear(engine, number, 48)
         engine.idle()
-    assert engine.half.modes["paper"].slots.counts()[1] >= 1
+    assert engine.half.modes["paper"].table.counts()[1] >= 1
     check_idle(engine)
 
 
@@ -132,13 +134,13 @@ def test_two_tenants_have_anchors_of_their_own(make_engine: Make) -> None:
     assert hear(engine, 4, salt="b").declined == ["learning"]
 
 
-def test_a_lesson_that_fails_costs_the_slots_what_they_knew(make_engine: Make) -> None:
+def test_a_lesson_that_fails_costs_the_placeholders_what_they_knew(make_engine: Make) -> None:
     engine = make_engine(**PAPER, **ROOMY)
     warm(engine)
     hear(engine, 20, 60)
     engine.fail_lesson = lambda op: True
     engine.idle()
-    assert engine.half.modes["paper"].slots.counts() == (0, 0)
+    assert engine.half.modes["paper"].table.counts() == (0, 0)
     assert hear(engine, 21).declined == ["learning"]
 
 
@@ -172,13 +174,13 @@ def test_the_papers_quirks_are_a_switch(make_engine: Make) -> None:
     """Its pool settles above V, ours at V."""
     sizes = {}
     for quirks in (False, True):
-        engine = make_engine(**PAPER, **ROOMY, paper_anchors=2, paper_window=2, paper_quirks=quirks)
+        engine = make_engine(**{**PAPER, "paper": {**SMALL, "quirks": quirks}}, **ROOMY)
         engine.probe = lambda op: [[4.0] * len(anchors) for _, anchors in op.spans]
         for number in range(6):
             hear(engine, number, 48)
             engine.idle()
         sizes[quirks] = max(
-            len(slot.rows) for slot in engine.half.modes["paper"].slots._slots.values()
+            len(record.rows) for record in engine.half.modes["paper"].table._records.values()
         )
     assert sizes[False] == 2
     assert sizes[True] > 2

@@ -76,7 +76,9 @@ def test_no_script_mixes_old_weights_with_new_ones(
     play(make_engine(**options | roomy, pipeline=pipeline), seed, steps=100, crowd=OperatedCrowd)
 
 
-def test_in_these_scripts_slots_learn_and_correct_and_weights_change(make_engine: Make) -> None:
+def test_in_these_scripts_placeholders_learn_and_correct_and_weights_change(
+    make_engine: Make,
+) -> None:
     """Guards the other test here."""
     corrected = changes = 0
     for seed in range(2):

@@ -232,4 +232,4 @@ def test_a_prompt_that_arrives_in_pieces_is_served_exactly(make_engine: Make) ->
     report = told(engine, "second")[0]
     assert (report["mode"], report["reused"]) == ("off", 0)
     assert report["declined"] == {"streaming_input": 1}
-    assert [sequence.owner for sequence in engine.half.store.index._slot_of] == ["source"]
+    assert [sequence.owner for sequence in engine.half.store.index._row_of] == ["source"]

@@ -36,7 +36,7 @@ def test_text_between_two_spans_is_a_gap(make_engine: Make) -> None:
     assert third.spans("reused") == [(14, 12 + 32), (12 + 32 + 6 + 2, 12 + 32 + 6 + 40)]
     assert [(hole.start, len(hole.tokens)) for hole in third.loaded[0].holes] == [(0, 14), (44, 8)]
     assert third.report["gap"] == 12 + 6
-    assert len(set(third.report["slots"])) == 2
+    assert len(set(third.report["placeholders"])) == 2
 
 
 def test_tokens_whose_source_is_approximate_itself_are_told_apart(make_engine: Make) -> None:
@@ -96,7 +96,7 @@ def test_an_answer_is_reused_up_to_its_last_sampled_token(make_engine: Make) -> 
     engine = make_engine(block_size=4, mode="rotate")
     answer = words("answer", 20)
     engine.serve("speaker", words("one", 20), answer)
-    (speaker,) = engine.half.store.index._slot_of
+    (speaker,) = engine.half.store.index._row_of
     assert len(speaker.tokens) == 39  # the last page holds three of its four tokens
     listener = engine.serve("listener", [*words("two", 8), *answer, *words("end", 5)])
     assert listener.spans("reused") == [(8, 8 + 19)]
@@ -173,13 +173,13 @@ def test_a_reused_request_of_one_token_reports_its_reuse(make_engine: Make) -> N
     check_idle(engine)
 
 
-def test_the_same_template_gets_the_same_slots_whatever_is_quoted(make_engine: Make) -> None:
+def test_the_same_template_gets_the_same_placeholders_whatever_is_quoted(make_engine: Make) -> None:
     engine = make_engine()
-    slots = []
+    placeholders = []
     for round_ in range(2):
         text = words(("text", round_), 30)
         engine.serve(f"source{round_}", [*words(("source", round_), 10), *text])
         prompt = [*words("template", 15), *text, *words("tail", 3)]
-        slots.append(engine.serve(f"agent{round_}", prompt).report["slots"])
-    assert slots[0] == slots[1]
-    assert len(slots[0]) == 1
+        placeholders.append(engine.serve(f"agent{round_}", prompt).report["placeholders"])
+    assert placeholders[0] == placeholders[1]
+    assert len(placeholders[0]) == 1

@@ -123,7 +123,7 @@ def test_nothing_about_a_salt_can_be_computed_outside_the_process(make_engine: M
     for _ in range(2):
         engine = make_engine()
         engine.serve("source", words("text", 40), salt="secret")
-        (sequence,) = engine.half.store.index._slot_of
+        (sequence,) = engine.half.store.index._row_of
         keys.append(sequence.namespace)
     assert len(set(keys)) == 2
     assert all(len(key) == 16 for key in keys)

@@ -18,7 +18,7 @@ QUESTION = words("question", 40)
 
 def pages_of(engine: EngineWithoutWorker, owner: str) -> list[int]:
     """Cached pages of a stored sequence, in order."""
-    (sequence,) = (found for found in engine.half.store.index._slot_of if found.owner == owner)
+    (sequence,) = (found for found in engine.half.store.index._row_of if found.owner == owner)
     pages = [engine.half.pages.lookup(block_hash) for block_hash in sequence.block_hashes]
     return [page.block_id for page in pages if page is not None]
 

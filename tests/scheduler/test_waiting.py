@@ -157,7 +157,7 @@ def with_lost_opening(engine: EngineWithoutWorker) -> list[int]:
     """A source whose first four pages were evicted; the text they held."""
     opening = words("opening", 16)
     engine.serve("source", [*opening, *QUESTION])
-    (sequence,) = engine.half.store.index._slot_of
+    (sequence,) = engine.half.store.index._row_of
     pages = [engine.half.pages.lookup(block_hash) for block_hash in sequence.block_hashes[:4]]
     engine.pool.evict_blocks({page.block_id for page in pages if page is not None})
     return opening

@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 
 class Alarm:
-    """Args:
-    wake: puts something into the engine's queue; called from another thread.
+    """A timer of one setting that wakes the engine.
+
+    Args:
+        wake: puts something into the engine's queue; called from another thread.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:

@@ -32,15 +32,15 @@ HOLDER = "kvcomm lesson"
 
 @dataclass(frozen=True, slots=True)
 class TaughtSpan:
-    """Text that arrived in a slot, and where its base KV lies.
+    """Text that arrived in a placeholder, and where its base KV lies.
 
     Args:
-        slot_start: position of the slot's first token in the prompt.
+        placeholder_start: position of the placeholder's first token in the prompt.
         stop: true KV is needed up to here, for what stands behind it; 0 if for nothing.
     """
 
     key: str
-    slot_start: int
+    placeholder_start: int
     source: Source
     stop: int = 0
 
@@ -62,15 +62,17 @@ class Teacher(Protocol):
     def learned(self, lesson: Lesson, report: StepReport) -> None: ...
 
     def failed(self, lesson: Lesson) -> None:
-        """Workers may differ now in what they know of the lesson's slots."""
+        """Workers may differ now in what they know of the lesson's placeholders."""
 
 
 @dataclass(slots=True)
 class Lesson:
-    """Args:
-    tokens: the prompt up to the end of what is taught, int32.
-    exact_hashes: hashes of its full pages on vLLM's exact chain.
-    spans: what it has not taught yet.
+    """One served prompt, and how far learning from it has come.
+
+    Args:
+        tokens: the prompt up to the end of what is taught, int32.
+        exact_hashes: hashes of its full pages on vLLM's exact chain.
+        spans: what it has not taught yet.
 
     Attributes:
         parts: the spans' parts whose base KV is still there; known once it has started.
@@ -141,5 +143,5 @@ def base_load(taught: TaughtSpan, part: Source, entry: int = -1) -> LoadOp:
         prompt_start=part.prompt_start,
         length=part.length,
         entry=entry,
-        slot_index=part.prompt_start - taught.slot_start,
+        placeholder_index=part.prompt_start - taught.placeholder_start,
     )

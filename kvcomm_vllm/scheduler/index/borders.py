@@ -36,9 +36,9 @@ class Lengths:
         found = [(s.num_prompt_tokens, len(s.tokens), s.exact_tokens) for s in sequences]
         return cls(*np.array(found, np.int64).reshape(-1, 3).T)
 
-    def select(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> Lengths:
-        """The given rows, in the given order."""
-        return Lengths(self.prompt[rows], self.total[rows], self.exact[rows])
+    def select(self, which: NDArray[np.integer] | NDArray[np.bool_]) -> Lengths:
+        """Those given, in the given order."""
+        return Lengths(self.prompt[which], self.total[which], self.exact[which])
 
 
 @dataclass(frozen=True, slots=True)

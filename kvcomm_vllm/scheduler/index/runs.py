@@ -17,25 +17,29 @@ Bools = NDArray[np.bool_]
 
 @dataclass(slots=True)
 class Runs:
-    """Runs of equal tokens: text[begin:end] equals sequence `slot` from `begin - diagonal`.
+    """Runs of equal tokens: text[begin:end] equals sequence `row` from `begin - diagonal`.
 
     `open` runs may reach further than known: a neighbouring window is equal, yet was not among the
     hits, because its key has more nodes than are examined.
     """
 
-    slot: I64
+    row: I64
     diagonal: I64
     begin: I64
     end: I64
     open: Bools
 
     def __len__(self) -> int:
-        return len(self.slot)
+        return len(self.row)
 
-    def select(self, rows: NDArray[np.intp] | Bools) -> Runs:
-        """The given rows, in the given order."""
+    def select(self, which: NDArray[np.intp] | Bools) -> Runs:
+        """Those given, in the given order."""
         return Runs(
-            self.slot[rows], self.diagonal[rows], self.begin[rows], self.end[rows], self.open[rows]
+            self.row[which],
+            self.diagonal[which],
+            self.begin[which],
+            self.end[which],
+            self.open[which],
         )
 
 
@@ -50,14 +54,14 @@ def join_hits(store: WindowStore, views: I32, positions: I64, nodes: I32) -> Run
     """
     w = views.shape[1]
     diagonals = positions - store.offset[nodes]
-    slots = store.slot[nodes].astype(np.int64)
-    # (slot, diagonal, position) in one integer: one fast sort, and hits w apart differ by exactly
+    rows = store.row[nodes].astype(np.int64)
+    # (row, diagonal, position) in one integer: one fast sort, and hits w apart differ by exactly
     # w. A spare bit between the fields keeps positions of neighbouring diagonals further apart than
     # that.
     position_bits = (len(views) + w).bit_length() + 1
     lowest = int(diagonals.min()) if len(diagonals) else 0
     diagonal_bits = (len(views) - lowest).bit_length()
-    packed = (((slots << diagonal_bits) + (diagonals - lowest)) << position_bits) + positions
+    packed = (((rows << diagonal_bits) + (diagonals - lowest)) << position_bits) + positions
     order = np.argsort(packed)
     breaks = np.flatnonzero(np.diff(packed[order]) != w)
     first = order[np.concatenate([[0], breaks + 1])] if len(order) else order
@@ -67,7 +71,7 @@ def join_hits(store: WindowStore, views: I32, positions: I64, nodes: I32) -> Run
     back = _equal_tail(store.equal(store.before[nodes[first]], views[positions[first]]))
     forward = _equal_head(store.equal(store.after[nodes[last]], views[positions[last] + 2 * w]))
     return Runs(
-        slot=slots[first],
+        row=rows[first],
         diagonal=diagonals[first],
         begin=positions[first] - back,
         end=positions[last] + w + forward,

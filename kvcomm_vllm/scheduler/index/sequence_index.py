@@ -51,10 +51,10 @@ class SequenceIndex:
         self._hashing = RollingHash(window_tokens)
         # Every sequence may end in one window that is not full.
         self._store = WindowStore(max_tokens // window_tokens + max_sequences, window_tokens)
-        self._slots: list[Sequence | None] = [None] * max_sequences
-        self._free_slots = list(range(max_sequences - 1, -1, -1))
-        self._search = WindowSearch(self._store, self._hashing, self._slots)
-        self._slot_of: OrderedDict[Sequence, int] = OrderedDict()  # least recently used first
+        self._rows: list[Sequence | None] = [None] * max_sequences
+        self._free_rows = list(range(max_sequences - 1, -1, -1))
+        self._search = WindowSearch(self._store, self._hashing, self._rows)
+        self._row_of: OrderedDict[Sequence, int] = OrderedDict()  # least recently used first
         self._nodes: dict[Sequence, I32] = {}
         self._of_owner: dict[tuple[bytes, str], Sequence] = {}
         self.version = 0  # changes whenever an answer may change
@@ -63,10 +63,10 @@ class SequenceIndex:
         self._swept = 0
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._row_of)
 
     def __contains__(self, sequence: Sequence) -> bool:
-        return sequence in self._slot_of
+        return sequence in self._row_of
 
     @property
     def num_tokens(self) -> int:
@@ -119,9 +119,9 @@ class SequenceIndex:
         self._next_id += 1
         if len(self) == self.max_sequences:
             self._drop_oldest()
-        slot = self._free_slots.pop()
-        self._slots[slot] = sequence
-        self._slot_of[sequence] = slot
+        row = self._free_rows.pop()
+        self._rows[row] = sequence
+        self._row_of[sequence] = row
         self._nodes[sequence] = np.zeros(0, np.int32)
         self._of_owner[namespace, owner] = sequence
         self._store_tokens(sequence, tokens, hashes)
@@ -152,16 +152,16 @@ class SequenceIndex:
     def touch(self, sequence: Sequence) -> None:
         """Make a sequence the most recently used one."""
         if sequence in self:
-            self._slot_of.move_to_end(sequence)
+            self._row_of.move_to_end(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence; one that has left already is no error."""
-        slot = self._slot_of.pop(sequence, None)
-        if slot is None:
+        row = self._row_of.pop(sequence, None)
+        if row is None:
             return
         self._store.remove(self._nodes.pop(sequence), self._full_windows(sequence.tokens))
-        self._slots[slot] = None
-        self._free_slots.append(slot)
+        self._rows[row] = None
+        self._free_rows.append(row)
         self._tokens -= len(sequence.tokens)
         self.version += 1
         key = (sequence.namespace, sequence.owner)
@@ -170,23 +170,23 @@ class SequenceIndex:
 
     def clear(self) -> None:
         """Forget all sequences."""
-        for sequence in list(self._slot_of):
+        for sequence in list(self._row_of):
             self.drop(sequence)
 
     def oldest(self) -> Sequence | None:
         """The least recently used sequence."""
-        return next(iter(self._slot_of), None)
+        return next(iter(self._row_of), None)
 
     def recent(self, namespace: bytes) -> Iterator[Sequence]:
         """A namespace's sequences, the most recently used first."""
-        return (s for s in reversed(self._slot_of) if s.namespace == namespace)
+        return (s for s in reversed(self._row_of) if s.namespace == namespace)
 
     def sweep_candidates(self, count: int) -> list[Sequence]:
         """The next `count` sequences in turn, or all: for the caller to check that they live."""
         found: list[Sequence] = []
         wanted = min(count, len(self))
         while len(found) < wanted:
-            sequence = self._slots[self._swept]
+            sequence = self._rows[self._swept]
             self._swept = (self._swept + 1) % self.max_sequences
             if sequence is not None:
                 found.append(sequence)
@@ -254,7 +254,7 @@ class SequenceIndex:
         nodes, full = self._nodes[sequence], self._full_windows(sequence.tokens)
         self._store.remove(nodes[full:], 0)  # what was a part of a window may have become more
         self._nodes[sequence] = self._store.append(
-            self._slot_of[sequence],
+            self._row_of[sequence],
             nodes[:full],
             tokens,
             self._hashing.windows(sums, seed)[::w],
@@ -268,7 +268,7 @@ class SequenceIndex:
         return len(tokens) // self._hashing.window_tokens
 
     def _drop_oldest(self) -> None:
-        self.drop(next(iter(self._slot_of)))
+        self.drop(next(iter(self._row_of)))
 
 
 def _with_lead(match: Match, before: I32) -> Match:

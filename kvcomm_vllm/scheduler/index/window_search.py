@@ -36,20 +36,20 @@ class _Admission:
     """Which sequences one search may use; `accept` is called once for each."""
 
     def __init__(
-        self, slots: list[Sequence | None], namespace: bytes, accept: Accept | None
+        self, rows: list[Sequence | None], namespace: bytes, accept: Accept | None
     ) -> None:
-        self._slots = slots
+        self._rows = rows
         self._namespace = namespace
         self._accept = accept
-        self._verdicts = np.zeros(len(slots), np.int8)
+        self._verdicts = np.zeros(len(rows), np.int8)
 
-    def __call__(self, slots: I32) -> NDArray[np.int8]:
-        """REFUSED, FILLING or READY for each slot."""
-        unknown = slots[self._verdicts[slots] == 0]
+    def __call__(self, rows: I32) -> NDArray[np.int8]:
+        """REFUSED, FILLING or READY for each row."""
+        unknown = rows[self._verdicts[rows] == 0]
         if len(unknown):
-            for slot in np.unique(unknown).tolist():
-                self._verdicts[slot] = self._verdict(self._slots[slot])
-        return self._verdicts[slots]
+            for row in np.unique(unknown).tolist():
+                self._verdicts[row] = self._verdict(self._rows[row])
+        return self._verdicts[rows]
 
     def _verdict(self, sequence: Sequence | None) -> int:
         if sequence is None or sequence.namespace != self._namespace:
@@ -60,14 +60,14 @@ class _Admission:
 
 
 class WindowSearch:
-    """Searches in `store`, whose nodes belong to the sequences in `slots`."""
+    """Searches in `store`, whose nodes belong to the sequences in `rows`."""
 
     def __init__(
-        self, store: WindowStore, hashing: RollingHash, slots: list[Sequence | None]
+        self, store: WindowStore, hashing: RollingHash, rows: list[Sequence | None]
     ) -> None:
         self._store = store
         self._hashing = hashing
-        self._slots = slots
+        self._rows = rows
         self._w = hashing.window_tokens
 
     def find(
@@ -84,7 +84,7 @@ class WindowSearch:
         padded = np.full(len(text) + 2 * self._w, OUTSIDE, np.int32)
         padded[self._w : -self._w] = text
         views = sliding_window_view(padded, self._w)
-        admission = _Admission(self._slots, namespace, accept)
+        admission = _Admission(self._rows, namespace, accept)
         positions, nodes = self._hits(text, views, namespace, admission)
         if not len(positions):
             return []
@@ -98,7 +98,7 @@ class WindowSearch:
         seed = namespace_seed(namespace)
         keys = self._hashing.prefixes(self._hashing.sums(tokens), seed)
         positions, nodes = self._store.prefixes.find(keys)
-        admission = _Admission(self._slots, namespace, accept)
+        admission = _Admission(self._rows, namespace, accept)
         best: Match | None = None
         seen: set[int] = set()
         for position, node in zip(positions[::-1].tolist(), nodes[::-1].tolist(), strict=True):
@@ -117,13 +117,13 @@ class WindowSearch:
         for _ in range(MAX_STEPS):
             if not node or not left:
                 break
-            slot = int(self._store.slot[node])
+            row = int(self._store.row[node])
             node = int(self._store.prefixes.older[node])
-            if slot in seen:
+            if row in seen:
                 continue
-            seen.add(slot)
-            sequence = self._slots[slot]
-            verdict = admission(np.array([slot], np.int32))[0]
+            seen.add(row)
+            sequence = self._rows[row]
+            verdict = admission(np.array([row], np.int32))[0]
             if sequence is None or verdict == REFUSED:
                 continue
             left -= int(verdict == READY)
@@ -149,7 +149,7 @@ class WindowSearch:
         for _ in range(MAX_STEPS):
             if not len(positions) or wanted <= 0 or steps <= 0:
                 break
-            verdicts = admission(self._store.slot[nodes])
+            verdicts = admission(self._store.row[nodes])
             admitted = np.flatnonzero(verdicts != REFUSED)
             found.append((positions[admitted], nodes[admitted]))
             wanted -= len(admitted)
@@ -167,16 +167,16 @@ class WindowSearch:
 
     def _complete(self, runs: Runs, text: I32) -> None:
         """Extend open runs to their ends, the longest known ones first."""
-        rows = np.flatnonzero(runs.open)
-        known = runs.end[rows] - runs.begin[rows]
-        for row in rows[np.argsort(-known, kind="stable")[:MAX_COMPLETED]].tolist():
-            runs.begin[row], runs.end[row] = self._extended(runs, row, text, 0)
-            runs.open[row] = False
+        open_ones = np.flatnonzero(runs.open)
+        known = runs.end[open_ones] - runs.begin[open_ones]
+        for number in open_ones[np.argsort(-known, kind="stable")[:MAX_COMPLETED]].tolist():
+            runs.begin[number], runs.end[number] = self._extended(runs, number, text, 0)
+            runs.open[number] = False
 
     def _worthwhile(self, runs: Runs, text_length: int, min_length: int, reach: Reach) -> Runs:
         """The front of those runs that are, or when open may become, long enough."""
-        slots, which = np.unique(runs.slot, return_inverse=True)
-        sequences = [self._sequence(slot) for slot in slots.tolist()]
+        rows, which = np.unique(runs.row, return_inverse=True)
+        sequences = [self._sequence(row) for row in rows.tolist()]
         lengths = Lengths.of(sequences).select(which)
         newness = np.array([s.id for s in sequences], np.int64)[which]
         ready = np.array([s.ready for s in sequences], np.bool_)[which]
@@ -192,44 +192,48 @@ class WindowSearch:
         """Left to right: the run over the place that reaches furthest, else the next to begin."""
         matches: list[Match] = []
         begins, ends, opens = runs.begin.tolist(), runs.end.tolist(), runs.open.tolist()
-        place = row = failed = 0
-        while row < len(begins):
-            row = max(row, bisect_right(begins, place, lo=row) - 1)
-            begin, end = max(begins[row], place), ends[row]
-            if opens[row] and end > place and failed < MAX_FAILED:
-                begin, end = self._reached(runs, row, self._extended(runs, row, text, place), reach)
+        place = number = failed = 0
+        while number < len(begins):
+            number = max(number, bisect_right(begins, place, lo=number) - 1)
+            begin, end = max(begins[number], place), ends[number]
+            if opens[number] and end > place and failed < MAX_FAILED:
+                begin, end = self._reached(
+                    runs, number, self._extended(runs, number, text, place), reach
+                )
                 begin = max(begin, place)
                 failed += end - begin < min_length
             if end - begin >= max(1, min_length):
-                slot, diagonal = int(runs.slot[row]), int(runs.diagonal[row])
-                lead = max(0, begin - begins[row])
+                row, diagonal = int(runs.row[number]), int(runs.diagonal[number])
+                lead = max(0, begin - begins[number])
                 matches.append(
-                    Match(self._sequence(slot), begin, begin - diagonal, end - begin, lead)
+                    Match(self._sequence(row), begin, begin - diagonal, end - begin, lead)
                 )
                 place = end
-            row += 1
+            number += 1
         return matches
 
-    def _extended(self, runs: Runs, row: int, text: I32, floor: int) -> tuple[int, int]:
+    def _extended(self, runs: Runs, number: int, text: I32, floor: int) -> tuple[int, int]:
         """Begin and end of a run, extended as far as tokens are equal, but not below `floor`."""
-        begin, end = max(int(runs.begin[row]), floor), int(runs.end[row])
-        diagonal = int(runs.diagonal[row])
-        tokens = self._sequence(int(runs.slot[row])).tokens
+        begin, end = max(int(runs.begin[number]), floor), int(runs.end[number])
+        diagonal = int(runs.diagonal[number])
+        tokens = self._sequence(int(runs.row[number])).tokens
         lowest = max(floor, diagonal)
         if lowest < begin:
             back = tokens[lowest - diagonal : begin - diagonal][::-1]
             begin -= equal_length(text[lowest:begin][::-1], back)
         return begin, end + equal_length(text[end:], tokens[end - diagonal :])
 
-    def _reached(self, runs: Runs, row: int, run: tuple[int, int], reach: Reach) -> tuple[int, int]:
+    def _reached(
+        self, runs: Runs, number: int, run: tuple[int, int], reach: Reach
+    ) -> tuple[int, int]:
         """The usable part of one run."""
-        lengths = Lengths.of([self._sequence(int(runs.slot[row]))])
+        lengths = Lengths.of([self._sequence(int(runs.row[number]))])
         begin, end = (np.array([place]) for place in run)
-        begin, end = reach.cut(lengths, self._w, runs.diagonal[row : row + 1], begin, end)
+        begin, end = reach.cut(lengths, self._w, runs.diagonal[number : number + 1], begin, end)
         return int(begin[0]), int(end[0])
 
-    def _sequence(self, slot: int) -> Sequence:
-        sequence = self._slots[slot]
+    def _sequence(self, row: int) -> Sequence:
+        sequence = self._rows[row]
         assert sequence is not None, "a node outlived its sequence"
         return sequence
 

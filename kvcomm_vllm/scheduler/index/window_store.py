@@ -25,7 +25,7 @@ class WindowStore:
     def __init__(self, capacity: int, window_tokens: int) -> None:
         self.cells: I32 = np.zeros((capacity + 1, window_tokens), np.int32)
         self.cells[0] = NO_TOKEN
-        self.slot: I32 = np.zeros(capacity + 1, np.int32)
+        self.row: I32 = np.zeros(capacity + 1, np.int32)
         self.offset: I32 = np.zeros(capacity + 1, np.int32)
         self.before: I32 = np.zeros(capacity + 1, np.int32)
         self.after: I32 = np.zeros(capacity + 1, np.int32)
@@ -39,11 +39,11 @@ class WindowStore:
         """How many more nodes there is room for."""
         return len(self._free)
 
-    def append(self, slot: int, nodes: I32, tokens: I32, windows: U64, prefixes: U64) -> I32:
+    def append(self, row: int, nodes: I32, tokens: I32, windows: U64, prefixes: U64) -> I32:
         """Store the part of a sequence that its `nodes` so far do not hold; return all its nodes.
 
         Args:
-            slot: number of the sequence, kept with each node.
+            row: number of the sequence, kept with each node.
             nodes: the full windows stored so far, in order.
             tokens: int32 [n], the whole sequence.
             windows: keys of the full windows, [n // w].
@@ -55,7 +55,7 @@ class WindowStore:
         cells = np.full((len(added), self._w), NO_TOKEN, np.int32)
         cells.reshape(-1)[: len(rest)] = rest
         self.cells[added] = cells
-        self.slot[added] = slot
+        self.row[added] = row
         self.offset[added] = np.arange(old, total, dtype=np.int32) * self._w
         nodes = np.concatenate([nodes, added])
         self.before[nodes[1:]] = nodes[:-1]
@@ -81,5 +81,5 @@ class WindowStore:
     @property
     def bytes_per_node(self) -> int:
         """Memory of one node in all arrays, buckets included."""
-        own = 4 * self._w + 5 * 4  # slot, offset, before, after, free list
+        own = 4 * self._w + 5 * 4  # row, offset, before, after, free list
         return own + self.windows.bytes_per_node + self.prefixes.bytes_per_node

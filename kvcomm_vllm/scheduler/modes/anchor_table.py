@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slots the scheduler knows: which have anchors, how well those predict, and who must go.
+"""What is known of placeholders: which have anchors, how well those predict, and who must go.
 
 Anchors themselves lie in the workers' arenas, at the ``entry`` the scheduler assigns: no worker
 decides anything, so tensor-parallel ranks cannot disagree.
@@ -11,12 +11,12 @@ from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-FORGET = 0.8  # weight of what was known of a slot's errors when a new anchor comes
+FORGET = 0.8  # weight of what was known of a placeholder's errors when a new anchor comes
 
 
 @dataclass(slots=True)
-class Slot:
-    """One slot.
+class Record:
+    """What is known of one placeholder.
 
     Attributes:
         seen: requests in which it has occurred.
@@ -52,24 +52,24 @@ class Slot:
         return sum(x / y for x, y in zip(rest, self.whole, strict=True)) / 2
 
 
-class SlotTable:
-    """Least recently used slots go first: their entry when another slot needs it, all that is known
-    of them when more than ``max_slots`` are.
+class PlaceholderTable:
+    """Least recently used placeholders go first: their entry when another one needs it, all that is
+    known of them when more than ``max_placeholders`` are.
 
     Args:
         capacity: entries of the workers' arenas.
     """
 
-    def __init__(self, max_slots: int, min_anchors: int, max_error: float) -> None:
-        self.max_slots = max_slots
+    def __init__(self, max_placeholders: int, min_anchors: int, max_error: float) -> None:
+        self.max_placeholders = max_placeholders
         self.min_anchors = min_anchors
         self.max_error = max_error
-        self._slots: OrderedDict[str, Slot] = OrderedDict()
-        self._with_entry: OrderedDict[str, Slot] = OrderedDict()
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._with_entry: OrderedDict[str, Record] = OrderedDict()
         self._free: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._records)
 
     def set_capacity(self, capacity: int) -> None:
         """Known once the workers have reserved their arenas; forgets everything."""
@@ -77,73 +77,73 @@ class SlotTable:
         self.clear()
 
     def clear(self) -> None:
-        self._slots.clear()
+        self._records.clear()
         self._with_entry.clear()
         self._free = list(range(self.capacity - 1, -1, -1))
 
-    def see(self, key: str) -> Slot:
-        """The slot, now the most recently used one."""
-        slot = self._slots.get(key)
-        if slot is None:
-            slot = self._slots[key] = Slot(key)
-            if len(self._slots) > self.max_slots:
-                self.forget(next(iter(self._slots)))
-        self._slots.move_to_end(key)
-        if slot.entry is not None:
+    def see(self, key: str) -> Record:
+        """What is known of it, now the most recently used one."""
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = Record(key)
+            if len(self._records) > self.max_placeholders:
+                self.forget(next(iter(self._records)))
+        self._records.move_to_end(key)
+        if record.entry is not None:
             self._with_entry.move_to_end(key)
-        return slot
+        return record
 
-    def get(self, key: str) -> Slot | None:
-        return self._slots.get(key)
+    def get(self, key: str) -> Record | None:
+        return self._records.get(key)
 
-    def warm(self, slot: Slot) -> bool:
+    def warm(self, record: Record) -> bool:
         """Whether its anchors are enough, and have predicted well enough, to correct with."""
         return (
-            slot.entry is not None
-            and slot.anchors >= self.min_anchors
-            and slot.error < self.max_error
+            record.entry is not None
+            and record.anchors >= self.min_anchors
+            and record.error < self.max_error
         )
 
-    def give_entry(self, slot: Slot) -> bool:
-        """Makes sure the slot has an entry; True if it is a fresh one."""
-        if slot.entry is not None:
+    def give_entry(self, record: Record) -> bool:
+        """Makes sure that it has an entry; True if it is a fresh one."""
+        if record.entry is not None:
             return False
         if not self._free:
             self._drop_entry(next(iter(self._with_entry.values())))
-        slot.entry = self._free.pop()
-        self._with_entry[slot.key] = slot
+        record.entry = self._free.pop()
+        self._with_entry[record.key] = record
         return True
 
-    def learned(self, slot: Slot, errors: SequenceOf[float]) -> None:
-        """One more anchor; ``errors`` are the sums of ``residual.ErrorSums`` over all ranks."""
-        if slot.entry is None:
+    def learned(self, record: Record, errors: SequenceOf[float]) -> None:
+        """One more anchor; ``errors`` are ``ErrorSums`` as a list, summed over all ranks."""
+        if record.entry is None:
             return
         k_left, k_all, v_left, v_all, k_means, v_means = errors
-        if slot.anchors:  # the first anchor had nothing to be predicted from
-            slot.left = _faded(slot.left, k_left, v_left)
-            slot.means = _faded(slot.means, k_means, v_means)
-            slot.whole = _faded(slot.whole, k_all, v_all)
-        slot.anchors += 1
+        if record.anchors:  # the first anchor had nothing to be predicted from
+            record.left = _faded(record.left, k_left, v_left)
+            record.means = _faded(record.means, k_means, v_means)
+            record.whole = _faded(record.whole, k_all, v_all)
+        record.anchors += 1
 
     def forget(self, key: str) -> None:
-        slot = self._slots.pop(key, None)
-        if slot is not None and slot.entry is not None:
-            self._drop_entry(slot)
+        record = self._records.pop(key, None)
+        if record is not None and record.entry is not None:
+            self._drop_entry(record)
 
-    def _drop_entry(self, slot: Slot) -> None:
-        assert slot.entry is not None
-        del self._with_entry[slot.key]
-        self._free.append(slot.entry)
-        slot.entry, slot.anchors = None, 0
-        slot.left = slot.means = slot.whole = (0.0, 0.0)
+    def _drop_entry(self, record: Record) -> None:
+        assert record.entry is not None
+        del self._with_entry[record.key]
+        self._free.append(record.entry)
+        record.entry, record.anchors = None, 0
+        record.left = record.means = record.whole = (0.0, 0.0)
 
     def taught(self) -> list[str]:
-        """Keys of the slots with anchors."""
+        """Keys of the placeholders with anchors."""
         return list(self._with_entry)
 
     def counts(self) -> tuple[int, int]:
-        """(slots with anchors, anchors in all)."""
-        return len(self._with_entry), sum(slot.anchors for slot in self._with_entry.values())
+        """(placeholders with anchors, anchors in all)."""
+        return len(self._with_entry), sum(record.anchors for record in self._with_entry.values())
 
 
 def _faded(sums: tuple[float, float], k: float, v: float) -> tuple[float, float]:

@@ -62,7 +62,7 @@ class Mode(Protocol):
 
     def plan(self, state: RequestState, found: Found) -> Plan | Reason | AskAgain:
         """A plan, or why there is none. May be asked every step: it changes only what is the
-        request's own (``planned_slots``, ``lesson``, ``mode_data``).
+        request's own (``planned_placeholders``, ``lesson``, ``mode_data``).
         """
 
     def admitted(self, state: RequestState, plan: Plan | None) -> None:
@@ -79,7 +79,7 @@ class Mode(Protocol):
         """
 
     def counts(self) -> tuple[int, int]:
-        """(slots, anchors) held."""
+        """(placeholders, anchors) held."""
 
     def clear(self) -> None:
         """Weights or caches were reset: nothing learned holds any more."""

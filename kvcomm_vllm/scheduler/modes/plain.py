@@ -8,7 +8,7 @@ from collections.abc import Sequence as Listing
 from kvcomm_vllm.messages import ProbeOp, WorkerFacts
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
-from kvcomm_vllm.scheduler.modes.places import Place, places
+from kvcomm_vllm.scheduler.modes.placeholders import Placeholder, placeholders
 from kvcomm_vllm.scheduler.planner import make_plan
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.state import RequestState
@@ -31,15 +31,17 @@ class PlainMode:
         plan = make_plan(found.local, found.spans, total, found.limits, found.unseen)
         if isinstance(plan, Reason):
             return plan
-        stand = places(plan, state.tokens(), state.namespace, self.known)
-        state.planned_slots = [place.key for place in stand]
-        return self.corrected(state, plan, stand)
+        there = placeholders(plan, state.tokens(), state.namespace, self.known)
+        state.planned_placeholders = [one.key for one in there]
+        return self.corrected(state, plan, there)
 
     def known(self, key: str) -> bool:
-        """Whether something was learned for a slot."""
+        """Whether something was learned for a placeholder."""
         return False
 
-    def corrected(self, state: RequestState, plan: Plan, stand: list[Place]) -> Plan | Reason:
+    def corrected(
+        self, state: RequestState, plan: Plan, placeholders: list[Placeholder]
+    ) -> Plan | Reason:
         """The plan with its corrections, or why the request is served exactly."""
         return Reason.LEARNING if state.hints.learn else plan
 

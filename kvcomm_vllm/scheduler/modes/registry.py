@@ -51,9 +51,9 @@ class Modes:
             mode.on_distances(request_id, state, found)
 
     def counts(self) -> tuple[int, int]:
-        """(slots, anchors) held by all of them."""
-        slots, anchors = zip(*(mode.counts() for mode in self._by_name.values()), strict=True)
-        return sum(slots), sum(anchors)
+        """(placeholders, anchors) held by all of them."""
+        counts = [mode.counts() for mode in self._by_name.values()]
+        return sum(count[0] for count in counts), sum(count[1] for count in counts)
 
     def clear(self) -> None:
         for mode in self._by_name.values():

@@ -1,39 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anchors, worker side: arenas of what slots have learned, corrected loads, and lessons."""
+"""Anchors, worker side: arenas of what placeholders have learned, corrected loads, and lessons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 
 import torch
 
-from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.deviation import MeanMap
-from kvcomm_vllm.kernels.pages import Rotation
-from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.messages import LessonOp, LoadOp, ProbeOp, RequestOps
-from kvcomm_vllm.worker.corrections.base import Ground
+from kvcomm_vllm.worker.corrections.base import ErrorSums, Ground
+from kvcomm_vllm.worker.corrections.deviations import base_of, deviations, true_of
 from kvcomm_vllm.worker.corrections.residual import (
-    ErrorSums,
     ResidualArena,
-    ResidualSettings,
-    slot_bytes,
+    placeholder_bytes,
 )
-from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.load import (
     CorrectKernel,
     TokenMoves,
     correct_kernel,
-    slot_indices,
-    slots_of,
+    placeholder_indices,
     token_moves,
 )
 
 
 class Anchors:
-    """One arena per layer group, as many slots as the configured memory holds; none where even one
-    slot does not fit, or where the mode asks for none, or where a forward of one engine alone would
+    """What placeholders have learned, and loads corrected with it.
+
+    One arena per layer group, for as many placeholders as the configured memory holds; none where
+    not even one fits, or where the mode asks for none, or where a forward of one engine alone would
     hang (data parallelism).
     """
 
@@ -43,28 +38,21 @@ class Anchors:
         self.block_size = ground.block_size
         self.device = groups[0].pages.layers[0].device
         self.judged_from = config.anchor_seam_tokens
-        settings = ResidualSettings(
-            config.head_tokens,
-            config.mean_prior,
-            config.ridge,
-            config.ridge_tokens,
-            config.map_inputs,
-            config.map_rank,
-        )
         # the model's first layer has no deviation: its K and V follow from token and position
         skips = [int(number == 0) for number in range(len(groups))]
         pages = [group.pages for group in groups]
-        self.bytes_per_slot = sum(
-            slot_bytes(group, skip, settings) for group, skip in zip(pages, skips, strict=True)
+        self.bytes_per_placeholder = sum(
+            placeholder_bytes(group, skip, config.estimator)
+            for group, skip in zip(pages, skips, strict=True)
         )
         wanted = config.mode == "anchor" and ground.alone and ground.memory
         memory = config.anchor_memory_mb * 2**20 if wanted else 0
-        self.room = min(memory // self.bytes_per_slot, config.max_slots)
+        self.room = min(memory // self.bytes_per_placeholder, config.max_placeholders)
         self.arenas: list[ResidualArena] = []
         self.kernel: CorrectKernel | None = None
         if self.room:
             self.arenas = [
-                ResidualArena(group, self.room, settings, skip)
+                ResidualArena(group, self.room, config.estimator, skip)
                 for group, skip in zip(pages, skips, strict=True)
             ]
             self.kernel = correct_kernel(
@@ -78,10 +66,11 @@ class Anchors:
     def describe(self) -> str:
         if self.config.mode != "anchor":
             return ""
-        return f"; anchors of {self.room} slots of {self.bytes_per_slot / 2**20:.1f} MB each"
+        each = self.bytes_per_placeholder / 2**20
+        return f"; anchors of {self.room} placeholders of {each:.1f} MB each"
 
     def load(self, requests: Listing[RequestOps]) -> None:
-        """The loads of warm slots, a slot at a time."""
+        """The loads of warm placeholders, one at a time."""
         kinds: dict[tuple[int, bool], list[tuple[list[int], LoadOp]]] = {}
         for ops in requests:
             for load in ops.loads:
@@ -89,27 +78,27 @@ class Anchors:
                     kinds.setdefault((load.entry, load.mapped), []).append((ops.block_ids, load))
         for (entry, mapped), pairs in kinds.items():
             moves = token_moves(pairs, self.block_size, self.device)
-            self._load(entry, mapped, slot_indices(pairs, self.device), moves)
+            self._load(entry, mapped, placeholder_indices(pairs, self.device), moves)
 
     def distances_of(self, probe: ProbeOp) -> list[list[float]] | None:
         return None
 
-    def _load(self, entry: int, mapped: bool, slot_index: torch.Tensor, moves: TokenMoves) -> None:
-        """Load tokens of one slot with its correction; ``slot_index`` int32 ``[tokens]``."""
+    def _load(self, entry: int, mapped: bool, index: torch.Tensor, moves: TokenMoves) -> None:
+        """Load tokens ``index`` (int32 ``[tokens]``) of one placeholder with its correction."""
         assert self.kernel is not None
         for group, arena in zip(self.groups, self.arenas, strict=True):
             undo = group.rope.undo(moves.source_positions)
             code = None
             if mapped:
                 raw = arena.features.raw(moves.source_slots, undo)
-                code = arena.code(entry, slot_index, raw)
+                code = arena.code(entry, index, raw)
             self.kernel(
                 group.pages,
                 moves.source_slots,
                 moves.slots,
                 undo,
                 group.rope.redo(moves.positions),
-                arena.deviation(entry, slot_index, code),
+                arena.deviation(entry, index, code),
             )
 
     def learn(self, op: LessonOp) -> list[list[float]]:
@@ -120,25 +109,16 @@ class Anchors:
         return [self._learn(op.block_ids, span) for span in op.spans]
 
     def _learn(self, block_ids: list[int], span: LoadOp) -> list[float]:
-        device = self.groups[0].pages.layers[0].device
-        tokens = torch.arange(span.length, device=device)
-        base = slots_of(span.source_blocks, span.source_offset, span.length, self.block_size)
-        true = slots_of(block_ids, span.prompt_start, span.length, self.block_size)
-        base_slots = torch.from_numpy(base).to(device)
-        true_slots = torch.from_numpy(true).to(device)
+        tokens = torch.arange(span.length, device=self.device)
         total = ErrorSums().as_list()
         for group, arena in zip(self.groups, self.arenas, strict=True):
-            undo = group.rope.undo(span.source_start + tokens)
+            base = base_of(group, span, self.block_size)
+            true = true_of(group, span, block_ids, self.block_size)
             sums = arena.learn(
                 span.entry,
-                (span.slot_index + tokens).clamp(min=0),
-                arena.features.raw(base_slots, undo),
-                _deviations(
-                    group,
-                    (base_slots, undo),
-                    (true_slots, group.rope.undo(span.prompt_start + tokens)),
-                    arena.skip_layers,
-                ),
+                (span.placeholder_index + tokens).clamp(min=0),
+                arena.features.raw(base.slots, base.undo),
+                deviations(group, base, true, arena.skip_layers),
                 self.judged_from,
             )
             total = [a + b for a, b in zip(total, sums.as_list(), strict=True)]
@@ -151,22 +131,3 @@ def _examples(arena: ResidualArena) -> list[MeanMap]:
     raw = torch.zeros(1, arena.features.raw_width, device=arena.device)
     codes = (None, arena.code(0, index, raw))
     return [arena.deviation(0, index, code) for code in codes]
-
-
-def _deviations(
-    group: LayerGroup,
-    base: tuple[torch.Tensor, Rotation],
-    true: tuple[torch.Tensor, Rotation],
-    skip_layers: int,
-) -> Iterator[torch.Tensor]:
-    """Per layer true minus base (K, V), both unrotated: fp32 ``[tokens, heads, 2 * dim]``.
-
-    Args:
-        base, true: slots, int64 ``[tokens]``, and what takes the rotation off their keys.
-    """
-    for layer in range(skip_layers, len(group.layers)):
-        found = []
-        for slots, undo in (base, true):
-            k, v = packing.read(group.pages, layer, slots)
-            found.append(torch.cat((turn_keys(k, undo, group.pages.interleaved), v), dim=-1))
-        yield found[1] - found[0]

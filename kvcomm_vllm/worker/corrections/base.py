@@ -30,11 +30,28 @@ class Ground:
     memory: bool = True
 
 
+@dataclass(frozen=True)
+class ErrorSums:
+    """Squares of K's and V's deviations, and of what was left of them with predictions made before
+    they were seen, by means and map and by means alone. Ranks add theirs up.
+    """
+
+    k_left: float = 0.0
+    k_all: float = 0.0
+    v_left: float = 0.0
+    v_all: float = 0.0
+    k_means: float = 0.0
+    v_means: float = 0.0
+
+    def as_list(self) -> list[float]:
+        return [self.k_left, self.k_all, self.v_left, self.v_all, self.k_means, self.v_means]
+
+
 class Correction(Protocol):
     """The worker side of one mode. One instance per rank; called in the order of steps.
 
     Attributes:
-        room: how much it can keep, in units of its mode (slots, rows); told the scheduler.
+        room: how much it can keep, in units of its mode (placeholders, rows); told the scheduler.
     """
 
     room: int
@@ -53,4 +70,6 @@ class Correction(Protocol):
         """Answer a probe; None if it is not for this mode."""
 
     def learn(self, lesson: LessonOp) -> list[list[float]]:
-        """Take in a lesson's last piece; the error sums of each span, if the mode has them."""
+        """Take in a lesson's last piece; the :class:`ErrorSums` of each span as a list, if the mode
+        has them.
+        """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the map is given of a token: its base KV in a few layers, and its index in the slot.
+"""What the map is given of a token: its base KV in a few layers, and its index in the placeholder.
 
 How a token's KV depends on its context shows in all layers together, so one description serves the
 map of every layer and head. It has a fixed width, whatever the model's: larger KV is folded, pairs
@@ -16,7 +16,8 @@ from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 _LAYERS = 6
 _LEAST = 0.01  # of the mean spread of an anchor's numbers: none counts as more even than that
-_DECAYS = (8.0, 32.0, 128.0, 512.0)  # tokens: contexts fade with the distance from the slot's start
+# Tokens: contexts fade with the distance from the placeholder's start.
+_DECAYS = (8.0, 32.0, 128.0, 512.0)
 
 
 class Features:
@@ -39,7 +40,7 @@ class Features:
         self.folds = -(-self.raw_width // inputs)
         self.inputs = -(-self.raw_width // self.folds)
         device = group.layers[0].device
-        # Equal on every rank and in every run: a slot's sums refer to these signs.
+        # Equal on every rank and in every run: a placeholder's sums refer to these signs.
         draw = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (self.raw_width,), generator=draw) * 2.0 - 1.0
         self._signs = (signs if self.folds > 1 else torch.ones_like(signs)).to(device)

@@ -90,13 +90,13 @@ class PaperArena:
         self.config = config = ground.config
         groups = ground.groups
         self.block_size = ground.block_size
-        self.temperature = config.paper_temperature
+        self.temperature = config.paper.temperature
         # the model's first layer has no deviation: its K and V follow from token and position
         skips = [int(number == 0) for number in range(len(groups))]
         self.row_bytes = sum(
             _row_bytes(group.pages, skip) for group, skip in zip(groups, skips, strict=True)
         )
-        memory = config.paper_memory_mb * 2**20 if ground.single and ground.memory else 0
+        memory = config.paper.memory_mb * 2**20 if ground.single and ground.memory else 0
         self.room = memory // self.row_bytes
         self.parts = [
             GroupArena(group, self.room, skip) for group, skip in zip(groups, skips, strict=True)
@@ -112,7 +112,7 @@ class PaperArena:
             self.correct = correct_kernel([(p.group.pages, _example(p)) for p in self.parts])
 
     def describe(self) -> str:
-        if not self.config.paper_memory_mb:
+        if not self.config.paper.memory_mb:
             return ""
         return f"; anchors of mode paper: {self.room} tokens"
 
@@ -214,14 +214,14 @@ class PaperArena:
         """
         firsts = [max(op.start, op.behind_end - known) for known in op.known]
         edges = sorted({first for first in firsts if first < op.stop} | {op.stop})
-        runs = []
+        parts = []
         for start, stop in pairwise(edges):
             knowing = [a for a, first in enumerate(firsts) if first <= start]
             rows = [op.anchors[a].end - (op.behind_end - start) for a in knowing]
             true = torch.stack([layer.base[row : row + stop - start].float() for row in rows])
             weights = softmax_weights(distances[knowing], self.temperature)
-            runs.append((weights[:, None] * true).sum(0))
-        return torch.cat(runs)
+            parts.append((weights[:, None] * true).sum(0))
+        return torch.cat(parts)
 
     # ---- learning --------------------------------------------------------------------------------
 

@@ -17,15 +17,15 @@ CORRECTIONS: dict[str, Callable[[Ground], Correction]] = {
 
 
 def reserve(ground: Ground) -> tuple[dict[str, Correction], str]:
-    """One of each, and what the start line says of them; where there is no memory, slots stay
-    cold.
+    """One of each, and what the start line says of them; where there is no memory, placeholders
+    stay cold.
     """
     config = ground.config
     try:
         made = {name: make(ground) for name, make in CORRECTIONS.items()}
     except (RuntimeError, MemoryError):
         poor = replace(ground, memory=False)
-        wanted = config.anchor_memory_mb + config.paper_memory_mb
+        wanted = config.anchor_memory_mb + config.paper.memory_mb
         made = {name: make(poor) for name, make in CORRECTIONS.items()}
         return made, f"; NO ANCHORS: there are no {wanted} MB for them"
     return made, "".join(one.describe() for one in made.values())

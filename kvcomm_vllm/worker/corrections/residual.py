@@ -3,7 +3,8 @@
 
 With x = the token's features (``features.py``) and d = true minus base KV, unrotated, per layer:
 
-    d(token i of the slot) = m_d[i] + (x - m_x[i]) W        W = argmin |d - m_d - (x - m_x) W|^2 + L
+    d(token i of the placeholder) = m_d[i] + (x - m_x[i]) W
+    W = argmin |d - m_d - (x - m_x) W|^2 + L
 
 Streaming: it keeps sums, not anchors, so its memory does not grow with the number of anchors. A
 rank looks at its own heads alone, so tensor-parallel ranks need no word from each other. W is
@@ -14,60 +15,24 @@ corrected loads are given the code and multiply it by the second.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
+from kvcomm_vllm.config.estimator import EstimatorConfig
 from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.kernels.reference import deviate
+from kvcomm_vllm.worker.corrections.base import ErrorSums
 from kvcomm_vllm.worker.corrections.features import Features
 from kvcomm_vllm.worker.corrections.ridge import about, reduced_rank, row_means
-
-
-@dataclass(frozen=True)
-class ResidualSettings:
-    """Args:
-    head_tokens: M, leading tokens of a slot that have a mean of their own.
-    mean_prior: anchors' worth by which an index's mean is drawn to the mean of all.
-    ridge, ridge_tokens: penalty on the map, ``ridge`` per token seen and for so many more that
-        were not, since few tokens say little; inputs are standardised.
-    map_inputs: most numbers of a token's KV that the map is given.
-    map_rank: most numbers of a token's code, per layer.
-    """
-
-    head_tokens: int
-    mean_prior: float
-    ridge: float
-    ridge_tokens: int
-    map_inputs: int
-    map_rank: int
-
-
-@dataclass(frozen=True)
-class ErrorSums:
-    """Squares of K's and V's deviations, and of what was left of them with predictions made before
-    they were seen, by means and map and by means alone. Ranks add theirs up.
-    """
-
-    k_left: float = 0.0
-    k_all: float = 0.0
-    v_left: float = 0.0
-    v_all: float = 0.0
-    k_means: float = 0.0
-    v_means: float = 0.0
-
-    def as_list(self) -> list[float]:
-        return [self.k_left, self.k_all, self.v_left, self.v_all, self.k_means, self.v_means]
-
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def _shapes(
-    group: PageGroup, features: Features, skip_layers: int, settings: ResidualSettings
+    group: PageGroup, features: Features, skip_layers: int, settings: EstimatorConfig
 ) -> Shapes:
-    """Shape and dtype of everything that is kept of one slot: its sums, and what they say."""
+    """Shape and dtype of all that is kept of one placeholder: its sums, and what they say."""
     layers, heads, dim = len(group.layers) - skip_layers, group.kv_heads, group.head_dim
     rows, outputs, width = settings.head_tokens + 1, heads * 2 * dim, features.width
     rank = min(settings.map_rank, outputs, width)
@@ -104,24 +69,24 @@ def _factor_dtypes(group: PageGroup) -> tuple[torch.dtype, torch.dtype]:
     return cache.dtype if native and cache.dtype is torch.bfloat16 else torch.float32, torch.float32
 
 
-def slot_bytes(group: PageGroup, skip_layers: int, settings: ResidualSettings) -> int:
-    """Bytes of one slot. Nearly all of them are the sums that lead to the map."""
+def placeholder_bytes(group: PageGroup, skip_layers: int, settings: EstimatorConfig) -> int:
+    """Bytes of one placeholder. Nearly all of them are the sums that lead to the map."""
     shapes = _shapes(group, Features(group, settings.map_inputs), skip_layers, settings)
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
 
 
 class ResidualArena:
-    """Sums and solved corrections of all slots, for one layer group; reserved at start.
+    """Sums and solved corrections of all placeholders, for one layer group; reserved at start.
 
     Args:
         group: pages whose KV is corrected.
-        capacity: number of slots.
+        capacity: number of placeholders.
         skip_layers: leading layers without deviation (the model's layer 0, whose K and V depend on
             token and position alone).
     """
 
     def __init__(
-        self, group: PageGroup, capacity: int, settings: ResidualSettings, skip_layers: int
+        self, group: PageGroup, capacity: int, settings: EstimatorConfig, skip_layers: int
     ) -> None:
         self.settings = settings
         self.skip_layers = skip_layers
@@ -135,7 +100,7 @@ class ResidualArena:
         self.layers, _, self.rank, _ = self._parts["up"].shape[1:]
 
     def reset(self, entry: int) -> None:
-        """The entry is given to another slot."""
+        """The entry is given to another placeholder."""
         for part in self._parts.values():
             part[entry].zero_()
 
@@ -143,15 +108,15 @@ class ResidualArena:
         """What the map makes of tokens: ``[tokens, layers, rank]`` in the first factor's dtype.
 
         Args:
-            index: ``[tokens]``, each token's index in the slot.
+            index: ``[tokens]``, each token's index in the placeholder.
             raw: ``[tokens, raw_width]``, from ``features.raw``.
         """
         part = self._of(entry)
         return self._code(part, self.features.of(raw, part["factor"], part["offset"], index))
 
     def deviation(self, entry: int, index: torch.Tensor, code: torch.Tensor | None) -> MeanMap:
-        """The correction of one slot for tokens ``index`` (int32 ``[tokens]``) of it, by means and
-        map; without their ``code`` by the means alone.
+        """The correction of one placeholder for its tokens ``index`` (int32 ``[tokens]``), by means
+        and map; without their ``code`` by the means alone.
         """
         part = self._of(entry)
         if code is None:
@@ -171,7 +136,7 @@ class ResidualArena:
         """Take one more anchor in, layer by layer, and solve again.
 
         Args:
-            index: int64 ``[tokens]``, each token's index in the slot.
+            index: int64 ``[tokens]``, each token's index in the placeholder.
             raw: ``[tokens, raw_width]``, what ``features.raw`` says of the base.
             deviations: per layer true minus base (K, V), fp32 ``[tokens, heads, 2 * dim]``.
             judged_from: index of the first token whose prediction is judged (those before are

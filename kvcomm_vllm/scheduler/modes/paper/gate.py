@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's gate (section 3.3, Eq. 5): may a placeholder be corrected, or is it a new anchor?
+"""The paper's gate (section 3.3, Eq. 5): may a message be corrected, or is it a new anchor?
 
 It looks at how the candidate's similarity spreads over the anchors, so it notices ties and not
 nearness: one anchor that is less far than all others lets a candidate pass, however far it is.
@@ -19,7 +19,7 @@ EPSILON = 1e-40  # keeps 0 * log2(0) at 0
 
 @dataclass(frozen=True)
 class GateDecision:
-    """What the gate says of one placeholder.
+    """What the gate says of one message.
 
     Attributes:
         new_anchor: compute it densely, it may become an anchor; False = it may be corrected.
@@ -37,7 +37,7 @@ class GateDecision:
 
 
 def covering_anchors(lengths: SequenceOf[int], tokens: int) -> list[int]:
-    """Pool indices of the anchors at least as long as a placeholder of ``tokens`` tokens."""
+    """Pool indices of the anchors at least as long as a message of ``tokens`` tokens."""
     return [i for i, length in enumerate(lengths) if length >= tokens]
 
 
@@ -63,14 +63,14 @@ def decide(
     top_p: float = 0.9,
     paper_quirks: bool = False,
 ) -> GateDecision:
-    """The gate, for one placeholder against one pool.
+    """The gate, for one message against one pool.
 
     Args:
         distances: one per anchor of the pool, ``sqrt(sum (V - V_a)^2)`` over all layers, heads,
             tokens and channels, not divided by their number; those of anchors that do not cover
-            the placeholder are not looked at. NaN in the others makes a new anchor.
+            the message are not looked at. NaN in the others makes a new anchor.
         lengths: tokens of the pool's anchors.
-        tokens: tokens of the placeholder.
+        tokens: tokens of the message.
         gamma: share of the highest possible entropy above which anchors are tied.
         top_p: similarity that activated anchors hold together.
         paper_quirks: as the paper's code: activated anchors hold less than ``top_p``, so the one

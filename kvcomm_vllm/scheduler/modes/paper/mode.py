@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mode ``paper``, scheduler side: all of a prompt's messages are shared and corrected, or none.
 
-As in the paper: messages (REUSE spans) get the weighted deviations of their slot's anchors, and so
-does the text behind them; only the last token is computed, and what no anchor knows (text before
-the first message, a message's last tokens whose page was lost). A message that the gate does not
-let pass, or that too few anchors cover, makes the request dense, and itself an anchor.
+As in the paper: messages (REUSE spans) get the weighted deviations of their placeholder's anchors,
+and so does the text behind them; only the last token is computed, and what no anchor knows (text
+before the first message, a message's last tokens whose page was lost). A message that the gate does
+not let pass, or that too few anchors cover, makes the request dense, and itself an anchor.
 
-The gate asks how far a message's KV is from its slot's anchors. Workers answer that (a *probe*), so
-a request waits one step for it.
+The gate asks how far a message's KV is from its placeholder's anchors. Workers answer that (a
+*probe*), so a request waits one step for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.idle.lesson import Lesson, TaughtSpan, base_load
 from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
 from kvcomm_vllm.scheduler.modes.paper import gate
-from kvcomm_vllm.scheduler.modes.paper.slots import PaperSlot, PaperSlots
-from kvcomm_vllm.scheduler.modes.placeholders import slot_keys
+from kvcomm_vllm.scheduler.modes.paper.table import PaperRecord, PaperTable
+from kvcomm_vllm.scheduler.modes.placeholders import placeholder_keys
 from kvcomm_vllm.scheduler.operations import source_load
 from kvcomm_vllm.scheduler.planner import stretches
 from kvcomm_vllm.scheduler.spans import Estimate, Plan, ReuseSpan
@@ -42,13 +42,13 @@ MAX_PROBES = 4  # of one request: its sources may change while it waits
 
 
 @dataclass(frozen=True)
-class Placeholder:
-    """A message of a prompt, in the paper's word; ``behind_end`` is where the next one starts, or
-    the prompt ends.
+class Message:
+    """The text in a placeholder of a prompt; ``behind_end`` is where the next one starts, or the
+    prompt ends.
     """
 
     key: str
-    message: str
+    digest: str
     span: ReuseSpan
     behind_end: int
 
@@ -56,13 +56,13 @@ class Placeholder:
     def identity(self) -> tuple[str, str, int, int]:
         """Two with the same identity have the same distances to the same anchors."""
         source = self.span.source
-        return self.key, self.message, id(source.sequence), source.sequence_start
+        return self.key, self.digest, id(source.sequence), source.sequence_start
 
 
 @dataclass
 class Probe:
-    """What was asked for a request, and the answer: per placeholder its slot's covering anchors (by
-    pool index) and the squared distances to them.
+    """What was asked for a request, and the answer: per message the anchors of its placeholder that
+    cover it (by pool index), and the squared distances to them.
     """
 
     identity: list[tuple[str, str, int, int]]
@@ -102,47 +102,47 @@ class PaperMode:
         self.config = config = parts.config
         self.lessons = parts.lessons
         self.pages = parts.pages
-        self.slots = PaperSlots(
-            config.max_slots, config.paper_anchors, config.paper_window, config.paper_quirks
+        self.table = PaperTable(
+            config.max_placeholders, config.paper.anchors, config.paper.window, config.paper.quirks
         )
         self._probes: list[ProbeOp] = []
 
     def set_capacity(self, facts: Listing[WorkerFacts]) -> None:
         """As many rows as every rank has room for."""
-        self.slots.set_capacity(min(fact.rooms["paper"] for fact in facts))
+        self.table.set_capacity(min(fact.rooms["paper"] for fact in facts))
 
     # ---- planning --------------------------------------------------------------------------------
 
     def plan(self, state: RequestState, found: Found) -> Plan | Reason | AskAgain:
         """All or nothing, once a probe has been answered."""
         limits = found.limits
-        if not self.slots.capacity:
+        if not self.table.capacity:
             return Reason.NO_PAPER_MEMORY
         whole = stretches(found.spans, limits.min_span_tokens)
         spans = [span for stretch in whole for span in stretch.spans]
         if not spans:
             return Reason.TOO_SHORT
         plan = Plan(found.local, tuple(spans))
-        placeholders = self._placeholders(state, plan)
-        pools = [self.slots.see(p.key) for p in placeholders]
+        messages = self._messages(state, plan)
+        records = [self.table.see(m.key) for m in messages]
         covering = [
-            gate.covering_anchors(slot.pool.lengths, p.span.length)
-            for p, slot in zip(placeholders, pools, strict=True)
+            gate.covering_anchors(record.pool.lengths, m.span.length)
+            for m, record in zip(messages, records, strict=True)
         ]
         distances: list[list[float]] | None = None
         if not state.hints.learn and all(len(c) >= gate.MIN_ANCHORS for c in covering):
-            probe = self._probe(state, placeholders, pools, covering)
+            probe = self._probe(state, messages, records, covering)
             if not probe.answered:
                 return AskAgain.PROBE
             distances = probe.distances
-        verdicts = self._verdicts(placeholders, pools, covering, distances)
+        verdicts = self._verdicts(messages, records, covering, distances)
         gated(state).verdicts = verdicts
         if any(verdict.decision.new_anchor for verdict in verdicts):
-            state.lesson = self._lesson(state, placeholders)
+            state.lesson = self._lesson(state, messages)
             return Reason.LEARNING
         estimates = iter(
-            self._estimate(state.tokens(), p, slot, covers)
-            for p, slot, covers in zip(placeholders, pools, covering, strict=True)
+            self._estimate(state.tokens(), m, record, covers)
+            for m, record, covers in zip(messages, records, covering, strict=True)
         )
         plan = Plan(
             found.local,
@@ -153,25 +153,26 @@ class PaperMode:
         )
         return plan if plan.reused_tokens >= limits.min_reuse_tokens else Reason.TOO_LITTLE
 
-    def _placeholders(self, state: RequestState, plan: Plan) -> list[Placeholder]:
+    def _messages(self, state: RequestState, plan: Plan) -> list[Message]:
         tokens = state.tokens()
-        state.planned_slots, state.lesson = slot_keys(plan, tokens, state.namespace), None
+        state.planned_placeholders = placeholder_keys(plan, tokens, state.namespace)
+        state.lesson = None
         ends = [*(span.start for span in plan.spans[1:]), len(tokens)]
         return [
-            Placeholder(key, _digest(tokens[span.start : span.end]), span, end)
-            for key, span, end in zip(state.planned_slots, plan.spans, ends, strict=True)
+            Message(key, _digest(tokens[span.start : span.end]), span, end)
+            for key, span, end in zip(state.planned_placeholders, plan.spans, ends, strict=True)
             if not span.source.same_context
         ]
 
     def _probe(
         self,
         state: RequestState,
-        placeholders: list[Placeholder],
-        pools: list[PaperSlot],
+        messages: list[Message],
+        records: list[PaperRecord],
         covering: list[list[int]],
     ) -> Probe:
         """The answer to this very question, or a probe that is on its way."""
-        identity = [p.identity for p in placeholders]
+        identity = [m.identity for m in messages]
         mine = gated(state)
         known = mine.probe
         if known is not None and not known.answered:
@@ -182,10 +183,10 @@ class PaperMode:
         mine.probe = probe = Probe(identity, covering, asked, answered=asked > MAX_PROBES)
         if not probe.answered:
             spans = [
-                (source_load(p.span, self.pages.block_size), [_rows(slot)[i] for i in covers])
-                for p, slot, covers in zip(placeholders, pools, covering, strict=True)
+                (source_load(m.span, self.pages.block_size), [_rows(record)[i] for i in covers])
+                for m, record, covers in zip(messages, records, covering, strict=True)
             ]
-            blocks = [block for p in placeholders for block in p.span.source.blocks]
+            blocks = [block for m in messages for block in m.span.source.blocks]
             self.pages.hold(_holder(state.id), blocks, needed=0)
             self._probes.append(ProbeOp(state.id, spans))
         return probe
@@ -206,54 +207,52 @@ class PaperMode:
 
     def _verdicts(
         self,
-        placeholders: list[Placeholder],
-        pools: list[PaperSlot],
+        messages: list[Message],
+        records: list[PaperRecord],
         covering: list[list[int]],
         distances: list[list[float]] | None,
     ) -> list[Verdict]:
         """Without distances every message that the gate was not asked about is a new anchor."""
         found = []
-        for number, (p, slot) in enumerate(zip(placeholders, pools, strict=True)):
+        for number, (m, record) in enumerate(zip(messages, records, strict=True)):
             decision = gate.GateDecision(new_anchor=True)
             if distances is not None:
-                lengths = slot.pool.lengths
+                lengths = record.pool.lengths
                 near = [math.inf] * len(lengths)
                 for index, square in zip(covering[number], distances[number], strict=True):
                     near[index] = math.sqrt(square)
                 decision = gate.decide(
                     near,
                     lengths,
-                    p.span.length,
-                    gamma=self.config.paper_gamma,
-                    top_p=self.config.paper_top_p,
-                    paper_quirks=self.config.paper_quirks,
+                    m.span.length,
+                    gamma=self.config.paper.gamma,
+                    top_p=self.config.paper.top_p,
+                    paper_quirks=self.config.paper.quirks,
                 )
-            found.append(Verdict(p.key, p.message, decision))
+            found.append(Verdict(m.key, m.digest, decision))
         return found
 
     @staticmethod
     def _estimate(
-        tokens: np.ndarray, p: Placeholder, slot: PaperSlot, covers: list[int]
+        tokens: np.ndarray, m: Message, record: PaperRecord, covers: list[int]
     ) -> Estimate:
-        messages = [slot.pool.messages[i] for i in covers]
-        behind = tokens[p.span.end : p.behind_end]
-        known = [_common_suffix(behind, slot.behind[message]) for message in messages]
+        messages = [record.pool.messages[i] for i in covers]
+        behind = tokens[m.span.end : m.behind_end]
+        known = [_common_suffix(behind, record.behind[message]) for message in messages]
         # what one anchor alone has in common may be chance
         shared = sorted(known)[-gate.MIN_ANCHORS]
-        stop = min(p.behind_end, len(tokens) - 1)
+        stop = min(m.behind_end, len(tokens) - 1)
         return Estimate(
-            anchors=tuple(slot.rows[message] for message in messages),
-            start=min(p.behind_end - shared, stop),
+            anchors=tuple(record.rows[message] for message in messages),
+            start=min(m.behind_end - shared, stop),
             stop=stop,
-            behind_end=p.behind_end,
+            behind_end=m.behind_end,
             known=tuple(known),
         )
 
-    def _lesson(self, state: RequestState, placeholders: list[Placeholder]) -> Lesson:
+    def _lesson(self, state: RequestState, messages: list[Message]) -> Lesson:
         tokens = state.tokens()
-        taught = [
-            TaughtSpan(p.key, p.span.start, p.span.source, p.behind_end) for p in placeholders
-        ]
+        taught = [TaughtSpan(m.key, m.span.start, m.span.source, m.behind_end) for m in messages]
         hashes = state.taint.exact_hashes(-(-len(tokens) // self.pages.block_size))
         return Lesson(self, self.lessons.number(), tokens.copy(), hashes, taught)
 
@@ -262,7 +261,7 @@ class PaperMode:
         mine = gated(state)
         verdicts, mine.verdicts = mine.verdicts, []
         for verdict in verdicts:
-            pool = self.slots.see(verdict.key).pool
+            pool = self.table.see(verdict.key).pool
             pool.predict(verdict.message, verdict.decision.new_anchor)
             if plan is not None:
                 pool.activate(verdict.decision.activated)
@@ -271,11 +270,11 @@ class PaperMode:
 
     def assign(self, lesson: Lesson, op: LessonOp) -> None:
         for taught, part in lesson.taught:
-            if (part.prompt_start, part.end) != (taught.slot_start, taught.source.end):
+            if (part.prompt_start, part.end) != (taught.placeholder_start, taught.source.end):
                 continue  # a page of it is gone
-            message = _digest(lesson.tokens[taught.slot_start : part.end])
+            message = _digest(lesson.tokens[taught.placeholder_start : part.end])
             behind = lesson.tokens[part.end : taught.stop].copy()
-            rows = self.slots.store(taught.key, message, part.length, behind)
+            rows = self.table.store(taught.key, message, part.length, behind)
             if rows is not None:
                 op.anchors.append(AnchorOp(base_load(taught, part), rows))
 
@@ -284,22 +283,22 @@ class PaperMode:
 
     def failed(self, lesson: Lesson) -> None:
         for span in lesson.spans:
-            self.slots.forget(span.key)
+            self.table.forget(span.key)
 
     def counts(self) -> tuple[int, int]:
-        return self.slots.counts()
+        return self.table.counts()
 
     def clear(self) -> None:
         """Weights or caches were reset: nothing learned holds any more."""
-        self.slots.clear()
+        self.table.clear()
 
 
 def _digest(tokens: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(np.asarray(tokens, dtype=np.int32).tobytes())
 
 
-def _rows(slot: PaperSlot) -> list[AnchorRows]:
-    return [slot.rows[message] for message in slot.pool.messages]
+def _rows(record: PaperRecord) -> list[AnchorRows]:
+    return [record.rows[message] for message in record.pool.messages]
 
 
 def _holder(request_id: str) -> str:

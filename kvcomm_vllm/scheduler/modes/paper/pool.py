@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's pool of one slot, as the scheduler knows it: which messages are anchors, how often
-each was used, and which one must go (section 3.4). The tensors lie in the workers.
+"""The paper's pool of one placeholder, as the scheduler knows it: which messages are anchors, how
+often each was used, and which one must go (section 3.4). The tensors lie in the workers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Stored:
 
 
 class PaperPool:
-    """Anchors of one slot in the order they were added, by content hash of their message.
+    """Anchors of one placeholder in the order they were added, by content hash of their message.
 
     A full pool lets go of the least used among its oldest anchors. Counts never age.
 

@@ -163,6 +163,27 @@ def test_a_bad_configuration_is_refused_before_the_engine_starts(args_for: MakeA
         args_for("LlamaForCausalLM", kv_role="kv_consumer").create_model_config()
 
 
+def test_a_file_of_the_previous_version_starts_with_one_warning(
+    args_for: MakeArgs, said: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "previous.yaml"
+    path.write_text("mode: paper\nmax_slots: 500\nridge: 0.7\npaper_memory_mb: 64\n")
+    args = args_for("LlamaForCausalLM")
+    args.kv_transfer_config = compat_cli.transfer_config(str(path))
+    args.create_model_config()
+    args.create_model_config()
+    assert len(said) == 1
+    for place in ("max_slots is max_placeholders", "paper_memory_mb is paper.memory_mb"):
+        assert place in said[0]
+    assert args.kv_transfer_config is not None
+    config = compat_cli.checked(args.kv_transfer_config)
+    assert (config.max_placeholders, config.estimator.ridge, config.paper.memory_mb) == (
+        500,
+        0.7,
+        64,
+    )
+
+
 def test_with_several_api_servers_only_their_parent_warns(
     args_for: MakeArgs, said: list[str]
 ) -> None:

@@ -76,7 +76,7 @@ def test_folding_keeps_distances_on_average():
     assert 0.9 < float(squares) < 1.1
 
 
-def test_the_index_fades_and_stays_bounded_however_long_a_slot_is():
+def test_the_index_fades_and_stays_bounded_however_long_a_placeholder_is():
     features = Features(group(2), 10_000)
     raw = torch.zeros(3, features.raw_width)
     index = torch.tensor([0, 100, 100_000])

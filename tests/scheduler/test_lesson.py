@@ -16,7 +16,9 @@ SIZE = 4
 
 def span(start: int, length: int) -> TaughtSpan:
     sequence: Any = SimpleNamespace()
-    return TaughtSpan(f"slot {start}", start, Source(sequence, 0, start, length, [1], 0, False))
+    return TaughtSpan(
+        f"placeholder {start}", start, Source(sequence, 0, start, length, [1], 0, False)
+    )
 
 
 class Pages:

@@ -6,19 +6,18 @@ import dataclasses
 import pytest
 import torch
 
-from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.config.estimator import EstimatorConfig
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.kernels.reference import deviate
+from kvcomm_vllm.worker.corrections.base import ErrorSums
 from kvcomm_vllm.worker.corrections.residual import (
-    ErrorSums,
     ResidualArena,
-    ResidualSettings,
-    slot_bytes,
+    placeholder_bytes,
 )
 
 LAYERS, HEADS, DIM = 3, 2, 8
 WIDTH = LAYERS * HEADS * 2 * DIM  # all layers are looked at
-SETTINGS = ResidualSettings(
+SETTINGS = EstimatorConfig(
     head_tokens=4, mean_prior=0.3, ridge=0.3, ridge_tokens=20, map_inputs=WIDTH, map_rank=10_000
 )
 
@@ -154,11 +153,11 @@ def test_means_alone_are_judged_beside_the_map_and_can_be_had_alone():
     raw = anchor(10, 5).raw
     alone, both = a.deviation(0, index, None), a.deviation(0, index, a.code(0, index, raw))
     assert alone.code is None
-    # a slot's mean input is mapped to its mean deviation, whichever way it is written down
+    # a placeholder's mean input is mapped to its mean deviation, whichever way it is written down
     assert not torch.equal(alone.mean_k, both.mean_k)
 
 
-def test_one_slot_does_not_touch_another_and_a_reset_forgets_all():
+def test_one_placeholder_does_not_touch_another_and_a_reset_forgets_all():
     a = arena()
     teach(a, 0, anchor(20, 1))
     x = anchor(10, 5).raw
@@ -173,16 +172,12 @@ def test_stated_bytes_are_what_the_arena_takes():
         g = group(dtype, layers=4)
         a = ResidualArena(g, 3, SETTINGS, skip_layers=1)
         taken = sum(part.nbytes for part in a._parts.values())
-        assert taken == 3 * slot_bytes(g, 1, SETTINGS)
+        assert taken == 3 * placeholder_bytes(g, 1, SETTINGS)
 
 
-def test_an_8b_model_needs_at_most_200_mb_a_slot_with_defaults():
+def test_an_8b_model_needs_at_most_200_mb_a_placeholder_with_defaults():
     caches = tuple(
         torch.empty(1, 8, 16, 256, dtype=torch.bfloat16, device="meta") for _ in range(32)
     )
     llama = PageGroup(caches, Packing.STRIDED, 128, 128)
-    c = KVCommConfig()
-    settings = ResidualSettings(
-        c.head_tokens, c.mean_prior, c.ridge, c.ridge_tokens, c.map_inputs, c.map_rank
-    )
-    assert 100e6 < slot_bytes(llama, 1, settings) <= 200e6
+    assert 100e6 < placeholder_bytes(llama, 1, EstimatorConfig()) <= 200e6

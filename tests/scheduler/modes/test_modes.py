@@ -12,7 +12,7 @@ from scripts import words
 from kvcomm_vllm.config import MODES as NAMES
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.modes.base import AskAgain
-from kvcomm_vllm.scheduler.modes.places import Place
+from kvcomm_vllm.scheduler.modes.placeholders import Placeholder
 from kvcomm_vllm.scheduler.modes.plain import PlainMode
 from kvcomm_vllm.scheduler.modes.registry import MODES
 from kvcomm_vllm.scheduler.spans import Plan
@@ -25,7 +25,7 @@ SHARED = words("shared", 80)
 class FirstSpanMode(PlainMode):
     """A toy: of all that could be reused, the first span alone is."""
 
-    def corrected(self, state: RequestState, plan: Plan, stand: list[Place]) -> Plan | Reason:
+    def corrected(self, state: RequestState, plan: Plan, stand: list[Placeholder]) -> Plan | Reason:
         return Plan(plan.local, plan.spans[:1])
 
 

@@ -33,7 +33,7 @@ def group() -> LayerGroup:
 
 @pytest.fixture
 def arena(group: LayerGroup) -> PaperArena:
-    config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
+    config = KVCommConfig.from_mapping({"mode": "paper", "paper": {"memory_mb": 1}}, "test")
     return PaperArena(Ground([group], config, PAGE, alone=True, single=True))
 
 
@@ -143,7 +143,7 @@ def test_the_first_layer_is_left_as_it_is(group: LayerGroup, arena: PaperArena) 
 
 
 def test_several_ranks_mean_no_anchors(group: LayerGroup) -> None:
-    config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
+    config = KVCommConfig.from_mapping({"mode": "paper", "paper": {"memory_mb": 1}}, "test")
     assert PaperArena(Ground([group], config, PAGE, alone=True, single=False)).room == 0
 
 

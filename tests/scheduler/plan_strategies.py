@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random sources and limits for the tests of spans, planner and slots."""
+"""Random sources and limits for the tests of spans, planner and placeholders."""
 
 from __future__ import annotations
 

@@ -111,17 +111,17 @@ def test_time_comes_with_how_often_it_was_spent() -> None:
 
 def test_what_is_held_is_what_was_gained_less_what_was_lost() -> None:
     stats = KVCommStats()
-    for slots, anchors in [(1, 1), (1, 2), (3, 7), (2, 4), (2, 4)]:
-        stats.count_held(slots, anchors)
+    for placeholders, anchors in [(1, 1), (1, 2), (3, 7), (2, 4), (2, 4)]:
+        stats.count_held(placeholders, anchors)
     assert stats.data == {
-        "slots/gained": 3,
-        "slots/lost": 1,
+        "placeholders/gained": 3,
+        "placeholders/lost": 1,
         "anchors/gained": 7,
         "anchors/lost": 3,
     }
     stats.take()
     stats.count_held(0, 0)
-    assert stats.data == {"slots/lost": 2, "anchors/lost": 4}, "kept over what is taken"
+    assert stats.data == {"placeholders/lost": 2, "anchors/lost": 4}, "kept over what is taken"
 
 
 def test_the_log_line_speaks_of_tokens_and_milliseconds() -> None:

@@ -54,8 +54,8 @@ def refusal(file: Path, content: bytes) -> str:
         (b"mode: !!python/object:os.system {}", "tags are not used here (line 1, column 7)"),
         (b"seam_tokens: !!int 4", "tags are not used here"),
         (b"!!set {mode}", "tags are not used here"),
-        (b"ridge: !!timestamp 2024-13-45", "tags are not used here"),
-        (b"ridge: 2024-13-45", "ridge: '2024-13-45' is text; allowed: a number"),
+        (b"private_price: !!timestamp 2024-13-45", "tags are not used here"),
+        (b"private_price: 2024-13-45", "private_price: '2024-13-45' is text; allowed: a number"),
         (b"<<: {mode: off}", "unknown key '<<'"),
         (b"mode: *x", "found undefined alias 'x' (line 1, column 7)"),
         (b"mode: *" + b"x" * 5000, "not valid YAML: found undefined alias 'xxx"),
@@ -67,10 +67,10 @@ def refusal(file: Path, content: bytes) -> str:
         (b'mode: "\\ud800\\n"', r"mode: '\ud800\n' is not known"),
         (b"mode: " + b"x" * 60_000, "x'... is not known"),
         (b"seam_tokens: " + b"9" * 60_000, "<number of about 60000 digits> is out of range"),
-        (b"ridge: -" + b"9" * 5000, "<number of about 5001 digits> is out of range"),
-        (b"ridge: " + b"9" * 5000 + b".", "ridge: inf is not a finite number"),
-        (b"ridge: 1e400", "ridge: inf is not a finite number"),
-        (b"ridge: .nan", "ridge: nan is not a finite number"),
+        (b"private_price: -" + b"9" * 5000, "<number of about 5001 digits> is out of range"),
+        (b"private_price: " + b"9" * 5000 + b".", "private_price: inf is not a finite number"),
+        (b"private_price: 1e400", "private_price: inf is not a finite number"),
+        (b"private_price: .nan", "private_price: nan is not a finite number"),
         (b"max_sequences: 1e12", "1000000000000.0 is not written as a whole number"),
         (b"seam_tokens: 5.0", "seam_tokens: 5.0 is not written as a whole number"),
         (b"seam_tokens: 1:30", "seam_tokens: '1:30' is text"),
@@ -127,10 +127,10 @@ def test_an_empty_file_means_all_defaults(file: Path, content: str) -> None:
         ),
         ("seam_tokens: 010", {"seam_tokens": 10}),
         ("max_sequences: 20_000", {"max_sequences": 20_000}),
-        ("ridge: 1e2", {"ridge": 100.0}),
-        ("ridge: 7", {"ridge": 7.0}),
-        ("ridge: .25", {"ridge": 0.25}),
-        ("ridge: 1_0.2_5E-1", {"ridge": 1.025}),
+        ("private_price: 1e2", {"private_price": 100.0}),
+        ("private_price: 7", {"private_price": 7.0}),
+        ("private_price: .25", {"private_price": 0.25}),
+        ("private_price: 1_0.2_5E-1", {"private_price": 1.025}),
         (
             "'seam_tokens': &few 4\nanchor_seam_tokens: *few",
             {"seam_tokens": 4, "anchor_seam_tokens": 4},
@@ -141,8 +141,8 @@ def test_values_are_read_as_they_look(file: Path, content: str, wanted: dict[str
     file.write_text(content)
     config = load_file(file)
     assert config == KVCommConfig(**wanted)  # type: ignore[arg-type]
-    assert [type(value) for value in config.to_mapping().values()] == [
-        type(value) for value in KVCommConfig().to_mapping().values()
+    assert [type(value) for value in config.values().values()] == [
+        type(value) for value in KVCommConfig().values().values()
     ]
 
 

@@ -13,70 +13,69 @@ from pathlib import Path
 import pytest
 import yaml
 from any_values import HUGE, Huge, is_short_line, python_values
+from config_values import allowed_values, nested
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcomm_vllm.config import MAX_PROBLEMS, ConfigError, KVCommConfig, keys
 from kvcomm_vllm.config.docs import GROUPS, generated
 from kvcomm_vllm.config.file import load_file
-from kvcomm_vllm.config.key import Key
+from kvcomm_vllm.config.moved import MOVED
 from kvcomm_vllm.wording import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def allowed_values(key: Key) -> st.SearchStrategy[object]:
-    if key.choices:
-        return st.sampled_from(key.choices)
-    if isinstance(key.default, bool):
-        return st.booleans()
-    if isinstance(key.default, int):
-        return st.integers(key.low, key.high)  # type: ignore[arg-type]
-    return st.floats(key.low, key.high)
-
-
+TOP = [name for name in keys() if "." not in name]
+BLOCKS = ["estimator", "paper"]
+NAMES = [*keys(), *MOVED, *BLOCKS]
 NUMBERS = [name for name, key in keys().items() if type(key.default) in (int, float)]
 
 
 def name_of(name: object) -> str:
-    """How a line about this key begins."""
-    return f"{name}: " if name in keys() else f"unknown key {shown(name)}; "
+    """How a line about this key, or about one in this block, begins."""
+    if name in BLOCKS:
+        return ""
+    known = name in TOP or name in MOVED
+    return f"{name}: " if known else f"unknown key {shown(name)}; "
 
 
 def complete(values: dict[str, object]) -> bool:
     """Mode paper comes with a memory."""
-    return values.get("mode") != "paper" or bool(values.get("paper_memory_mb"))
+    return values.get("mode") != "paper" or bool(values.get("paper.memory_mb"))
 
 
-configs = st.fixed_dictionaries(
+values_of_keys = st.fixed_dictionaries(
     {}, optional={name: allowed_values(key) for name, key in keys().items()}
 ).filter(complete)
+configs = values_of_keys.map(nested)
 
 
 def test_mode_paper_without_a_memory_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^my.yaml: paper_memory_mb: mode paper needs"):
+    with pytest.raises(ConfigError, match=r"^my.yaml: paper.memory_mb: mode paper needs"):
         KVCommConfig.from_mapping({"mode": "paper"}, "my.yaml")
 
 
-@given(configs)
+@given(values_of_keys)
 def test_allowed_values_survive_a_round_trip_through_json(given_values: dict[str, object]) -> None:
-    config = KVCommConfig.from_mapping(given_values, "test")
+    config = KVCommConfig.from_mapping(nested(given_values), "test")
     again = KVCommConfig.from_mapping(json.loads(json.dumps(config.to_mapping())), "test")
     assert again == config
     for name, value in given_values.items():
-        assert getattr(config, name) == value
+        assert config.values()[name] == value
 
 
-@given(configs, st.data())
+@given(values_of_keys, st.data())
 def test_a_value_outside_its_bounds_is_refused_by_name(
     values: dict[str, object], data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(NUMBERS))
     key = keys()[name]
     bad = [key.low - 1, key.high + 1, math.nan, math.inf, 10**400, -(10**5000)]
+    wrong = {**values, name: data.draw(st.sampled_from(bad))}
     with pytest.raises(ConfigError, match=f"^test: {name}: .*allowed: a ") as caught:
-        KVCommConfig.from_mapping({**values, name: data.draw(st.sampled_from(bad))}, "test")
+        KVCommConfig.from_mapping(nested(wrong), "test")
     assert key.allowed in str(caught.value)
 
 
@@ -99,10 +98,18 @@ def test_every_number_has_bounds_of_its_own_type_that_hold_its_default() -> None
         ("max_sequences", 1e12, "1000000000000.0 is not written as a whole number"),
         ("max_sequences", 10**12, "1000000000000 is out of range; allowed: a whole number from 1"),
         ("seam_tokens", 10**5000, "<number of about 5001 digits> is out of range"),
-        ("ridge", 10**5000, "<number of about 5001 digits> is out of range; allowed: a number"),
-        ("ridge", math.inf, "inf is not a finite number"),
+        (
+            "private_price",
+            10**5000,
+            "<number of about 5001 digits> is out of range; allowed: a num",
+        ),
+        ("private_price", math.inf, "inf is not a finite number"),
         ("seam_tokens", math.nan, "nan is not a finite number"),
-        ("ridge", b"1" * 5000, "... is of another type; allowed: a number from 0.01 to 1000.0"),
+        (
+            "private_price",
+            b"1" * 5000,
+            "... is of another type; allowed: a number from 0.0 to 100.0",
+        ),
         ("seam_tokens", "16", "seam_tokens: '16' is text"),
         ("seam_tokens", None, "seam_tokens: None is empty"),
         ("seam_tokens", 5000, "5000 is out of range; allowed: a whole number from 0 to 4096"),
@@ -196,7 +203,8 @@ def test_generated_files_equal_what_the_code_says(path: Path) -> None:
 def test_the_committed_file_lists_every_key_with_its_default() -> None:
     path = ROOT / "configs" / "kvcomm.yaml"
     assert load_file(path) == KVCommConfig()
-    assert list(yaml.safe_load(path.read_text())) == list(keys())
+    assert yaml.safe_load(path.read_text()).keys() == KVCommConfig().to_mapping().keys()
+    assert yaml.safe_load(path.read_text()) == KVCommConfig().to_mapping()
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -220,7 +228,10 @@ def test_reading_the_configuration_imports_neither_torch_nor_vllm() -> None:
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(list(keys())) | st.text() | st.integers() | st.just(Huge(HUGE)),
+        st.sampled_from([*keys(), *MOVED, *BLOCKS])
+        | st.text()
+        | st.integers()
+        | st.just(Huge(HUGE)),
         python_values,
         max_size=5,
     )
@@ -237,7 +248,7 @@ def test_any_values_at_all_give_a_configuration_within_bounds_or_short_lines(
             assert is_short_line(line)
             assert any(line.startswith(f"test: {name_of(name)}") for name in refused)
         return
-    for name, value in config.to_mapping().items():
+    for name, value in config.values().items():
         key = keys()[name]
         assert type(value) is type(key.default)
         assert key.problem(value) is None

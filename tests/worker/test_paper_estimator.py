@@ -193,7 +193,7 @@ def check_entry(case: Case, prefix: str, consumer: str, here: tuple[int, int], e
     pages = list(range(len(cache.group.layers[0])))
     none = torch.zeros(4 * len(pages), 0)
     group = LayerGroup((), cache.group, Rope(none, none, False), None)
-    config = KVCommConfig.from_mapping({"mode": "paper", "paper_memory_mb": 1}, "test")
+    config = KVCommConfig.from_mapping({"mode": "paper", "paper": {"memory_mb": 1}}, "test")
     arena = PaperArena(Ground([group], config, 4, alone=True, single=True))
     rows = AnchorRows(3, tokens, end - here[1])
     at = LoadOp(pages, here[0], 0, len(base[0]) + here[0], tokens)
@@ -217,9 +217,9 @@ def ends_of(spans: SequenceOf[tuple[int, int]], total: int) -> list[int]:
 def test_dense_results_become_anchors_split_at_the_messages(case: Case) -> None:
     spans = case.params["spans"]
     ends = ends_of(list(spans.values()), case.params["total_tokens"])
-    for (slot, here), end in zip(spans.items(), ends, strict=True):
-        check_entry(case, f"{slot}.", "A", here, end)
-        assert case.expected["lengths"][slot][0] == here[1] - here[0]
+    for (placeholder, here), end in zip(spans.items(), ends, strict=True):
+        check_entry(case, f"{placeholder}.", "A", here, end)
+        assert case.expected["lengths"][placeholder][0] == here[1] - here[0]
 
 
 @pytest.mark.parametrize("case", cases("capture"))
@@ -227,13 +227,13 @@ def test_a_second_consumer_adds_its_deviations_and_what_was_shareable_is_not_sto
     case: Case,
 ) -> None:
     p, message = case.params, case.params["message"]
-    pools = {slot: PaperPool(paper_quirks=True) for slot in p["new_anchor_flags"]}
-    for slot, new in p["new_anchor_flags"].items():
-        pools[slot].predict(message, new)
+    pools = {placeholder: PaperPool(paper_quirks=True) for placeholder in p["new_anchor_flags"]}
+    for placeholder, new in p["new_anchor_flags"].items():
+        pools[placeholder].predict(message, new)
     for consumer, spans in p["spans"].items():
         ends = ends_of(list(spans.values()), p["total_tokens"][consumer])
-        for (slot, here), end in zip(spans.items(), ends, strict=True):
-            if pools[slot].store(message, here[1] - here[0]).stored:
+        for (placeholder, here), end in zip(spans.items(), ends, strict=True):
+            if pools[placeholder].store(message, here[1] - here[0]).stored:
                 check_entry(case, f"after_{consumer}_", consumer, here, end)
         found = {s: dict(zip(q.messages, q.lengths, strict=True)) for s, q in pools.items()}
         lengths = case.expected[f"after_{consumer}_lengths"]

@@ -118,7 +118,7 @@ def test_text_in_another_rendering_is_named(tokenise: Tokens, kind: str) -> None
     head = words("two", 50)
     found = store.near([*head, *rendered, *words("tail", 20)])
     assert found, "not found"
-    assert {row[3] for row in map(near.Near.row, found)} == {"re-encoded"}
+    assert {row[3] for row in map(near.Near.listed, found)} == {"re-encoded"}
     ends = len(head) + len(rendered)
     inside = [stretch for stretch in found if len(head) - 4 <= stretch.start < stretch.end]
     assert all(stretch.end <= ends + 4 for stretch in inside)

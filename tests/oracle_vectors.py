@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-BESIDE = Path(__file__).resolve().parents[3] / "shared" / "oracle"
-ORACLE = BESIDE if BESIDE.is_dir() else Path(__file__).resolve().parents[1] / "oracle"
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
+ORACLE = BESIDE if BESIDE.is_dir() else Path(__file__).resolve().parent / "oracle"
 
 
 class Case:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same place of the same template is the same slot; another place is another."""
+"""The same place of the same template is the same placeholder; another place is another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvcomm_vllm.scheduler.modes.placeholders import (
     EDGE_TOKENS,
     GAP_TOKENS,
     LEAD_TOKENS,
-    slot_keys,
+    placeholder_keys,
     span_kind,
 )
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
@@ -28,7 +28,7 @@ def keys(
     local: int = 0,
     output: bool = False,
 ) -> list[str]:
-    """Slots of a prompt: template text, a message of so many tokens, template text, and so on."""
+    """Keys of a prompt: template text, a message of so many tokens, template text, and so on."""
     tokens: Tokens = []
     spans = []
     of = sequence(prompt=0 if output else 400)
@@ -38,7 +38,7 @@ def keys(
         tokens += [7] * length
         found = source(start, length, of=of)
         spans.append(ReuseSpan(start + seam, start + length, seam, found))
-    return slot_keys(Plan(local, tuple(spans)), np.array(tokens, np.int32), namespace)
+    return placeholder_keys(Plan(local, tuple(spans)), np.array(tokens, np.int32), namespace)
 
 
 texts = st.lists(st.lists(st.integers(0, 99), max_size=20), min_size=1, max_size=4)
@@ -46,7 +46,7 @@ lengths = st.lists(st.integers(10, 50), min_size=4, max_size=4)
 
 
 @given(texts, lengths, lengths, st.integers(0, 9), st.integers(0, 9))
-def test_a_key_does_not_depend_on_what_arrives_in_the_slots(
+def test_a_key_does_not_depend_on_what_arrives_in_the_placeholders(
     templates: list[Tokens], first: list[int], second: list[int], seam: int, local: int
 ) -> None:
     """Nor on the seam, nor on how much of the template vLLM had in its cache."""
@@ -59,14 +59,14 @@ def test_a_key_does_not_depend_on_what_arrives_in_the_slots(
     st.lists(st.integers(0, 99), min_size=EDGE_TOKENS + 1, max_size=LEAD_TOKENS),
     st.data(),
 )
-def test_another_agent_is_another_slot(text: Tokens, data: st.DataObject) -> None:
+def test_another_agent_is_another_placeholder(text: Tokens, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(text) - EDGE_TOKENS - 1))
     other = [*text[:place], text[place] + 1, *text[place + 1 :]]
     assert keys([text], [20]) != keys([other], [20])
 
 
 @given(st.lists(st.integers(0, 99), min_size=2 * EDGE_TOKENS + 1, max_size=20), st.data())
-def test_another_lead_is_another_slot_of_the_same_agent(text: Tokens, data: st.DataObject) -> None:
+def test_another_lead_is_another_row_of_the_same_agent(text: Tokens, data: st.DataObject) -> None:
     agent = list(range(30))
     first = max(EDGE_TOKENS, len(text) - EDGE_TOKENS - GAP_TOKENS)
     place = data.draw(st.integers(first, len(text) - EDGE_TOKENS - 1))
@@ -92,12 +92,12 @@ def test_the_tail_of_a_message_in_front_of_a_lead_changes_nothing() -> None:
     assert keys([agent, lead], [20, 20]) == keys([agent, [7, 8, 9, *lead]], [20, 20])
 
 
-def test_another_agent_has_other_slots_behind_the_same_lead() -> None:
+def test_another_agent_has_other_placeholders_behind_the_same_lead() -> None:
     intro, other, between = list(range(10)), list(range(50, 60)), list(range(20, 30))
     assert keys([intro, between], [20, 20])[1] != keys([other, between], [20, 20])[1]
 
 
-def test_tenants_do_not_share_slots() -> None:
+def test_tenants_do_not_share_placeholders() -> None:
     assert keys([[1, 2, 3]], [20], b"red") != keys([[1, 2, 3]], [20], b"blue")
 
 

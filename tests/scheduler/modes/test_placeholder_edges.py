@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A slot stays itself where its text was tokenised in another way at an edge, or cut in two."""
+"""A placeholder stays itself where its text was tokenised otherwise at an edge, or cut in two."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_strategies import sequence, source
 
-from kvcomm_vllm.scheduler.modes.placeholders import slot_keys
-from kvcomm_vllm.scheduler.modes.places import CUT_TOKENS, NEAR_TOKENS, Place, places
+from kvcomm_vllm.scheduler.modes.placeholders import (
+    CUT_TOKENS,
+    NEAR_TOKENS,
+    Placeholder,
+    placeholder_keys,
+    placeholders,
+)
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 AGENT, LEAD, MESSAGE = list(range(100, 140)), list(range(200, 208)), list(range(300, 360))
@@ -28,44 +33,44 @@ def plan(*runs: tuple[int, int], seam: int = 0) -> Plan:
     return Plan(0, tuple(spans))
 
 
-def find(of: Plan, known: dict[str, int] | None = None) -> list[Place]:
-    return places(of, TOKENS, b"", lambda key: (known or {}).get(key, 0) > 0)
+def find(of: Plan, known: dict[str, int] | None = None) -> list[Placeholder]:
+    return placeholders(of, TOKENS, b"", lambda key: (known or {}).get(key, 0) > 0)
 
 
-def test_without_anchors_a_place_is_where_its_span_begins() -> None:
+def test_without_anchors_a_placeholder_is_where_its_span_begins() -> None:
     usual = plan(FIRST, SECOND)
     found = find(usual)
-    assert [place.key for place in found] == slot_keys(usual, TOKENS, b"")
-    assert [place.start for place in found] == [FIRST[0], SECOND[0]]
+    assert [one.key for one in found] == placeholder_keys(usual, TOKENS, b"")
+    assert [one.start for one in found] == [FIRST[0], SECOND[0]]
 
 
 @given(st.integers(-NEAR_TOKENS, NEAR_TOKENS), st.sampled_from([0, 16]))
-def test_a_span_that_begins_a_little_earlier_or_later_is_found_in_its_slot(
+def test_a_span_that_begins_a_little_earlier_or_later_is_found_in_its_placeholder(
     shift: int, seam: int
 ) -> None:
-    """With the tokens counted from where the slot begins."""
-    usual = slot_keys(plan(FIRST, SECOND), TOKENS, b"")[1]
+    """With the tokens counted from where the placeholder begins."""
+    usual = placeholder_keys(plan(FIRST, SECOND), TOKENS, b"")[1]
     moved = plan(FIRST, (SECOND[0] + shift, SECOND[1]), seam=seam)
-    assert find(moved, {usual: 5})[1] == Place(usual, SECOND[0])
+    assert find(moved, {usual: 5})[1] == Placeholder(usual, SECOND[0])
 
 
 @given(st.integers(-NEAR_TOKENS, NEAR_TOKENS))
-def test_the_first_slot_of_a_short_prompt_is_found_as_well(shift: int) -> None:
-    usual = slot_keys(plan(FIRST, SECOND), TOKENS, b"")
+def test_the_first_row_of_a_short_prompt_is_found_as_well(shift: int) -> None:
+    usual = placeholder_keys(plan(FIRST, SECOND), TOKENS, b"")
     moved = plan((FIRST[0] + shift, FIRST[1]), SECOND)
-    assert [place.key for place in find(moved, dict.fromkeys(usual, 3))] == usual
+    assert [one.key for one in find(moved, dict.fromkeys(usual, 3))] == usual
 
 
-def test_of_several_slots_the_nearest_that_knows_anything_is_taken() -> None:
-    """Another slot whose lead ends in the same words must not take what belongs here."""
-    near = slot_keys(plan(FIRST, (SECOND[0] + 2, SECOND[1])), TOKENS, b"")[1]
-    here = slot_keys(plan(FIRST, SECOND), TOKENS, b"")[1]
-    assert find(plan(FIRST, SECOND), {near: 20, here: 1})[1] == Place(here, SECOND[0])
-    assert find(plan(FIRST, SECOND), {near: 20})[1] == Place(near, SECOND[0] + 2)
+def test_of_several_placeholders_the_nearest_that_knows_anything_is_taken() -> None:
+    """Another placeholder whose lead ends in the same words must not take what belongs here."""
+    near = placeholder_keys(plan(FIRST, (SECOND[0] + 2, SECOND[1])), TOKENS, b"")[1]
+    here = placeholder_keys(plan(FIRST, SECOND), TOKENS, b"")[1]
+    assert find(plan(FIRST, SECOND), {near: 20, here: 1})[1] == Placeholder(here, SECOND[0])
+    assert find(plan(FIRST, SECOND), {near: 20})[1] == Placeholder(near, SECOND[0] + 2)
 
 
-def test_a_slot_further_away_is_another_one() -> None:
-    usual = slot_keys(plan(FIRST, SECOND), TOKENS, b"")[1]
+def test_a_placeholder_further_away_is_another_one() -> None:
+    usual = placeholder_keys(plan(FIRST, SECOND), TOKENS, b"")[1]
     moved = plan(FIRST, (SECOND[0] + NEAR_TOKENS + 1, SECOND[1]))
     assert find(moved, {usual: 5})[1].key != usual
 
@@ -95,13 +100,13 @@ def cut(at: int, missing: int, of_both: bool = True) -> Plan:
     )
 
 
-def test_both_parts_of_a_message_are_in_its_slot_and_count_on() -> None:
+def test_both_parts_of_a_message_are_in_its_placeholder_and_count_on() -> None:
     for missing in (1, CUT_TOKENS):
         found = find(cut(20, missing))
-        assert found[2] == found[1] == Place(found[1].key, SECOND[0])
+        assert found[2] == found[1] == Placeholder(found[1].key, SECOND[0])
 
 
-def test_parts_from_different_sources_or_far_apart_are_slots_of_their_own() -> None:
+def test_parts_from_different_sources_or_far_apart_are_placeholders_of_their_own() -> None:
     for apart in (cut(20, 3, of_both=False), cut(20, CUT_TOKENS + 1)):
         found = find(apart)
         assert found[2].start > SECOND[0]

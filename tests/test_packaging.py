@@ -16,7 +16,7 @@ import pytest
 
 import kvcomm_vllm
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"kernels", "evaluation"}  # of their own for readers, parts of the package for Python
 
 

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of configuration keys, and mappings made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hypothesis import strategies as st
+
+from kvcomm_vllm.config.key import Key
+
+
+def allowed_values(key: Key) -> st.SearchStrategy[object]:
+    if key.choices:
+        return st.sampled_from(key.choices)
+    if isinstance(key.default, bool):
+        return st.booleans()
+    if isinstance(key.default, int):
+        return st.integers(key.low, key.high)  # type: ignore[arg-type]
+    return st.floats(key.low, key.high)
+
+
+def nested(values: Mapping[str, object]) -> dict[str, object]:
+    """As in a file: ``{"paper.gamma": 1}`` is ``{"paper": {"gamma": 1}}``."""
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            found.setdefault(first, {})[rest] = value  # type: ignore[index]
+        else:
+            found[name] = value
+    return found
