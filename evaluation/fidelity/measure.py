@@ -169,7 +169,7 @@ def _said(
 
 
 def _teach(bench: Bench, case: Case, point: Point) -> None:
-    """All agents speak densely, for the plugin to learn one anchor of each of their placeholders."""
+    """All agents speak densely, for the plugin to learn one anchor per placeholder."""
     script = bench.script(case)
     for prompt, message in zip(script.prompts, [*script.messages, []], strict=True):
         bench.run(prompt + message, {**point.hints, "learn": True}, point.salt)
