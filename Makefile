@@ -6,6 +6,8 @@ PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3;
 VENV    ?= .venv
 SMOLLM2 := models/SmolLM2-135M-Instruct
 GEMMA   := models/gemma-3-270m
+QWEN    := models/Qwen2.5-Coder-0.5B-Instruct
+QWEN_L  := models/Qwen2.5-Coder-1.5B-Instruct
 MODEL   ?= $(SMOLLM2)
 ARGS    ?=
 # Of `make soak`: how long, and which script; empty for the default.
@@ -22,11 +24,12 @@ READY := $(VENV)/.kvcomm-ready
 MODEL_FILES := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model model-gemma demo test test-fast soak lint format bench clean
+.PHONY: help setup model model-gemma model-qwen model-qwen-1.5b
+.PHONY: demo test test-fast soak lint format bench clean
 
 help: ## this list
 	@echo 'make TARGET [MODEL=folder-or-huggingface-id] [ARGS="..."] [VENV=.venv] [PYTHON=python3.11]'
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9.-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo 'To use an environment that has vLLM already: VENV=path/to/it'
 
 setup: $(READY) ## environment in .venv: vLLM (CPU or CUDA), this package, tools
@@ -45,6 +48,16 @@ model-gemma: $(GEMMA)/config.json ## Gemma 3 270M in models/ (570 MB; optional, 
 
 $(GEMMA)/config.json: | $(READY)
 	$(BIN)/python tools/make_model.py gemma3 $(GEMMA)
+
+model-qwen: $(QWEN)/config.json ## Qwen2.5-Coder-0.5B-Instruct in models/ (1 GB; Apache-2.0)
+
+$(QWEN)/config.json: | $(READY)
+	$(BIN)/python tools/make_model.py qwen-0.5b $(QWEN)
+
+model-qwen-1.5b: $(QWEN_L)/config.json ## the same of 1.5B (3.1 GB, 6 while made; Apache-2.0)
+
+$(QWEN_L)/config.json: | $(READY)
+	$(BIN)/python tools/make_model.py qwen-1.5b $(QWEN_L)
 
 demo: $(READY) $(MODEL_FILES) ## five agents on one question, with kvcomm and as plain vLLM; ARGS=--full
 	$(BIN)/kvcomm demo --model $(MODEL) $(ARGS)

