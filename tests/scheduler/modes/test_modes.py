@@ -25,7 +25,7 @@ SHARED = words("shared", 80)
 class FirstSpanMode(PlainMode):
     """A toy: of all that could be reused, the first span alone is."""
 
-    def corrected(self, state: RequestState, plan: Plan, stand: list[Placeholder]) -> Plan | Reason:
+    def corrected(self, state: RequestState, plan: Plan, found: list[Placeholder]) -> Plan | Reason:
         return Plan(plan.local, plan.spans[:1])
 
 
