@@ -33,7 +33,7 @@ def _no_json(text: str) -> str:
 
 
 def _no_numbers(text: str) -> str:
-    return re.sub(r"(?m)^[ \t]*\d+(?:[ \t]*[|→]|[:.)]|\t)[ \t]?", "", text)
+    return re.sub(r"(?m)^[ \t]*\d+(?:\t|[ \t]*[|→] ?|[:.)] ?)", "", text)
 
 
 def _no_quotes(text: str) -> str:
