@@ -84,7 +84,10 @@ class Encoder:
 
     def text(self, tokens: I32) -> str:
         """What tokens say; characters that are cut apart are replaced."""
-        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+        try:
+            return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+        except Exception:  # a log may have token ids that the vocabulary has not
+            return f"[{len(tokens):,} tokens that the tokenizer does not know]"
 
     def _chat(self, record: Record, messages: list[Message], ask: bool) -> str:
         if self.template is None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvcomm_vllm.estimate.copies import Copy, copies
 from kvcomm_vllm.estimate.renderings import Rendering
+from kvcomm_vllm.estimate.seen import Seen
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.half import SchedulerHalf
 from kvcomm_vllm.scheduler.index import I32, Match
@@ -95,19 +96,23 @@ class Losses:
     def __init__(self, half: SchedulerHalf, explain: bool) -> None:
         self.half = half
         self.explain = explain
+        self.seen = Seen(half.config, half.block_size)
 
     def of(self, state: RequestState, local: int) -> list[Loss]:
         """All losses of a prompt in order; together with its hits they are all of it."""
         tokens = state.tokens()
-        if state.off is not None:
-            return _runs(np.full(len(tokens), 0), [state.off.value], local)
+        if state.off is not None or state.limits is None:
+            return _runs(np.full(len(tokens), 0), [str(state.off)], local)
         words: list[str] = [*Part, Reason.SOURCE_EVICTED, *state.declined]
         code = {word: number for number, word in enumerate(words)}
+        evicted = code[Reason.SOURCE_EVICTED]
         reason = Part.LEFT_OUT if state.plan else next(iter(state.declined), Part.LEFT_OUT)
         why = np.full(len(tokens), code[Part.NEW], np.int64)
+        least = state.limits.min_span_tokens
+        _mark(why, self.seen.find(state.namespace, tokens, local, least), evicted)
         whole = self._whole(state, local)
         _mark(why, whole, code[Part.LEFT_OUT if state.trusted else Part.NO_SALT])
-        _mark(why, state.matches, code[Reason.SOURCE_EVICTED])
+        _mark(why, state.matches, evicted)
         for match in state.matches:
             for source in self.half.pages.sources(match, tokens):
                 why[source.prompt_start : source.end] = code[reason]

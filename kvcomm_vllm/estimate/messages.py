@@ -22,9 +22,10 @@ def messages_of(value: object) -> list[Message]:
     Raises:
         SkippedError: they are none, or not of text alone.
     """
-    if not isinstance(value, list):
-        raise SkippedError(Flaw.WRONG_TYPE, f"messages: {shown(value)}")
-    found = [message_of(message) for message in value]
+    if isinstance(value, str) and value.lstrip()[:1] == "[":  # written as text
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    found = [message_of(message) for message in _list("messages", value)]
     if not any(message["content"] or "tool_calls" in message for message in found):
         raise SkippedError(Flaw.EMPTY)
     return found

@@ -25,9 +25,9 @@ def headline(run: Run) -> str:
     total = run.tally.total
     alone, ours = total.computed_alone, total.computed
     return (
-        f"{total.requests:,} requests with {total.prompt_tokens:,} prompt tokens: with a prefix "
-        f"cache alone {share(alone, total.prompt_tokens)} of them are computed, with kvcomm "
-        f"{share(ours, total.prompt_tokens)}; that is {ratio(total.ratio)} of the tokens."
+        f"{total.requests:,} requests with {total.prompt_tokens:,} prompt tokens: a prefix cache "
+        f"alone leaves {share(alone, total.prompt_tokens)} of them to compute, kvcomm "
+        f"{share(ours, total.prompt_tokens)}: a ratio of {ratio(total.ratio)}."
     )
 
 

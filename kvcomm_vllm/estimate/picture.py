@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 MOST_BYTES = 150_000  # of the text
 MOST_CHARACTERS = 1500  # of one part; of a longer one the middle is left out
+LITTLE = 450  # the same where nothing is to be seen: in the prefix
 Text = Callable[[int, int], str]
 
 
@@ -78,7 +79,7 @@ class Picture:
             return ""
         written, room = [], MOST_BYTES
         for piece in self.pieces:
-            said = html.escape(_shortened(self.text(piece.start, piece.end), piece.tokens))
+            said = html.escape(_shortened(piece, self.text(piece.start, piece.end)))
             part = f'<span class="{piece.kind}" title="{_note(piece)}">{said}</span>'
             room -= len(part.encode("utf-8", "replace"))
             if room < 0:
@@ -112,8 +113,9 @@ def _note(piece: Piece) -> str:
     return html.escape(f"{piece.note or piece.kind.legend}: {piece.tokens:,} tokens")
 
 
-def _shortened(text: str, tokens: int) -> str:
-    if len(text) <= MOST_CHARACTERS:
+def _shortened(piece: Piece, text: str) -> str:
+    most = LITTLE if piece.kind is Kind.LOCAL else MOST_CHARACTERS
+    if len(text) <= most:
         return text
-    head, tail = text[: MOST_CHARACTERS * 2 // 3], text[-MOST_CHARACTERS // 3 :]
-    return f"{head}\n[… of {tokens:,} tokens, shortened …]\n{tail}"
+    left_out = f"[… of {piece.tokens:,} tokens, shortened …]"
+    return f"{text[: most * 2 // 3]}\n{left_out}\n{text[-most // 3 :]}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ BODIES = (
     *("body", "request_body", "requestBody", "request", "payload", "input", "kwargs", "data"),
     "model_parameters",
 )
-ANSWERS = ("response", "response_body", "responseBody", "completion", "output", "body")
+ANSWERS = ("response", "response_body", "responseBody", "completion", "output")
 AGENTS = ("agent", "agent_name", "agent_id", "gen_ai.agent.name")
 DEPTH = 3
 Fields = Mapping[str, Any]
@@ -43,6 +44,12 @@ class Record:
     hints: Fields | None = None
     scored: bool = False
     answer: Message | str | None = None
+
+    @property
+    def characters(self) -> int:
+        """Of its text; tokens count as one each."""
+        texts = [text for message in self.messages or () for text in message["content"]]
+        return len(self.prompt) + sum(map(len, texts))
 
 
 def records(value: object) -> Iterator[Record | SkippedError]:
@@ -84,11 +91,8 @@ def _records(value: object) -> Iterator[Record]:
 
 def _layers(value: object, depth: int) -> Iterator[Fields]:
     """The line, and the objects in it that may hold its body; as JSON text, too."""
-    if isinstance(value, str) and value.lstrip()[:1] == "{" and depth < DEPTH:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return
+    if depth < DEPTH:
+        value = _object(value)
     if not isinstance(value, Mapping):
         return
     spoken = otel.body(value)
@@ -149,18 +153,34 @@ def _answer(layers: list[Fields], chat: bool) -> Message | str | None:
     """What came back, where the log has it in a form that is understood; else nothing."""
     for layer in layers:
         for key in ANSWERS:
-            found = layer.get(key)
-            if isinstance(found, Mapping) and isinstance(found.get("body"), Mapping):
-                found = found["body"]  # OpenAI's batches
-            choices = found.get("choices") if isinstance(found, Mapping) else None
-            choice = choices[0] if isinstance(choices, list) and choices else found
-            if isinstance(choice, Mapping):
-                choice = choice.get("message") if chat else choice.get("text")
-            if isinstance(choice, str) and choice:
-                return {"role": "assistant", "content": [choice]} if chat else choice
-            if isinstance(choice, Mapping):
+            said = _said(layer.get(key), chat)
+            if isinstance(said, str) and said:
+                return {"role": "assistant", "content": [said]} if chat else said
+            if isinstance(said, Mapping):
                 try:
-                    return message_of({"role": "assistant", **choice})
+                    return message_of({**said, "role": "assistant"})
                 except SkippedError:
                     return None
     return None
+
+
+def _said(found: object, chat: bool) -> object:
+    """The first choice of a response: a message, or text."""
+    found = _object(found)
+    if isinstance(found, Mapping) and isinstance(found.get("body"), Mapping):
+        found = found["body"]  # OpenAI's batches
+    choices = found.get("choices") if isinstance(found, Mapping) else None
+    choice = choices[0] if isinstance(choices, list) and choices else found
+    if not isinstance(choice, Mapping):
+        return choice
+    if not chat:
+        return choice.get("text")
+    return choice.get("message", choice if "content" in choice else None)
+
+
+def _object(value: object) -> object:
+    """What a text says that is an object's JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] == "{":
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value

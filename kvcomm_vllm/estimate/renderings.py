@@ -48,11 +48,11 @@ def _lf(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-RENDERINGS = (
+RENDERINGS = (  # of equal ones the first has the name
+    Rendering("indent", "Do not indent the text; fence it.", _no_indent),
     Rendering("CRLF", "Turn CRLF into LF where text enters the system.", _lf),
     Rendering("block quote", "Fence the text instead of quoting it line by line.", _no_quotes),
     Rendering("line numbers", "Number lines always or never, and in one format.", _no_numbers),
-    Rendering("indent", "Do not indent the text; fence it.", _no_indent),
     Rendering("HTML escapes", "Escape where text is shown, not where it is sent.", html.unescape),
     Rendering("JSON string", "Put the text beside the JSON, as raw text.", _no_json),
     Rendering(
@@ -73,7 +73,8 @@ def rendering(text: str, original: str) -> Rendering | None:
     best: Rendering | None = None
     most = max(LEAST_SHARE, plain + LEAST_GAIN)
     for candidate in RENDERINGS:
-        share = _same_lines(candidate.undo(text), candidate.undo(original))
+        undone = (_no_indent(candidate.undo(given)) for given in (text, original))
+        share = _same_lines(*undone)  # blanks behind a number may be its own, or the line's
         if share > most:
             best, most = candidate, share
     if best is None and _same(_runs(text), _runs(original)) >= LEAST_SHARE:

@@ -21,6 +21,7 @@ from kvcomm_vllm.wording import one_line
 
 ALL = "all"
 LABEL = 40  # characters that name an agent without a name
+MOST_PER_TOKEN = 16  # characters: text with more of them is not worth encoding
 MOST_DRAWN = 1 << 15  # tokens
 MOST_COMPARED = 10_000  # near copies of which is found out what was done to them
 
@@ -91,6 +92,8 @@ class Run:
         self.served = self.served or record.model
         if self.served not in (ALL, record.model) and record.model:
             raise SkippedError(Flaw.OTHER_MODEL, one_line(record.model, 60))
+        if record.characters > MOST_PER_TOKEN * self.server.capacity:
+            raise SkippedError(Flaw.LONG_PROMPT, f"{record.characters:,} characters")
         tokens = self.encoder.prompt(record)
         if not len(tokens):
             raise SkippedError(Flaw.EMPTY)

@@ -112,6 +112,7 @@ class ServerInThought:
         request.status = RequestStatus.FINISHED_STOPPED
         self.half.finish(request, [block.block_id for block in blocks])
         self.pages.free(blocks)
+        self.losses.seen.add(state.namespace, state.tokens())
         return Served(
             prompt_tokens=report["prompt_tokens"],
             prefix_alone=alone,

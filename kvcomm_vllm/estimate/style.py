@@ -13,7 +13,7 @@ h1{font-size:1.5rem;margin:0 0 .5rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}
 p{margin:.4rem 0}.dim,footer{color:var(--dim)}footer{margin-top:2rem;font-size:.85rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;color:var(--dim)}td:first-child,th:first-child,.word{text-align:left}
+th{font-weight:600;color:var(--dim);white-space:nowrap}td:first-child,th:first-child,.word{text-align:left}
 td{font-variant-numeric:tabular-nums}tr.total td{font-weight:600}
 .local{background:var(--local)}.reused{background:var(--reused)}.seam{background:var(--seam)}
 .gap{background:var(--gap)}.copy{background:var(--copy)}.computed{background:var(--computed)}
