@@ -31,6 +31,7 @@ class Flaw(enum.StrEnum):
     MEDIA = ("media", "images, audio or files: such requests are served without reuse")
     OTHER_MODEL = ("other_model", "for another model than the first one (see --served)")
     TEMPLATE = ("template", "the chat template or the tokenizer does not take it")
+    REFUSED = ("refused", "vLLM refuses it")
     LONG_PROMPT = ("long_prompt", "longer than the cache")
 
 

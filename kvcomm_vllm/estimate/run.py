@@ -15,7 +15,7 @@ from kvcomm_vllm.estimate.losses import Loss, Part
 from kvcomm_vllm.estimate.picture import KINDS, Kind, Picture, Piece
 from kvcomm_vllm.estimate.record import Record, records
 from kvcomm_vllm.estimate.renderings import rendering
-from kvcomm_vllm.estimate.server import Prompt, Served, ServerInThought, TooLongError
+from kvcomm_vllm.estimate.server import Prompt, RefusedError, Served, ServerInThought, TooLongError
 from kvcomm_vllm.estimate.tally import Tally
 from kvcomm_vllm.wording import one_line
 
@@ -68,15 +68,19 @@ class Run:
         line = 0
         for line, entry in entries(log):
             for record in [entry] if isinstance(entry, SkippedError) else records(entry):
-                try:
-                    if isinstance(record, SkippedError):
-                        raise record
-                    self._take(record, line)
-                except SkippedError as skipped:
-                    self.tally.flaws.add(skipped, line)
+                self.take(record, line)
             seen(line, self.tally.total.requests)
         if not self.tally.total.requests:
             raise EstimateError(f"{one_line(str(log))}: {self._nothing(line)}")
+
+    def take(self, record: Record | SkippedError, line: int) -> None:
+        """One request: it is served, or counted as skipped."""
+        try:
+            if isinstance(record, SkippedError):
+                raise record
+            self._serve(record, line)
+        except SkippedError as skipped:
+            self.tally.flaws.add(skipped, line)
 
     def _nothing(self, lines: int) -> str:
         if not lines:
@@ -88,7 +92,7 @@ class Run:
             f"{flaw.explanation}{more}"
         )
 
-    def _take(self, record: Record, line: int) -> None:
+    def _serve(self, record: Record, line: int) -> None:
         self.served = self.served or record.model
         if self.served not in (ALL, record.model) and record.model:
             raise SkippedError(Flaw.OTHER_MODEL, one_line(record.model, 60))
@@ -102,6 +106,8 @@ class Run:
         prompt = Prompt(tokens, answer, salt, record.hints, record.scored)
         try:
             served = self.server.serve(prompt)
+        except RefusedError as error:
+            raise SkippedError(Flaw.REFUSED, one_line(str(error), 100)) from None
         except TooLongError:
             told = f"{len(tokens):,} tokens, with {len(answer):,} of its answer"
             raise SkippedError(Flaw.LONG_PROMPT, told) from None

@@ -33,7 +33,7 @@ def render(run: Run) -> Iterator[RenderableType]:
 
 def _agents(run: Run) -> Table:
     table = Table(title="Prompt tokens", title_justify="left")
-    table.add_column("agent", overflow="ellipsis", no_wrap=True, ratio=1)
+    table.add_column("agent", ratio=1)
     for heading in ("requests", "tokens", "prefix\nalone", "local", "reused", "computed", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, sums in run.tally.largest(AGENTS):

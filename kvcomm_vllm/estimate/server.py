@@ -71,6 +71,10 @@ class TooLongError(ValueError):
     """A request that does not fit into the cache."""
 
 
+class RefusedError(ValueError):
+    """A request that vLLM itself refuses; the message is vLLM's."""
+
+
 class ServerInThought:
     """Args:
     config: the plugin's settings.
@@ -95,12 +99,16 @@ class ServerInThought:
         """Serve a request to its end.
 
         Raises:
+            RefusedError: vLLM would not take it.
             TooLongError: it is longer than the cache.
         """
         if len(prompt.tokens) + max(1, len(prompt.answer)) > self.capacity:
             raise TooLongError
-        alone = self._alone(prompt)
-        request = self._request(prompt)
+        try:
+            twin, request = self._request(prompt), self._request(prompt)
+        except Exception as error:  # its class differs between versions of vLLM
+            raise RefusedError(str(error)) from None
+        alone = self._alone(twin, prompt.answer)
         self.half.on_new_request(request)
         state = self.half.states[request.request_id]
         hit, external = self._match(request)
@@ -124,12 +132,11 @@ class ServerInThought:
             spans=[(start, end, kind) for start, end, kind in report["spans"]],
         )
 
-    def _alone(self, prompt: Prompt) -> int:
+    def _alone(self, request: Request, answer: I32) -> int:
         """The same without the plugin."""
-        request = self._request(prompt)
         hit = self.alone.hit(request)
         blocks = self.alone.take(request, hit)
-        _decode(request, blocks, prompt.answer, self.alone)
+        _decode(request, blocks, answer, self.alone)
         self.alone.free(blocks)
         return len(hit) * self.alone.block_size
 

@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import pytest
-from any_values import is_short_line, json_values
+from any_values import is_short_line
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from log_lines import LINES
 
 from kvcomm_vllm.estimate.flaws import Flaw, SkippedError
 from kvcomm_vllm.estimate.record import Record, records
@@ -146,21 +146,7 @@ def test_what_cannot_be_used_has_a_name(line: object, kind: Flaw) -> None:
     assert flaw(line) is kind
 
 
-KEYS = st.sampled_from(
-    [
-        *("messages", "prompt", "body", "request", "response", "choices", "message", "content"),
-        *("role", "type", "text", "attributes", "metadata", "kv_transfer_params", "kvcomm"),
-        *("gen_ai.input.messages", "gen_ai.prompt.0.content", "parts", "tool_calls", "tools"),
-    ]
-)
-LINES = st.recursive(
-    json_values,
-    lambda inner: st.dictionaries(KEYS, inner, max_size=5) | st.lists(inner, max_size=3),
-    max_leaves=20,
-)
-
-
-@given(st.dictionaries(KEYS, LINES, max_size=5) | LINES)
+@given(LINES)
 @settings(max_examples=400, deadline=None)
 def test_nothing_breaks_the_reading(line: object) -> None:
     for found in records(line):

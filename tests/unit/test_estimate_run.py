@@ -11,10 +11,19 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from log_lines import LINES
 from tiny_model import save_tokenizer
 from typer.testing import CliRunner
 
 from kvcomm_vllm.cli.main import app
+from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.estimate.encoder import Encoder
+from kvcomm_vllm.estimate.numbers import mapping
+from kvcomm_vllm.estimate.record import records
+from kvcomm_vllm.estimate.report_page import estimate_page
+from kvcomm_vllm.estimate.run import Options, Run
 
 pytest.importorskip("transformers")
 
@@ -140,6 +149,28 @@ def test_broken_lines_are_counted_and_the_others_are_estimated(tmp_path: Path, m
         "wrong_type": (1, 11),
     }
     assert numbers(tmp_path / "log", model, "--served", "all")["total"]["requests"] >= 3
+
+
+@given(st.lists(LINES, max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_no_line_breaks_an_estimate(shared_run: Run, lines: list[object]) -> None:
+    """One run, so that what a line leaves behind meets the next ones."""
+    before = shared_run.tally.total.requests + shared_run.tally.flaws.total
+    for number, line in enumerate(lines):
+        for record in records(line):
+            before += 1
+            shared_run.take(record, number)
+    total = shared_run.tally.total
+    assert total.requests + shared_run.tally.flaws.total == before
+    assert total.local + total.reused + total.computed == total.prompt_tokens
+    assert estimate_page(shared_run).encode()
+    assert json.dumps(mapping(shared_run))
+
+
+@pytest.fixture(scope="module")
+def shared_run(model: str) -> Run:
+    options = Options(KVCommConfig(), cache_tokens=1024, block_size=16, served="all")
+    return Run(options, Encoder.load(model))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "no json", "{}\n7\n[]", '{"prompt": ""}'])
