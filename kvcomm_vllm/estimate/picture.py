@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 MOST_BYTES = 150_000  # of the text
 MOST_CHARACTERS = 1500  # of one part; of a longer one the middle is left out
+MOST_TOLD = 500  # of more pieces the strip says nothing but their colours
 LITTLE = 450  # the same where nothing is to be seen: in the prefix
 Text = Callable[[int, int], str]
 
@@ -65,8 +66,10 @@ class Picture:
         legend = "".join(
             f'<li><i class="{kind}"></i>{html.escape(kind.legend)}</li>' for kind in used
         )
+        told = len(self.pieces) <= MOST_TOLD
         strip = "".join(
-            f'<b class="{piece.kind}" style="flex:{piece.tokens}" title="{_note(piece)}"></b>'
+            f'<b class="{piece.kind}" style="flex:{piece.tokens}"'
+            + (f' title="{_note(piece)}"></b>' if told else "></b>")
             for piece in self.pieces
         )
         return (
