@@ -45,6 +45,14 @@ FORBIDDEN = {
     "scheduler": ("torch", "triton", f"{PRODUCT}.worker", f"{PRODUCT}.kernels", f"{PRODUCT}.cli"),
     "worker": (f"{PRODUCT}.scheduler", f"{PRODUCT}.front", f"{PRODUCT}.cli"),
     "front": ("torch", f"{PRODUCT}.scheduler", f"{PRODUCT}.worker", f"{PRODUCT}.cli"),
+    "estimate": (
+        "torch",
+        "triton",
+        f"{PRODUCT}.worker",
+        f"{PRODUCT}.kernels",
+        f"{PRODUCT}.front",
+        f"{PRODUCT}.cli",
+    ),
     "config": ("torch", "vllm", f"{PRODUCT}.scheduler", f"{PRODUCT}.worker"),
 }
 
@@ -77,6 +85,13 @@ def test_what_serves_does_not_need_what_measures() -> None:
             continue  # its commands import it when they are called
         wrong = [name for name in imported(path) if lies_in(name, f"{PRODUCT}.evaluation")]
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_what_serves_does_not_need_what_estimates() -> None:
+    for path in files(PACKAGE):
+        if not {"cli", "estimate"} & set(path.relative_to(PACKAGE).parts):
+            wrong = [name for name in imported(path) if lies_in(name, f"{PRODUCT}.estimate")]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def test_the_index_has_one_door() -> None:

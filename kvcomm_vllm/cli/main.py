@@ -10,6 +10,8 @@ from rich.console import Console
 from kvcomm_vllm import __version__
 from kvcomm_vllm.cli.bench import bench
 from kvcomm_vllm.cli.demo import demo
+from kvcomm_vllm.cli.estimate import estimate
+from kvcomm_vllm.cli.explain import explain
 from kvcomm_vllm.cli.fidelity import fidelity
 
 app = typer.Typer(
@@ -21,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 console = Console()
-for command in (demo, fidelity, bench):
+for command in (demo, estimate, explain, fidelity, bench):
     app.command()(command)
 
 
