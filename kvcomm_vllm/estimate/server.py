@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server in thought: the real scheduler half decides, and nobody computes anything.
 
-Requests come one after another, and every load succeeds. Nothing is learned, so placeholders are all
-cold: mode ``anchor`` is served as mode ``seam``.
+Requests come one after another, and every load succeeds. Nothing is learned, so all
+placeholders are cold: mode ``anchor`` is served as mode ``seam``.
 """
 
 from __future__ import annotations
