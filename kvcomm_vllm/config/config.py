@@ -152,6 +152,15 @@ class KVCommConfig:
         low=0.0,
         high=1.0,
     )
+    max_refresh_share: float = key(
+        0.5,
+        "Reused tokens that repeated something where their KV was computed and do not here, or "
+        "the other way around, are computed again; text of which this takes more than such a "
+        "share is computed as a whole (modes seam and anchor).",
+        low=0.0,
+        high=1.0,
+        when_zero="none is computed again",
+    )
     reuse_approximate: bool = key(
         True,
         "Whether KV that is itself approximate (computed after reused text) may be a source.",

@@ -46,7 +46,8 @@ GROUPS = {
     "Which requests": ("default_on", "self_check"),
     "What is worth reusing": (
         *("min_span_tokens", "min_reuse_tokens", "min_reuse_share", "private_price"),
-        *("max_unseen_share", "reuse_approximate", "max_hole_tokens", "share_inflight_seconds"),
+        *("max_unseen_share", "max_refresh_share", "reuse_approximate", "max_hole_tokens"),
+        "share_inflight_seconds",
     ),
     "What is remembered": ("window_tokens", "max_sequences", "keep_last_page"),
     "Anchors: when they are learned and used": (

@@ -170,10 +170,13 @@ class SchedulerHalf:
         if private:  # nothing is left to be paid for
             limits = replace(limits, private_price=0.0)
         spans = cover(sources, limits.seam_tokens, self.block_size)
-        found = Found(local, spans, limits, self.finder.context(state).unseen_share)
+        context, refresh = self.finder.context(state), self.finder.refresh(state)
+        found = Found(local, spans, limits, context.unseen_share, refresh.stale_share)
         plan = self.modes[state.mode].plan(state, found)
         if not isinstance(plan, Plan):
             return plan
+        if limits.max_refresh_share:
+            plan = refresh.cut(plan, self.block_size)
         taken = self._hole_tokens()
         taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
         if not self._too_large(plan) and 0 < taken > self.spread.max_tokens - plan.hole_tokens:
@@ -226,6 +229,7 @@ class SchedulerHalf:
                 self._ops.append(ops)
             for span in plan.spans:
                 self.store.index.touch(span.source.sequence)
+        state.repeats = state.seen_repeats(plan)
         if first_time:
             self._note(state, plan)
         if self.off is None:

@@ -20,6 +20,7 @@ from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 UnseenShare: TypeAlias = Callable[[Iterable[ReuseSpan]], float]
+StaleShare: TypeAlias = Callable[[ReuseSpan], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Limits:
     min_reuse_share: float
     private_price: float
     max_unseen_share: float
+    max_refresh_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,12 @@ def stretches(spans: Iterable[ReuseSpan], min_tokens: int) -> list[Stretch]:
 
 
 def make_plan(
-    local: int, spans: Iterable[ReuseSpan], total: int, limits: Limits, unseen: UnseenShare
+    local: int,
+    spans: Iterable[ReuseSpan],
+    total: int,
+    limits: Limits,
+    unseen: UnseenShare,
+    stale: StaleShare,
 ) -> Plan | Reason:
     """The stretches with the best balance.
 
@@ -86,10 +93,15 @@ def make_plan(
         spans: in order, behind ``local``.
         total: tokens of the prompt.
         unseen: see :meth:`~kvcomm_vllm.scheduler.context.Context.unseen_share`.
+        stale: see :meth:`~kvcomm_vllm.scheduler.refresh.Refresh.stale_share`.
     """
     found = stretches(spans, limits.min_span_tokens)
     if not found:
         return Reason.TOO_SHORT
+    if limits.max_refresh_share:
+        whole = [span for stretch in found for span in stretch.spans]
+        fresh = [span for span in whole if stale(span) <= limits.max_refresh_share]
+        found = stretches(fresh, limits.min_span_tokens)
     found = [stretch for stretch in found if unseen(stretch.spans) <= limits.max_unseen_share]
     if not found:
         return Reason.OUT_OF_CONTEXT

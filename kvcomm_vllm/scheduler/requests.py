@@ -80,4 +80,5 @@ def limits_of(mode: str, hints: Hints, config: KVCommConfig) -> Limits:
         min_reuse_share=config.min_reuse_share,
         private_price=config.private_price,
         max_unseen_share=config.max_unseen_share,
+        max_refresh_share=0.0 if mode in ("rotate", "paper") else config.max_refresh_share,
     )

@@ -14,6 +14,7 @@ from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.refresh import Refresh, seen_repeats
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.state import RequestState
 
@@ -60,6 +61,7 @@ class SourceFinder:
         state.taint.adopt(sequence.block_hashes[:blocks], first)
         state.first_approximate = sequence.first_approximate
         state.generation = sequence.generation
+        state.local_repeats = seen_repeats(sequence)[: blocks * self.block_size]
         return True
 
     def find(self, state: RequestState, local: int) -> list[Match]:
@@ -76,7 +78,7 @@ class SourceFinder:
             if any(match.approximate_tokens for match in found):
                 found += self._search(state, local, exact=True)
             state.matches, state.matches_key = state.hints.clip(found), key
-            state.context = None
+            state.context = state.refresh = None
         return state.matches
 
     def context(self, state: RequestState) -> Context:
@@ -85,6 +87,12 @@ class SourceFinder:
             borders = None if state.trusted else self.config.window_tokens
             state.context = Context(state.tokens(), borders)
         return state.context
+
+    def refresh(self, state: RequestState) -> Refresh:
+        """Which tokens of the prompt would have to be computed again; remembered likewise."""
+        if state.refresh is None:
+            state.refresh = Refresh(state.tokens())
+        return state.refresh
 
     def _search(
         self, state: RequestState, local: int, filling: bool = False, exact: bool = False

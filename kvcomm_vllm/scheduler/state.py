@@ -17,6 +17,8 @@ from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.index import Match, Sequence
 from kvcomm_vllm.scheduler.planner import Limits
+from kvcomm_vllm.scheduler.refresh import Refresh, seen_by
+from kvcomm_vllm.scheduler.repeats import Bools, repeats
 from kvcomm_vllm.scheduler.spans import Plan, Treatment
 from kvcomm_vllm.scheduler.taint import Taint
 
@@ -51,7 +53,8 @@ class RequestState:
         told: the report has gone out with the first output.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
-        generation: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`.
+        generation, repeats: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`;
+            ``local_repeats``: those of the conversation whose private pages it continues.
         planned_placeholders: keys of the last plan's spans, ``placeholders`` of the served one's.
         lesson: what can be learned from the last plan.
         near: lines of the report about text stored in another rendering; None where not looked for.
@@ -84,11 +87,14 @@ class RequestState:
     prefill_tokens: int = 0
     first_approximate: int | None = None
     generation: int = 0
+    repeats: Bools | None = None
+    local_repeats: Bools | None = None
     adoption_tried: bool = False
     wait_until: float | None = None
     matches: list[Match] = field(default_factory=list)
     matches_key: tuple[int, int, int, bool] | None = None
     context: Context | None = None
+    refresh: Refresh | None = None
     planned_placeholders: list[str] = field(default_factory=list)
     placeholders: list[str] = field(default_factory=list)
     lesson: Lesson | None = None
@@ -133,7 +139,15 @@ class RequestState:
 
     def restore_exact(self) -> None:
         self.taint.restore()
-        self.first_approximate, self.generation = None, 0
+        self.first_approximate, self.generation, self.local_repeats = None, 0, None
+
+    def seen_repeats(self, plan: Plan | None) -> Bools | None:
+        """What ``repeats`` is once it is served by this plan; None where all of it is exact."""
+        if self.first_approximate is None:
+            return None
+        own = repeats(self.tokens()) if self.refresh is None else self.refresh.repeats
+        local = self.local_repeats
+        return seen_by(own, plan, None if local is None else local[: self.local])
 
     # ---- the report ------------------------------------------------------------------------------
 

@@ -53,6 +53,7 @@ class SequenceStore:
                 owner=state.id,
                 generation=state.generation,
             )
+            state.sequence.repeats = state.repeats
             self._filling[state.id] = state
 
     def follow(self, output: SchedulerOutput) -> None:

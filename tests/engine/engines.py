@@ -17,6 +17,7 @@ SETTINGS = {
     "window_tokens": 8,
     "private_price": 0.0,
     "max_unseen_share": 1.0,
+    "max_refresh_share": 0.0,
     "report": "full",
 }
 

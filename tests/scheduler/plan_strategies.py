@@ -59,6 +59,7 @@ def limits(
     min_reuse_share: float = 0.0,
     private_price: float = 0.0,
     max_unseen_share: float = 1.0,
+    max_refresh_share: float = 0.0,
 ) -> Limits:
     return Limits(
         seam_tokens,
@@ -68,6 +69,7 @@ def limits(
         min_reuse_share,
         private_price,
         max_unseen_share,
+        max_refresh_share,
     )
 
 
@@ -81,7 +83,7 @@ def plan_for(
     """The plan for a prompt that ends ``tail`` tokens behind the last source."""
     total = max((source.end for source in sources), default=local) + tail
     spans = cover(sources, given.seam_tokens, SIZE)
-    return make_plan(local, spans, total, given, unseen)
+    return make_plan(local, spans, total, given, unseen, lambda span: 0.0)
 
 
 @st.composite
@@ -113,4 +115,5 @@ any_limits = st.builds(
     min_reuse_share=st.floats(0, 1),
     private_price=st.floats(0, 2),
     max_unseen_share=st.just(1.0),
+    max_refresh_share=st.just(0.0),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from checks import check_idle, check_report
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
@@ -122,11 +123,16 @@ def test_a_request_too_short_to_be_reused_leaves_no_page_behind(make_engine: Mak
     assert not engine.partial_names
 
 
-def test_identical_text_twice_in_one_prompt_is_reused_twice(make_engine: Make) -> None:
-    engine = make_engine()
+@pytest.mark.parametrize(
+    ("share", "reused"), [(0.5, [(6, 44)]), (0.0, [(6, 44), (51, 89)])], ids=["default", "off"]
+)
+def test_of_a_text_twice_in_one_prompt_the_second_copy_which_saw_no_first_is_computed(
+    make_engine: Make, share: float, reused: list[tuple[int, int]]
+) -> None:
+    engine = make_engine(max_refresh_share=share)
     engine.serve("first", [*words("one", 20), *QUESTION])
     second = engine.serve("second", [*words("2", 4), *QUESTION, *words("gap", 5), *QUESTION, 3])
-    assert second.spans("reused") == [(6, 44), (51, 89)]
+    assert second.spans("reused") == reused
 
 
 def test_a_source_may_itself_be_reused_text(make_engine: Make) -> None:

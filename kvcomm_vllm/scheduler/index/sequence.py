@@ -23,6 +23,9 @@ class Sequence:
             exact.
         generation: how many copies lie between that KV and exact one: 1 = copied from exact KV, or
             computed behind such a copy; 0 while all of it is exact.
+        repeats: which tokens were repetitions when their KV was computed (see
+            :mod:`~kvcomm_vllm.scheduler.repeats`), of the first ones or of all; None as long as
+            nobody asked, or all of it was computed where it stands.
         ready: False while the prefill that writes the KV is running.
         owner: request id.
     """
@@ -36,6 +39,7 @@ class Sequence:
     ready: bool
     owner: str
     generation: int = 0
+    repeats: NDArray[np.bool_] | None = None
 
     @property
     def exact_tokens(self) -> int:

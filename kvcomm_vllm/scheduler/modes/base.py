@@ -13,7 +13,7 @@ from kvcomm_vllm.messages import ProbeOp, WorkerFacts
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.idle.lesson_queue import LessonQueue
 from kvcomm_vllm.scheduler.pages import SourcePages
-from kvcomm_vllm.scheduler.planner import Limits, UnseenShare
+from kvcomm_vllm.scheduler.planner import Limits, StaleShare, UnseenShare
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
 
@@ -45,13 +45,15 @@ class Found:
     Args:
         spans: what can be reused, in order.
         limits: the request's; it pays nothing for privacy where it is private already.
-        unseen: see :meth:`~kvcomm_vllm.scheduler.context.Context.unseen_share`.
+        unseen, stale: see :meth:`~kvcomm_vllm.scheduler.context.Context.unseen_share` and
+            :meth:`~kvcomm_vllm.scheduler.refresh.Refresh.stale_share`.
     """
 
     local: int
     spans: Listing[ReuseSpan]
     limits: Limits
     unseen: UnseenShare
+    stale: StaleShare
 
 
 class Mode(Protocol):

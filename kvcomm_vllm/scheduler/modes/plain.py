@@ -28,7 +28,8 @@ class PlainMode:
     def plan(self, state: RequestState, found: Found) -> Plan | Reason | AskAgain:
         """The spans with the best balance of what they save and what they cost."""
         total = len(state.tokens())
-        plan = make_plan(found.local, found.spans, total, found.limits, found.unseen)
+        judges = found.unseen, found.stale
+        plan = make_plan(found.local, found.spans, total, found.limits, *judges)
         if isinstance(plan, Reason):
             return plan
         there = placeholders(plan, state.tokens(), state.namespace, self.known)

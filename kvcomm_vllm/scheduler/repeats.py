@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repeats: which tokens of a text continue something that stands earlier in it.
+
+A model completes what it has read before: a token whose last few tokens occurred earlier attends to
+what followed them there (induction heads, arXiv 2209.11895), and its KV keeps what it found. So KV
+fits a new context as far as the same tokens are repetitions in it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcomm_vllm.scheduler.index import I32, RollingHash
+
+GRAM = 3  # so many tokens in a row are a repetition
+Bools = NDArray[np.bool_]
+
+_HASHING = RollingHash(GRAM)
+_NO_SEED = np.uint64(0)
+
+
+def repeats(tokens: I32) -> Bools:
+    """Whether the GRAM tokens that end at each token stand earlier in the text, too: bool [n]."""
+    found = np.zeros(len(tokens), np.bool_)
+    grams = _grams(tokens)
+    if len(grams):
+        ends = found[GRAM - 1 :]
+        ends[:] = True
+        ends[np.unique(grams, return_index=True)[1]] = False
+    return found
+
+
+def precedents(tokens: I32) -> Bools:
+    """Tokens that stand where the next one of this text will: behind an earlier occurrence of the
+    GRAM tokens it ends with. The first word of each earlier answer, in a chat: bool [n].
+    """
+    found = np.zeros(len(tokens), np.bool_)
+    grams = _grams(tokens)
+    if len(grams):
+        found[GRAM:] = grams[:-1] == grams[-1]
+    return found
+
+
+def _grams(tokens: I32) -> NDArray[np.uint64]:
+    """A key for the gram that starts at each token: [max(0, n - GRAM + 1)]."""
+    return _HASHING.windows(_HASHING.sums(np.ascontiguousarray(tokens, np.int32)), _NO_SEED)
