@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINE = 100
 
-# Reports and tables that programs write; docs/bench.md is still to be mended.
 LONG_LINES = {"docs/config.md", "docs/reasons.md"}
 LONG_FOLDERS = ("docs/results/",)
 
