@@ -98,7 +98,7 @@ RULES = (
     Rule("seam of 128", seam=128),
     Rule("15% at random", more=at_random(0.15)),
     Rule("repetitions changed", more=stale),
-    Rule("first words of answers", more=answers),
+    Rule("where answers began", more=answers),
     Rule("both", more=both),
     Rule("both, seam of 4", seam=4, more=both),
     Rule("the 15% moved most", more=moved_most(0.15)),

@@ -32,13 +32,16 @@ def repeats(tokens: I32) -> Bools:
 
 
 def precedents(tokens: I32) -> Bools:
-    """Tokens that stand where the next one of this text will: behind an earlier occurrence of the
-    GRAM tokens it ends with. The first word of each earlier answer, in a chat: bool [n].
+    """Tokens that stand where the last one of this text and the next one do: the end of each earlier
+    occurrence of the GRAM tokens it ends with, and what followed. In a chat, where each earlier
+    answer began: bool [n].
     """
     found = np.zeros(len(tokens), np.bool_)
     grams = _grams(tokens)
     if len(grams):
-        found[GRAM:] = grams[:-1] == grams[-1]
+        same = grams[:-1] == grams[-1]
+        found[GRAM:] = same
+        found[GRAM - 1 : -1] |= same
     return found
 
 

@@ -26,10 +26,10 @@ def test_a_repetition_is_what_stands_earlier_in_the_text(tokens: np.ndarray) -> 
 
 
 @given(few_words)
-def test_a_precedent_follows_an_earlier_occurrence_of_the_end(tokens: np.ndarray) -> None:
+def test_precedents_end_an_earlier_occurrence_of_the_end_or_follow_it(tokens: np.ndarray) -> None:
     words = tokens.tolist()
-    for at, found in enumerate(precedents(tokens).tolist()):
-        assert found == (at >= GRAM and words[at - GRAM : at] == words[-GRAM:])
+    ends = [n for n in range(GRAM, len(words)) if words[n - GRAM : n] == words[-GRAM:]]
+    assert set(np.flatnonzero(precedents(tokens))) == {n for end in ends for n in (end - 1, end)}
 
 
 @given(st.lists(st.booleans(), max_size=80).map(lambda kept: np.array(kept, np.bool_)))
@@ -93,12 +93,14 @@ def test_an_edit_that_nothing_repeats_moves_nothing() -> None:
     assert not Refresh(after).stale(moved(before, 2, 3, len(TURN))).any()
 
 
-def test_the_first_word_of_an_earlier_answer_is_computed_again_with_them() -> None:
+def test_where_an_earlier_answer_began_is_computed_again_with_them() -> None:
     asks = [31, 32, 33]
     before = stored([*OLD_TURN, *TURN, *asks, 40, 41, 42, 43])
     after = np.array([90, *TURN, *asks, 40, 41, 42, 43, *asks], np.int32)
     span = moved(before, len(OLD_TURN), 1, len(TURN) + 7)
-    assert span.start + np.flatnonzero(Refresh(after).stale(span))[-1] == after.tolist().index(40)
+    stale = span.start + np.flatnonzero(Refresh(after).stale(span))
+    first_word = after.tolist().index(40)
+    assert stale.tolist()[-2:] == [first_word - 1, first_word]
 
 
 def test_the_second_copy_of_a_text_is_not_reused() -> None:
