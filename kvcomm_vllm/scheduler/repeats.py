@@ -32,9 +32,9 @@ def repeats(tokens: I32) -> Bools:
 
 
 def precedents(tokens: I32) -> Bools:
-    """Tokens that stand where the last one of this text and the next one do: the end of each earlier
-    occurrence of the GRAM tokens it ends with, and what followed. In a chat, where each earlier
-    answer began: bool [n].
+    """Tokens that stand where the last one of this text and the next one do: the end of each
+    earlier occurrence of the GRAM tokens it ends with, and what followed. In a chat, where each
+    earlier answer began: bool [n].
     """
     found = np.zeros(len(tokens), np.bool_)
     grams = _grams(tokens)
