@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's picture: a bar per agent and setting, and what became of every prompt."""
+"""The demo's picture: a bar per prompt and column, and what became of every prompt."""
 
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import StrMethodFormatter
 
-from kvcomm_vllm.evaluation.demo.table import AgentRow, Traced
+from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, PLAIN
+from kvcomm_vllm.evaluation.demo.scenes import Scene
+from kvcomm_vllm.evaluation.demo.table import Traced
 from kvcomm_vllm.evaluation.report.numbers import sooner
 
 # Okabe-Ito colours, told apart with any kind of colour vision.
 COLOURS = {"local": "#56B4E9", "reused": "#009E73", "computed": "#E69F00"}
-LABELS = {
-    "local": "own prefix, already cached",
-    "reused": "reused from another agent",
-    "computed": "computed",
+# How a column is drawn: where its time stands in a row, its name, its colour.
+BARS = {
+    NO_CACHE: ("ttft_plain_ms", "plain vLLM, no cache", "#BBBBBB"),
+    PLAIN: ("ttft_cached_ms", "plain vLLM, prefix caching", "#6E7B8B"),
+    KVCOMM: ("ttft_kvcomm_ms", "kvcomm", "#009E73"),
 }
-SETTINGS = (
-    ("ttft_plain_ms", "plain vLLM, no cache", "#BBBBBB"),
-    ("ttft_cached_ms", "plain vLLM, prefix caching", "#6E7B8B"),
-    ("ttft_kvcomm_ms", "kvcomm", "#009E73"),
-)
 BAR_HEIGHT = 0.26
 
 Span = tuple[int, int, str]
@@ -63,10 +61,12 @@ def _plain_axes(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _draw_times(axes: Axes, rows: list[AgentRow]) -> None:
-    longest = max(max(getattr(row, key) for key, _, _ in SETTINGS) for row in rows)
-    for number, (key, label, colour) in enumerate(SETTINGS):
-        heights = [row + (number - 1) * BAR_HEIGHT for row in range(len(rows))]
+def _draw_times(axes: Axes, scene: Scene, rows: list[Any]) -> None:
+    bars = [bar for name, bar in BARS.items() if name in (*scene.columns, KVCOMM)]
+    longest = max(max(getattr(row, key) for key, _, _ in bars) for row in rows)
+    for number, (key, label, colour) in enumerate(bars):
+        shift = (number - (len(bars) - 1) / 2) * BAR_HEIGHT
+        heights = [row + shift for row in range(len(rows))]
         values = [getattr(row, key) for row in rows]
         axes.barh(heights, values, BAR_HEIGHT * 0.92, color=colour, label=label)
         for row, height, value in zip(rows, heights, values, strict=True):
@@ -89,7 +89,12 @@ def _draw_times(axes: Axes, rows: list[AgentRow]) -> None:
     )
 
 
-def _draw_prompts(axes: Axes, traced: list[Traced]) -> None:
+def _draw_prompts(axes: Axes, scene: Scene, traced: list[Traced]) -> None:
+    labels = {
+        "local": "own prefix, already cached",
+        "reused": scene.reused,
+        "computed": "computed",
+    }
     seen: set[str] = set()
     for number, call in enumerate(traced):
         for start, end, kind in prompt_spans(call):
@@ -98,9 +103,11 @@ def _draw_prompts(axes: Axes, traced: list[Traced]) -> None:
             seen.add(kind)
     axes.set_xlim(0, max(call.prompt_tokens for call in traced) * 1.02)
     axes.set_xlabel("position in the prompt, tokens")
-    axes.set_title("One more question, prompt by prompt", loc="left", fontsize=10, color="#444444")
+    axes.set_title(
+        f"One more {scene.task}, prompt by prompt", loc="left", fontsize=10, color="#444444"
+    )
     handles = [
-        Patch(color=colour, label=LABELS[kind]) for kind, colour in COLOURS.items() if kind in seen
+        Patch(color=colour, label=labels[kind]) for kind, colour in COLOURS.items() if kind in seen
     ]
     axes.legend(
         handles=handles,
@@ -113,24 +120,26 @@ def _draw_prompts(axes: Axes, traced: list[Traced]) -> None:
 
 
 def write_figure(
-    path: Path, rows: list[AgentRow], traced: list[Traced], model: str, machine: str
+    path: Path, scene: Scene, rows: list[Any], traced: list[Traced], where: str
 ) -> None:
-    """Draw both panels to a PNG file; `traced` holds the same agents in the same order."""
+    """Draw both panels to a PNG file; `traced` holds the same prompts in the same order, `where` is
+    what they were served with.
+    """
     figure, (times, prompts) = plt.subplots(1, 2, figsize=(13, 0.85 * len(rows) + 2.0), sharey=True)
-    _draw_times(times, rows)
-    _draw_prompts(prompts, traced)
-    times.set_yticks(range(len(rows)), [row.agent for row in rows], fontsize=10, fontweight="bold")
+    _draw_times(times, scene, rows)
+    _draw_prompts(prompts, scene, traced)
+    times.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=10, fontweight="bold")
     times.set_ylim(len(rows) - 0.5, -0.5)
     for axes in (times, prompts):
         _plain_axes(axes)
     figure.suptitle(
-        f"{len(rows)} cooperating agents, every agent reads all earlier notes",
+        scene.picture.format(rows=len(rows)),
         x=0.008,
         ha="left",
         fontsize=13,
         fontweight="bold",
     )
-    figure.text(0.992, 0.005, f"{model}, {machine}", ha="right", fontsize=7.5, color="#777777")
+    figure.text(0.992, 0.005, where, ha="right", fontsize=7.5, color="#777777")
     figure.tight_layout(rect=(0, 0.02, 1, 0.97), w_pad=3)
     figure.savefig(path, dpi=160)
     plt.close(figure)

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcomm_vllm.config.file import load_file
-from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, OFF, OWN, PLAIN, Column
+from kvcomm_vllm.evaluation.bench.columns import KVCOMM, OFF, OWN, Column
 from kvcomm_vllm.evaluation.bench.options import Options
-from kvcomm_vllm.evaluation.workloads.notes import Question, load_questions
+from kvcomm_vllm.evaluation.demo.scenes import AGENTS, Scene, scene_of
 from kvcomm_vllm.evaluation.workloads.rows import DATA, DataError
+from kvcomm_vllm.evaluation.workloads.task import Task
 
 # As it comes: requests carry no hint, the configuration decides.
 OURS = Column(KVCOMM, KVCOMM)
-
-
-# How much is shown: so many questions, notes of so many tokens.
-QUICK, FULL = (1, 48), (2, 128)
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,15 @@ class DemoOptions:
 
     Args:
         bench: servers and columns.
-        extra: the question that is asked for the picture.
+        tasks: what is timed; ``extra``: what is played for the picture.
         config: the file of the plugin's settings.
         full: plain vLLM has a server of its own.
     """
 
     bench: Options
-    questions: list[Question]
-    extra: Question
+    scene: Scene
+    tasks: list[Task]
+    extra: Task
     answer_tokens: int
     config: Path
     full: bool
@@ -48,28 +46,33 @@ def read_options(
     data: Path | None = None,
     server_args: list[str] | None = None,
     *,
+    scene: str = AGENTS.name,
     full: bool = False,
     quick: bool = False,
 ) -> DemoOptions:
     """The preset, and what the user has said instead.
 
     Raises:
-        DataError: two presets, or unusable questions.
+        DataError: two presets, no such scene, too short an answer, or unusable questions.
         ConfigError: an unusable configuration file.
     """
     if quick and full:
         raise DataError("--quick and --full are two things")
-    few, short = FULL if full else QUICK
+    chosen = scene_of(scene)
+    few, short = chosen.full if full else chosen.quick
+    tokens = answer_tokens or short
+    if tokens < chosen.least_answer:
+        raise DataError(f"--answer-tokens must be {chosen.least_answer} or more, not {tokens}")
     file = config or Path(str(DATA / "demo.yaml"))
     plain = OWN if full else OFF
     bench = Options(
         model,
         out,
         workloads={},
-        columns=[OURS, plain[PLAIN], plain[NO_CACHE]],
+        columns=[OURS, *(plain[name] for name in chosen.columns)],
         tasks=0,
         config=load_file(file),
         server_args=server_args or [],
     )
-    *timed, extra = load_questions((questions or few) + 1, data)
-    return DemoOptions(bench, timed, extra, answer_tokens or short, file, full)
+    *timed, extra = chosen.tasks((questions or few) + 1, tokens, data)
+    return DemoOptions(bench, chosen, timed, extra, tokens, file, full)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kvcomm demo`: five agents on a real server, with the plugin and without it."""
+"""`kvcomm demo`: a scene on a real server, with the plugin and without it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,11 @@ from kvcomm_vllm.evaluation.bench.run import look_busy, make_drivers, resting
 from kvcomm_vllm.evaluation.bench.runner import stopwatch
 from kvcomm_vllm.evaluation.bench.servers import Served, describe_servers, serving
 from kvcomm_vllm.evaluation.demo.options import OURS, DemoOptions
-from kvcomm_vllm.evaluation.demo.table import (
-    LEGEND,
-    Heard,
-    Traced,
-    agent_rows,
-    at_once,
-    headline,
-    render_table,
-    write_json,
-)
+from kvcomm_vllm.evaluation.demo.table import Heard, Traced, write_json
 from kvcomm_vllm.evaluation.serving.client import ChatClient, RefusedError
 from kvcomm_vllm.evaluation.serving.screen import progress_bar, say
 from kvcomm_vllm.evaluation.serving.server import stop_at_sigterm
-from kvcomm_vllm.evaluation.workloads.notes import Question, notes_task
+from kvcomm_vllm.evaluation.workloads.task import Task
 
 ONE_SERVER = (
     "Plain vLLM's times are taken on this server, with mode off, which gives plain vLLM's tokens\n"
@@ -65,9 +56,7 @@ def run_demo(options: DemoOptions, console: Console) -> None:
             raise RefusedError(problem)
         drivers = make_drivers(options.bench.columns, servers, stopwatch(), floor=False)
         calls = [
-            call
-            for question in options.questions
-            for call in _measured(question, options, drivers, progress)
+            call for task in options.tasks for call in _measured(task, options, drivers, progress)
         ]
         traced = _traced(servers[KVCOMM].client, options, progress)
         settings = _settings(options, servers)
@@ -76,27 +65,26 @@ def run_demo(options: DemoOptions, console: Console) -> None:
 
 
 def _measured(
-    question: Question, options: DemoOptions, drivers: dict[str, Driver], progress: Progress
+    task: Task, options: DemoOptions, drivers: dict[str, Driver], progress: Progress
 ) -> list[Heard]:
-    """All agents on one question, in every column; each is shown as soon as it has spoken."""
-    task = notes_task(question, options.answer_tokens)
+    """One task in every column; each call is shown as soon as all have answered it."""
     found: list[Heard] = []
 
     def heard(turn: Sequence[Running]) -> None:
         by_name = {one.column: one for one in turn}
-        plain, cached, ours = (by_name[name] for name in (NO_CACHE, PLAIN, OURS.name))
+        ours, plain = by_name[OURS.name], by_name.get(NO_CACHE, by_name[PLAIN])
         call = task.call(ours.said[: len(found)])
         assert call is not None
-        records = (plain.records[-1], cached.records[-1], ours.records[-1])
+        records = {name: one.records[-1] for name, one in by_name.items()}
         answers = {"plain": plain.texts[-1], "kvcomm": ours.texts[-1]}
-        found.append(Heard(question.id, call.messages, *records, answers))
+        found.append(Heard(task.id, call.messages, records, answers))
         progress.update(bar, completed=len(found))
-        say(progress.console, at_once(found[-1]))
+        say(progress.console, options.scene.line(found[-1]))
 
     bar = progress.add_task("agents at work", total=len(task.case.turns))
     step = partial(progress.update, bar)
     floor = Floor(resting(), stopwatch(), lambda what: step(description=what), heard)
-    stand = Stand("notes", LOCKSTEP, task.id)
+    stand = Stand(options.scene.name, LOCKSTEP, task.id)
     played = play(task, stand, list(drivers.values()), floor, lead=OURS.name)
     progress.remove_task(bar)
     if isinstance(played, SkipRecord):
@@ -105,9 +93,9 @@ def _measured(
 
 
 def _traced(client: ChatClient, options: DemoOptions, progress: Progress) -> list[Traced]:
-    """One more question without streaming, because only such responses carry the report."""
-    task = notes_task(options.extra, options.answer_tokens)
-    say(progress.console, "  one more question for the picture")
+    """One more task without streaming, because only such responses carry the report."""
+    task = options.extra
+    say(progress.console, f"  one more {options.scene.task} for the picture")
     found: list[Traced] = []
     said: list[str] = []
     while (call := task.call(said)) is not None:
@@ -121,7 +109,8 @@ def _traced(client: ChatClient, options: DemoOptions, progress: Progress) -> lis
 def _settings(options: DemoOptions, servers: dict[str, Served]) -> dict[str, Any]:
     return {
         **about_run(options.bench.model),
-        "questions": [question.id for question in options.questions],
+        "scene": options.scene.name,
+        f"{options.scene.task}s": [task.id for task in options.tasks],
         "answer_tokens": options.answer_tokens,
         "order": "side by side" if options.full else "one server",
         "config": {
@@ -142,16 +131,17 @@ def _present(
     # matplotlib takes a second to import, which a refused option should not have to wait for.
     from kvcomm_vllm.evaluation.demo.figure import write_figure
 
-    rows, machine = agent_rows(calls), settings["machine"]
+    scene, machine = options.scene, settings["machine"]
+    rows = scene.rows(calls)
     hardware = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['cores']} cores"
     out = options.bench.out
     report, picture = out / "demo.json", out / "demo.png"
-    write_json(report, settings, calls, traced)
-    write_figure(picture, rows, traced, served_name(options.bench.model), hardware)
+    write_json(report, settings, {f"{scene.row}s": rows}, calls, traced)
+    write_figure(picture, scene, rows, traced, f"{served_name(options.bench.model)}, {hardware}")
     console.print()
-    console.print(render_table(rows, len(options.questions), options.answer_tokens))
-    console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
+    console.print(scene.table(rows, len(options.tasks), options.answer_tokens))
+    console.print(scene.legend, style="dim", highlight=False, soft_wrap=True)
     console.print()
-    console.print(headline(rows), highlight=False)
+    console.print(scene.headline(rows), highlight=False)
     seconds = f"{settings['total_seconds']:.0f} s"
     say(console, f"Report:  {report}\nPicture: {picture}\nTotal:   {seconds}")

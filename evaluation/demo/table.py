@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's numbers: medians per agent, as a table and as JSON."""
+"""Scene ``agents``: medians per agent as a table; and what every scene keeps as JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table as Screen
 
+from kvcomm_vllm.evaluation.bench.columns import KVCOMM, NO_CACHE, PLAIN
 from kvcomm_vllm.evaluation.bench.records import CallRecord
 from kvcomm_vllm.evaluation.report import table
 from kvcomm_vllm.evaluation.report.numbers import sooner
@@ -18,6 +19,8 @@ from kvcomm_vllm.evaluation.report.table import Table
 from kvcomm_vllm.evaluation.workloads.answers import equal_leading_share
 from kvcomm_vllm.evaluation.workloads.case import Message
 
+# How columns are called in demo.json.
+NAMES = {NO_CACHE: "plain", PLAIN: "prefix_cache", KVCOMM: "kvcomm"}
 COUNTED = ("local", "reused", "computed", "corrected", "declined")
 LEGEND = """\
 local, reused, computed: prompt tokens from the own prefix cache, from another agent's request,
@@ -28,15 +31,13 @@ prompt. plain self: the same between plain vLLM's two answers, which differ by r
 
 @dataclass(frozen=True)
 class Heard:
-    """One prompt as each setting has served it: without any cached prefix (``plain``), with the
-    agent's own (``cached``), and by the plugin. ``answers`` are the texts by setting.
+    """One prompt as each column has served it: the plugin, plain vLLM with the agent's own prefix
+    in its cache and, in scenes that have that column, without any. ``answers`` are the texts.
     """
 
     question: str
     messages: list[Message]
-    plain: CallRecord
-    cached: CallRecord
-    kvcomm: CallRecord
+    records: dict[str, CallRecord]
     answers: dict[str, str]
 
     @property
@@ -44,9 +45,22 @@ class Heard:
         return self.kvcomm.agent
 
     @property
+    def kvcomm(self) -> CallRecord:
+        return self.records[KVCOMM]
+
+    @property
+    def cached(self) -> CallRecord:
+        return self.records[PLAIN]
+
+    @property
+    def plain(self) -> CallRecord:
+        return self.records[NO_CACHE]
+
+    @property
     def agreement(self) -> float:
-        """Of kvcomm's greedy answer with plain vLLM's."""
-        return equal_leading_share(self.kvcomm.answer_ids, self.plain.answer_ids)
+        """Of kvcomm's greedy answer with plain vLLM's, of the column without a cache if any."""
+        exact = self.records.get(NO_CACHE, self.cached)
+        return equal_leading_share(self.kvcomm.answer_ids, exact.answer_ids)
 
     @property
     def plain_agreement(self) -> float:
@@ -84,6 +98,10 @@ class AgentRow:
     speedup_cached: float
     agreement: float
     plain_agreement: float
+
+    @property
+    def label(self) -> str:
+        return self.agent
 
 
 def _row(agent: str, calls: list[Heard]) -> AgentRow:
@@ -131,7 +149,7 @@ def at_once(call: Heard) -> str:
     )
 
 
-def _count(value: float | None) -> str:
+def count(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
@@ -145,12 +163,12 @@ def render_table(rows: list[AgentRow], questions: int, answer_tokens: int) -> Sc
         {
             # Two short lines each: the table must fit into 80 columns.
             "\nagent": row.agent,
-            "\nprompt": _count(row.prompt_tokens),
-            "\nlocal": _count(row.local),
-            "\nreused": _count(row.reused),
-            "com-\nputed": _count(row.computed),
-            "TTFT\nplain": _count(row.ttft_plain_ms),
-            "TTFT\ncache": _count(row.ttft_cached_ms),
+            "\nprompt": count(row.prompt_tokens),
+            "\nlocal": count(row.local),
+            "\nreused": count(row.reused),
+            "com-\nputed": count(row.computed),
+            "TTFT\nplain": count(row.ttft_plain_ms),
+            "TTFT\ncache": count(row.ttft_cached_ms),
             "TTFT\nkvcomm": f"[green]{row.ttft_kvcomm_ms:,.0f}[/green]",
             "vs\nplain": f"{row.speedup_plain:.1f}x",
             "vs\ncache": f"[green]{row.speedup_cached:.1f}x[/green]",
@@ -175,29 +193,37 @@ def headline(rows: list[AgentRow]) -> str:
 
 
 def _call_record(call: Heard) -> dict[str, Any]:
-    columns = {"plain": call.plain, "prefix_cache": call.cached, "kvcomm": call.kvcomm}
+    columns = {name: call.records[key] for key, name in NAMES.items() if key in call.records}
     counts = {name: getattr(call.kvcomm, name) for name in COUNTED}
     measured = ("ttft_ms", "cached_tokens", "total_ms")
+    agreements = {"agreement": call.agreement}
+    if NO_CACHE in call.records:
+        agreements["plain_agreement"] = call.plain_agreement
     return {
         "question": call.question,
         "agent": call.agent,
         "prompt_tokens": call.kvcomm.prompt_tokens,
         "treatment": counts if call.kvcomm.local is not None else None,
         **{key: {n: getattr(found, key) for n, found in columns.items()} for key in measured},
-        "agreement": call.agreement,
-        "plain_agreement": call.plain_agreement,
+        **agreements,
         "messages": call.messages,
         "answer": call.answers,
     }
 
 
 def write_json(
-    path: Path, settings: dict[str, Any], calls: list[Heard], traced: list[Traced]
+    path: Path,
+    settings: dict[str, Any],
+    rows: dict[str, Any],
+    calls: list[Heard],
+    traced: list[Traced],
 ) -> None:
-    """Settings, the table's rows, every single call, and the traced prompts' reports."""
+    """Settings, the table's rows by what they are called, every single call, and the traced
+    prompts' reports.
+    """
     report = {
         **settings,
-        "agents": agent_rows(calls),
+        **rows,
         "trace": traced,
         "calls": [_call_record(call) for call in calls],
     }

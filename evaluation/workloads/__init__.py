@@ -11,11 +11,13 @@ from typing import TypeVar
 from kvcomm_vllm.evaluation.workloads import (
     agents,
     coding,
+    edits,
     groupchat,
     judge,
     math,
     mmlu,
     rag,
+    repo,
     synthetic,
     toolcalls,
 )
@@ -26,16 +28,25 @@ from kvcomm_vllm.evaluation.workloads.task import MakeCases, Workload
 
 _MODULES = (math, coding, rag, mmlu, groupchat, judge, toolcalls, synthetic, agents)
 WORKLOADS: dict[str, Workload] = {
-    one.name: one for one in (*(module.WORKLOAD for module in _MODULES), agents.CROWD)
+    one.name: one
+    for one in (
+        *(module.WORKLOAD for module in _MODULES),
+        agents.CROWD,
+        *edits.WORKLOADS,
+        repo.WORKLOAD,
+    )
 }
 # What `kvcomm fidelity` compares: cases alone, since dense answers are its scores.
-CASES: dict[str, tuple[DataSet, MakeCases]] = {
+CASES: dict[str, tuple[DataSet, MakeCases] | Workload] = {
     "gsm8k3": (math.DATA, partial(math.solve, agents=3)),
     "gsm8k5": (math.DATA, partial(math.solve, agents=5)),
     "groupchat": (groupchat.DATA, groupchat.discuss),
     "rag": (rag.DATA, rag.consult),
     "judge": (math.DATA, judge.compete),
+    **{one.name: one for one in (*edits.WORKLOADS, repo.WORKLOAD)},
 }
+# of a workload without data, which has no end
+MADE_UP_CASES = 64
 Found = TypeVar("Found")
 
 
@@ -60,6 +71,10 @@ def cases(name: str, folder: Path | None, seed: int) -> tuple[list[Case], str]:
     Raises:
         DataError: no such workload, unreadable or malformed data.
     """
-    data, make = _named(name, CASES)
+    found = _named(name, CASES)
+    if isinstance(found, Workload):
+        made = found.make(folder, seed)
+        return [task.case for task in made.tasks[:MADE_UP_CASES]], made.source
+    data, make = found
     rows, source = data.rows(folder)
     return [case for row in rows for case in make(row, chance(row, seed))], source

@@ -97,6 +97,7 @@ class Workload:
             random words, as ``tasks(number, seed, **options)``, of any number.
         metric: what its score is ("exact number", "F1", ...), empty without one.
         options: what ``tasks`` takes, and within which limits.
+        source: what tasks without data are made of.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Workload:
     data: DataSet | None = None
     options: Mapping[str, Range] = field(default_factory=lambda: {"output_tokens": TOKENS})
     metric: str = ""
+    source: str = "random words"
 
     def make(self, folder: Path | None = None, seed: int = 0, **given: int) -> TaskSet:
         """The tasks of this workload, of data in an order that the seed decides.
@@ -121,7 +123,7 @@ class Workload:
                 allowed = f"{least} or more" if most is None else f"{least} to {most}"
                 raise DataError(f"{name} must be {allowed}, not {value}")
         if self.data is None:
-            return TaskSet(Endless(partial(self.tasks, seed=seed, **given)), "random words")
+            return TaskSet(Endless(partial(self.tasks, seed=seed, **given)), self.source)
         rows, source = self.data.shuffled(folder, seed)
         found = [self.tasks(row, chance(row, seed), **given) for row in rows]
         return TaskSet([task for some in found for task in some], source)

@@ -27,8 +27,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--workload",
-            help="math, coding, rag, mmlu, groupchat, judge, toolcalls, synthetic, agents, crowd; "
-            "repeatable.",
+            help="math, coding, rag, mmlu, groupchat, judge, toolcalls, synthetic, agents, crowd, "
+            "clock, compaction, pruned, tools, repo; repeatable.",
         ),
     ] = None,
     tasks: Annotated[
@@ -68,7 +68,8 @@ def bench(
         int | None, typer.Option(min=1, help="Length of each agent's instructions (synthetic).")
     ] = None,
     input_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of the shared input (synthetic).")
+        int | None,
+        typer.Option(min=1, help="Length of the shared input (synthetic), of an edited prompt."),
     ] = None,
     output_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer of each agent.")

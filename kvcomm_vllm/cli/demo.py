@@ -12,6 +12,13 @@ from kvcomm_vllm.cli.extras import CLIENT, PICTURE, measuring
 
 def demo(
     model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of the model.")],
+    scene: Annotated[
+        str,
+        typer.Option(
+            help="agents: five agents read each other's notes; edit: one agent, whose prompt is "
+            "edited near its head eight times."
+        ),
+    ] = "agents",
     quick: Annotated[
         bool, typer.Option("--quick", help="One server, one question, short notes (the default).")
     ] = False,
@@ -22,11 +29,14 @@ def demo(
         Path, typer.Option(help="Folder for the report, the picture, and the servers' logs.")
     ] = Path("out/demo"),
     questions: Annotated[
-        int | None, typer.Option(min=1, help="Timed questions (default: 1; 2 with --full).")
+        int | None,
+        typer.Option(min=1, help="Timed questions or sessions (1; --full: 2 or 3)."),
     ] = None,
     answer_tokens: Annotated[
         int | None,
-        typer.Option(min=8, help="Length of every note (default: 48; 128 with --full)."),
+        typer.Option(
+            min=1, help="Length of every answer (agents: 48, 128 with --full, at least 8; edit: 8)."
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -40,12 +50,21 @@ def demo(
         typer.Option(help="Extra argument of the servers, e.g. --server-arg=--dtype=float32."),
     ] = None,
 ) -> None:
-    """Five agents work on word problems, with kvcomm and with plain vLLM; prints one table."""
+    """Agents at work, with kvcomm and with plain vLLM; prints one table."""
     with measuring("demo", (*CLIENT, *PICTURE)):
         from kvcomm_vllm.evaluation.demo.options import read_options
         from kvcomm_vllm.evaluation.demo.run import run_demo
 
         options = read_options(
-            model, out, questions, answer_tokens, config, data, server_arg, full=full, quick=quick
+            model,
+            out,
+            questions,
+            answer_tokens,
+            config,
+            data,
+            server_arg,
+            scene=scene,
+            full=full,
+            quick=quick,
         )
         run_demo(options, Console())

@@ -16,7 +16,10 @@ def fidelity(
     model: Annotated[str, typer.Option(help="Local folder or Hugging Face id of the model.")],
     workload: Annotated[
         str,
-        typer.Option(help="gsm8k3, gsm8k5, groupchat, rag, judge; several with commas, or all."),
+        typer.Option(
+            help="gsm8k3, gsm8k5, groupchat, rag, judge, clock, compaction, pruned, tools, repo; "
+            "several with commas, or all."
+        ),
     ] = "gsm8k3",
     modes: Annotated[
         str, typer.Option(help="What is compared with dense: rotate, seam16, anchor16, ...")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvcomm_vllm.evaluation.workloads import WORKLOADS, workload
+from kvcomm_vllm.evaluation.workloads.edits import KINDS
 from kvcomm_vllm.evaluation.workloads.rows import DATA, DataError
 from kvcomm_vllm.evaluation.workloads.task import MOST_AGENTS, Call, Task
 from kvcomm_vllm.evaluation.workloads.words import random_words
@@ -20,7 +21,9 @@ from kvcomm_vllm.evaluation.workloads.words import random_words
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PACKAGED = {"mmlu": 48, "coding": 24, "toolcalls": 24, "math": 32, "judge": 64}
 PREFILLED = ("agents", "crowd")
-TALKING = [name for name in WORKLOADS if name not in PREFILLED]
+# of one agent, whose prompt is edited: test_bench_edits.py
+EDITED = (*KINDS, "repo")
+TALKING = [name for name in WORKLOADS if name not in (*PREFILLED, *EDITED)]
 WITH_DATA = [name for name in TALKING if name != "synthetic"]
 
 
@@ -122,11 +125,12 @@ def test_an_unknown_workload_is_refused_with_the_names_there_are() -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_option_is_taken_and_its_limits_are_named(name: str) -> None:
-    for option in workload(name).options:
-        workload(name).make(None, 0, **{option: 64 if option.endswith("_tokens") else 3})
+    for option, (least, _) in workload(name).options.items():
+        usual = 64 if option.endswith("_tokens") else 3
+        workload(name).make(None, 0, **{option: max(least, usual)})
         with pytest.raises(DataError, match=f"{option} must be .* not 0"):
             workload(name).make(None, 0, **{option: 0})
-    if name in TALKING:
+    if name in (*TALKING, *EDITED):
         calls, _ = play(workload(name).make(None, 0, output_tokens=7).tasks[0])
         assert {call.max_tokens for call in calls} == {7}
 

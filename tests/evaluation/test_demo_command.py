@@ -135,7 +135,29 @@ def test_the_demo_takes_one_server_unless_asked_for_more(tmp_path: Path) -> None
     assert names["kvcomm"].hints is None, "served as the configuration says"
     salts = [column.salt(number) for column in names.values() for number in (0, 1)]
     assert len(set(salts)) == 4, "the columns with a cache have one each, the other none"
-    assert (len(quick.questions), quick.answer_tokens) == (1, 48)
-    assert (len(full.questions), full.answer_tokens) == (2, 128)
+    assert (len(quick.tasks), quick.answer_tokens) == (1, 48)
+    assert (len(full.tasks), full.answer_tokens) == (2, 128)
     assert not full.bench.config.audits
     assert "two things" in refused("demo", "--model", "m", "--quick", "--full")
+
+
+def test_a_scene_says_what_is_played_and_on_which_columns(tmp_path: Path) -> None:
+    edit = read_options("m", tmp_path, scene="edit")
+    assert [column.name for column in edit.bench.columns] == ["kvcomm", "plain"]
+    assert {column.server for column in edit.bench.columns} == {"kvcomm"}, "one server"
+    assert [len(task.case.turns) for task in (*edit.tasks, edit.extra)] == [9, 9]
+    assert edit.tasks[0].case != edit.extra.case
+    assert {task.max_tokens for task in edit.tasks} == {8}
+    full = read_options("m", tmp_path, scene="edit", full=True, answer_tokens=1)
+    assert {column.server for column in full.bench.columns} == {"plain", "kvcomm"}
+    assert full.tasks[0].max_tokens == 1
+    assert len(full.tasks) == 3
+
+
+def test_what_a_scene_cannot_do_is_refused(tmp_path: Path) -> None:
+    out = ("--model", "m", "--out", str(tmp_path / "o"))
+    assert "no scene; there are agents, edit" in refused("demo", *out, "--scene", "edits")
+    assert "8 or more" in refused("demo", *out, "--answer-tokens", "7")
+    data = ("--data", str(tmp_path / "rows.jsonl"))
+    assert "--data has no place" in refused("demo", *out, "--scene", "edit", *data)
+    assert not (tmp_path / "o").exists()

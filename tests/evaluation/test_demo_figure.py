@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
 
+from kvcomm_vllm.evaluation.demo.edits import EditRow
 from kvcomm_vllm.evaluation.demo.figure import prompt_spans, write_figure
+from kvcomm_vllm.evaluation.demo.scenes import SCENES
 from kvcomm_vllm.evaluation.demo.table import AgentRow, Traced
 
 TREATMENTS = ("local", "reused", "computed")
@@ -46,13 +49,21 @@ def test_a_complete_report_is_drawn_as_it_is_and_missing_parts_as_computed() -> 
     assert prompt_spans(traced(100, None)) == [(0, 100, "computed")]
 
 
-def test_the_picture_is_a_wide_png_with_something_in_all_three_colours(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scene", "row"),
+    [
+        ("agents", AgentRow("Reader", 100, 10, 60, 30, 900.0, 700.0, 70.0, 12.9, 10.0, 0.9, 1.0)),
+        ("edit", EditRow("clock 1", 100, 80, 10, 700.0, 70.0, 1.0)),
+    ],
+)
+def test_the_picture_is_a_wide_png_with_something_in_all_three_colours(
+    scene: str, row: Any, tmp_path: Path
+) -> None:
     import matplotlib.image
 
-    row = AgentRow("Reader", 100, 10, 60, 30, 900.0, 700.0, 70.0, 12.9, 10.0, 0.9, 1.0)
     file = tmp_path / "demo.png"
     report = [[0, 30, "local"], [30, 60, "reused"]]
-    write_figure(file, [row, row], [traced(100, report)] * 2, "model", "machine")
+    write_figure(file, SCENES[scene], [row, row], [traced(100, report)] * 2, "model, machine")
     pixels = matplotlib.image.imread(file)
     assert pixels.shape[1] > 1500
     colours = {tuple(c) for c in (pixels[::4, ::4, :3].reshape(-1, 3) * 255).round().astype(int)}

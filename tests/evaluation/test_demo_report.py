@@ -44,7 +44,8 @@ def heard(
     names = ("local", "reused", "computed")
     more = dict(zip(names, counts, strict=True)) if counts else {}
     ours = record(ttft_ms, agent=agent, prompt_tokens=prompt_tokens, **more)
-    return Heard(question, [], plain, cached, ours, {"plain": "dense", "kvcomm": "text"})
+    records = {"plain_nocache": plain, "plain": cached, "kvcomm": ours}
+    return Heard(question, [], records, {"plain": "dense", "kvcomm": "text"})
 
 
 CALLS = [
@@ -131,7 +132,7 @@ def test_a_loss_is_not_called_a_gain() -> None:
 def test_json_holds_the_settings_the_rows_and_every_call(tmp_path: Path) -> None:
     traced = [Traced("Reader", 100, {"spans": [[0, 100, "local"]]})]
     file = tmp_path / "demo.json"
-    write_json(file, {"model": "m"}, CALLS, traced)
+    write_json(file, {"model": "m"}, {"agents": agent_rows(CALLS)}, CALLS, traced)
     report = json.loads(file.read_text())
     assert report["model"] == "m"
     assert [row["agent"] for row in report["agents"]] == ["Reader", "Editor"]

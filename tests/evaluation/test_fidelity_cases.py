@@ -13,11 +13,13 @@ from kvcomm_vllm.evaluation.fidelity.study import choose
 from kvcomm_vllm.evaluation.workloads import CASES, rag
 from kvcomm_vllm.evaluation.workloads import cases as cases_of
 from kvcomm_vllm.evaluation.workloads.case import Case, Turn, fill, literal, unspoken
+from kvcomm_vllm.evaluation.workloads.edits import EDITS
 from kvcomm_vllm.evaluation.workloads.rows import DataError
 from kvcomm_vllm.evaluation.workloads.user_file import user_cases
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 AGENTS = {"gsm8k3": 3, "gsm8k5": 5, "groupchat": 4, "rag": 3, "judge": 4}
+SESSIONS = [name for name in CASES if name not in AGENTS]
 BRACES = st.text(alphabet="{}0129ax \n", max_size=30)
 
 
@@ -46,7 +48,7 @@ def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> P
     return None
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_workload_has_enough_cases_for_the_default_run(name: str, folder: Path | None) -> None:
     cases, source = cases_of(name, folder, seed=0)
     assert (source == "packaged sample") == (folder is None)
@@ -60,7 +62,18 @@ def test_a_workload_has_enough_cases_for_the_default_run(name: str, folder: Path
         assert len({turn.system for turn in case.turns}) == len(case.turns)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SESSIONS)
+def test_sessions_are_made_up_and_as_many_as_the_default_run_needs(name: str) -> None:
+    cases, source = cases_of(name, None, seed=0)
+    assert source.startswith("made-up")
+    choose(name, source, cases, prompts=8, anchors=20)
+    assert len({case.id for case in cases}) == len({case.group for case in cases}) == len(cases)
+    for case in cases[:3]:
+        assert len(case.turns) == 1 + EDITS
+        assert unspoken(case.turns) is None
+
+
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_seed_decides_the_orders(name: str, folder: Path | None) -> None:
     first, again, other = (cases_of(name, folder, seed)[0] for seed in (0, 0, 1))
     assert first == again

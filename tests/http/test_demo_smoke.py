@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,14 +17,22 @@ ANSWER_TOKENS = 40
 TIMEOUT_SECONDS = 1500
 
 
-def test_the_demo_shows_reuse_from_the_second_agent_on(smollm2: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvcomm_vllm.cli.main", "demo", "--model", smollm2]
-    command += ["--quick", "--answer-tokens", str(ANSWER_TOKENS), "--out", str(tmp_path)]
+def shown(model: str, out: Path, *options: str) -> dict[str, Any]:
+    """The report of a demo that has printed its table, drawn its picture and stopped its server."""
+    command = [sys.executable, "-m", "kvcomm_vllm.cli.main", "demo", "--model", model]
+    command += ["--quick", "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Time to first token" in done.stdout
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads((tmp_path / "demo.json").read_text())
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    left = subprocess.run(["pgrep", "-f", f"{model} .*{out}"], capture_output=True)
+    assert left.returncode == 1, "a server is still running"
+    found: dict[str, Any] = json.loads((out / "demo.json").read_text())
+    return found
+
+
+def test_the_demo_shows_reuse_from_the_second_agent_on(smollm2: str, tmp_path: Path) -> None:
+    report = shown(smollm2, tmp_path, "--answer-tokens", str(ANSWER_TOKENS))
 
     first, *later = report["agents"]
     assert first["reused"] == 0, "the first agent of a new question has nothing to reuse"
@@ -43,5 +52,18 @@ def test_the_demo_shows_reuse_from_the_second_agent_on(smollm2: str, tmp_path: P
         assert spans[0][0] == 0
         assert spans[-1][1] == agent["prompt_tokens"]
 
-    left = subprocess.run(["pgrep", "-f", f"{smollm2} .*{tmp_path}"], capture_output=True)
-    assert left.returncode == 1, "a server is still running"
+
+def test_behind_an_edit_most_of_the_prompt_is_reused_and_plain_vllm_computes_it(
+    smollm2: str, tmp_path: Path
+) -> None:
+    report = shown(smollm2, tmp_path, "--scene", "edit", "--answer-tokens", "1")
+    first, *edits = report["edits"]
+    assert first["computed_kvcomm"] == first["computed_plain"] == first["prompt_tokens"]
+    assert len(edits) == 8
+    for row in edits:
+        assert row["computed_kvcomm"] < row["prompt_tokens"] / 4 < row["computed_plain"]
+    assert [call["agent"] for call in report["calls"]] == [row["edit"] for row in report["edits"]]
+    for call in report["calls"]:
+        treated = call["treatment"]
+        total = treated["local"] + treated["reused"] + treated["computed"]
+        assert total == call["prompt_tokens"]
