@@ -36,8 +36,10 @@ def test_the_demo_shows_reuse_from_the_second_agent_on(smollm2: str, tmp_path: P
 
     first, *later = report["agents"]
     assert first["reused"] == 0, "the first agent of a new question has nothing to reuse"
-    for before, row in zip(report["agents"], later, strict=False):
-        assert row["reused"] > max(before["reused"], row["prompt_tokens"] / 3)
+    for row in later:
+        assert row["reused"] > row["prompt_tokens"] / 3
+    # a note that says nearly what an earlier one says is a second copy, and computed
+    assert later[-1]["reused"] > later[0]["reused"]
     for row in report["agents"]:
         assert row["local"] + row["reused"] + row["computed"] == row["prompt_tokens"]
 
