@@ -135,9 +135,9 @@ def play(model: PlainModel, turns: list[Turn], rule: Rule) -> list[dict[str, flo
         if rule.more is not None:
             again = rule.more(served)
             again[:head] = False
-            computed |= again
-            for start, stop in gaps(computed):  # as the plugin: no operation for a few tokens
-                computed[start:stop] = True
+            kept, computed = runs(~(computed | again)), np.ones_like(computed)
+            for start, stop in kept:  # as the plugin: no operation for a few tokens
+                computed[start:stop] = False
         served.saw[computed] = repeats(served.ids)[computed]
         got = model.forward(served.ids, served.kv, np.flatnonzero(computed), ANSWER)
         kl = (turn.exact.exp() * (turn.exact - got)).sum(-1)
@@ -147,13 +147,6 @@ def play(model: PlainModel, turns: list[Turn], rule: Rule) -> list[dict[str, flo
         )
         before_ids, before, saw = served.ids, served.kv, served.saw
     return found
-
-
-def gaps(computed: np.ndarray) -> list[tuple[int, int]]:
-    """Loaded runs that are too short to load."""
-    kept = set(runs(~computed))
-    edges = np.flatnonzero(np.diff(~computed, prepend=False, append=False)).reshape(-1, 2)
-    return [(int(a), int(b)) for a, b in edges if (int(a), int(b)) not in kept]
 
 
 def reuse(turn: Turn, old: np.ndarray, kv: KV, saw: np.ndarray, seam: int) -> Served:

@@ -7,15 +7,29 @@ any depth, and repeats megabytes.
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterator
 from itertools import islice
+from typing import Self
 
 MAX_SHOWN = 80
 MAX_TEXT = 40
 MAX_DIGITS = 40
 MAX_ITEMS = 4
 MAX_DEPTH = 2
+
+
+class Explained(enum.StrEnum):
+    """Words that say what they mean: ``.value`` is the word, ``.explanation`` is for readers."""
+
+    explanation: str
+
+    def __new__(cls, word: str, explanation: str) -> Self:
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.explanation = explanation
+        return member
 
 
 def shown(value: object) -> str:

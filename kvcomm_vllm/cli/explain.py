@@ -46,7 +46,7 @@ def explain(
             console.print(f"declined: {word}", highlight=False, markup=False)
         for piece in found.picture.pieces if found.full else ():
             place = f"{piece.start:>8,} {piece.end:>8,}"
-            console.print(f"{place}  {piece.kind.legend}", highlight=False)
+            console.print(f"{place}  {piece.kind.explanation}", highlight=False)
         if not found.full:
             console.print(COARSE)
         if html is not None:

@@ -3,26 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcomm_vllm.scheduler.index import I32, U64, RollingHash, Sequence
-from kvcomm_vllm.scheduler.near import (
-    MOST_SEQUENCES,
-    MOST_TOKENS,
-    SHINGLE,
-    Near,
-    near,
-)
+from kvcomm_vllm.scheduler.index import I32, Sequence
+from kvcomm_vllm.scheduler.near import SHINGLE, Near, bounded, near, shingle_keys
 
 MARGIN = 2  # a copy takes up to so many times the tokens of the other rendering
-_ROLL = RollingHash(SHINGLE)
-_NO_SEED = np.uint64(0)
 
 
 @dataclass(frozen=True)
@@ -46,11 +37,11 @@ def copies(tokens: I32, known: NDArray[np.bool_], stored: Listing[Sequence]) -> 
 
 
 def _copy(tokens: I32, stretch: Near, stored: Iterable[Sequence]) -> Copy:
-    own = np.unique(_shingles(tokens[stretch.start : stretch.end]))
+    own = np.unique(shingle_keys(tokens[stretch.start : stretch.end]))
     width = MARGIN * (stretch.end - stretch.start)
     most, original = 0, np.zeros(0, np.int32)
-    for text in _looked_at(stored):
-        places = np.flatnonzero(np.isin(_shingles(text), own))
+    for text in bounded(sequence.tokens for sequence in stored):
+        places = np.flatnonzero(np.isin(shingle_keys(text), own))
         if len(places) <= most:
             continue
         inside = np.searchsorted(places, places + width) - np.arange(len(places))
@@ -59,16 +50,3 @@ def _copy(tokens: I32, stretch: Near, stored: Iterable[Sequence]) -> Copy:
             most = int(inside[first])
             original = text[places[first] : places[first + most - 1] + SHINGLE]
     return Copy(stretch.start, stretch.end, stretch.share, original)
-
-
-def _looked_at(stored: Iterable[Sequence]) -> Iterator[I32]:
-    left = MOST_TOKENS
-    for sequence in islice(stored, MOST_SEQUENCES):
-        yield sequence.tokens[:left]
-        left -= len(sequence.tokens)
-        if left <= 0:
-            return
-
-
-def _shingles(tokens: I32) -> U64:
-    return _ROLL.windows(_ROLL.sums(np.ascontiguousarray(tokens, np.int32)), _NO_SEED)

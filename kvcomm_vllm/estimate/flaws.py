@@ -3,24 +3,17 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
+
+from kvcomm_vllm.wording import Explained
 
 
 class EstimateError(ValueError):
     """Nothing can be estimated; the message is one line for the user."""
 
 
-class Flaw(enum.StrEnum):
-    """Why a line was skipped; ``.explanation`` says it in a few words."""
-
-    explanation: str
-
-    def __new__(cls, word: str, explanation: str) -> Flaw:
-        member = str.__new__(cls, word)
-        member._value_ = word
-        member.explanation = explanation
-        return member
+class Flaw(Explained):
+    """Why a line was skipped."""
 
     LONG_LINE = ("long_line", "longer than a request may be")
     NOT_TEXT = ("not_utf8", "not UTF-8")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
@@ -18,21 +17,14 @@ from kvcomm_vllm.scheduler.half import SchedulerHalf
 from kvcomm_vllm.scheduler.index import I32, Match
 from kvcomm_vllm.scheduler.near import LEAST_TOKENS
 from kvcomm_vllm.scheduler.state import RequestState
+from kvcomm_vllm.wording import Explained
 
 Bools = NDArray[np.bool_]
 REUSED = -1  # among numbers of words: no loss
 
 
-class Part(enum.StrEnum):
+class Part(Explained):
     """Why a part of a prompt is computed, beside the reasons that concern a whole request."""
-
-    explanation: str
-
-    def __new__(cls, word: str, explanation: str) -> Part:
-        member = str.__new__(cls, word)
-        member._value_ = word
-        member.explanation = explanation
-        return member
 
     NEW = ("new", "Nobody has sent it before, or not in one piece of min_span_tokens or more.")
     SEAM = ("seam", "First tokens of reused text (seam_tokens), computed so that the rest fits.")

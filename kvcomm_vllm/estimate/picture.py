@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import enum
 import html
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
+
+from kvcomm_vllm.wording import Explained
 
 MOST_BYTES = 150_000  # of the text
 MOST_CHARACTERS = 1500  # of one part; of a longer one the middle is left out
@@ -16,16 +17,8 @@ LITTLE = 450  # the same where nothing is to be seen: in the prefix
 Text = Callable[[int, int], str]
 
 
-class Kind(enum.StrEnum):
-    """How a part of a prompt got its KV; ``.legend`` is for readers."""
-
-    legend: str
-
-    def __new__(cls, word: str, legend: str) -> Kind:
-        member = str.__new__(cls, word)
-        member._value_ = word
-        member.legend = legend
-        return member
+class Kind(Explained):
+    """How a part of a prompt got its KV; the explanations are the legend."""
 
     LOCAL = ("local", "vLLM's own prefix cache")
     REUSED = ("reused", "reused from other requests")
@@ -64,7 +57,7 @@ class Picture:
         """HTML of a figure; its colours are those of :mod:`kvcomm_vllm.estimate.style`."""
         used = [kind for kind in Kind if any(piece.kind is kind for piece in self.pieces)]
         legend = "".join(
-            f'<li><i class="{kind}"></i>{html.escape(kind.legend)}</li>' for kind in used
+            f'<li><i class="{kind}"></i>{html.escape(kind.explanation)}</li>' for kind in used
         )
         told = len(self.pieces) <= MOST_TOLD
         strip = "".join(
@@ -113,7 +106,7 @@ def of_report(spans: Iterable[Listing[object]], near: Iterable[Listing[object]])
 
 
 def _note(piece: Piece) -> str:
-    return html.escape(f"{piece.note or piece.kind.legend}: {piece.tokens:,} tokens")
+    return html.escape(f"{piece.note or piece.kind.explanation}: {piece.tokens:,} tokens")
 
 
 def _shortened(piece: Piece, text: str) -> str:

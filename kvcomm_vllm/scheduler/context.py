@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvcomm_vllm.scheduler.index import I32, RollingHash
 from kvcomm_vllm.scheduler.spans import ReuseSpan, Source
@@ -32,7 +31,7 @@ class Context:
     def __init__(self, prompt: I32, borders: int | None) -> None:
         self._size, self._stride = (borders, borders) if borders else (GRAM, 1)
         self._hashing = RollingHash(self._size)
-        self._distinct, self._which = np.unique(self._grams(prompt), return_inverse=True)
+        self._distinct, self._which = np.unique(self._hashing.grams(prompt), return_inverse=True)
         self._known: dict[tuple[int, int, int], int] = {}
 
     def unseen_share(self, spans: Iterable[ReuseSpan]) -> float:
@@ -58,13 +57,9 @@ class Context:
 
     def _seen(self, earlier: I32, before: int) -> int:
         """Of the first ``before`` tokens of the prompt, those that ``earlier`` has as well."""
-        known = np.isin(self._distinct, self._grams(earlier)[:: self._stride])
+        known = np.isin(self._distinct, self._hashing.grams(earlier)[:: self._stride])
         starts = np.flatnonzero(known[self._which[: max(0, before - self._size + 1)]])
         steps = np.zeros(before + 1, np.int64)
         np.add.at(steps, starts, 1)
         np.add.at(steps, starts + self._size, -1)
         return int(np.count_nonzero(np.cumsum(steps)))
-
-    def _grams(self, tokens: I32) -> NDArray[np.uint64]:
-        sums = self._hashing.sums(np.asarray(tokens, np.int32))
-        return self._hashing.windows(sums, np.uint64(0))

@@ -229,7 +229,7 @@ class SchedulerHalf:
                 self._ops.append(ops)
             for span in plan.spans:
                 self.store.index.touch(span.source.sequence)
-        state.repeats = state.seen_repeats(plan)
+        state.repeats = state.repeats_by(plan)
         if first_time:
             self._note(state, plan)
         if self.off is None:

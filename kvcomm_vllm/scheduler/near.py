@@ -9,7 +9,7 @@ still the same. This tells a user who asks (hint ``explain``); it decides nothin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,6 @@ STRETCHES = 8  # at most
 RE_ENCODED = "re-encoded"
 _TABLE_BITS = 20
 _ROLL = RollingHash(SHINGLE)
-_NO_SEED = np.uint64(0)  # shingles are compared within one tenant only
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +90,10 @@ def near(tokens: I32, known: Bools, texts: Iterable[I32]) -> list[Near]:
         known: [n], tokens that are matched or computed already.
         texts: int32 [m] each, where to look; what counts most comes first.
     """
-    shingles = _shingles(tokens[:MOST_PROMPT])
+    shingles = shingle_keys(tokens[:MOST_PROMPT])
     free = _free(known[:MOST_PROMPT])
     kinds, kind_at = np.unique(shingles[free], return_inverse=True)
-    shared = _shared(kinds, _bounded(texts))
+    shared = _shared(kinds, list(bounded(texts)))
     hits = np.zeros((len(shared), len(shingles)), np.bool_)
     hits[:, free] = shared[:, kind_at]
     found: list[Near] = []
@@ -110,20 +109,19 @@ def near(tokens: I32, known: Bools, texts: Iterable[I32]) -> list[Near]:
     return sorted(found, key=lambda stretch: stretch.start - stretch.end)
 
 
-def _bounded(texts: Iterable[I32]) -> list[I32]:
+def bounded(texts: Iterable[I32]) -> Iterator[I32]:
     """The first texts, the last of them cut, that are no longer than allowed."""
-    taken, left = [], MOST_TOKENS
+    left = MOST_TOKENS
     for text in itertools.islice(texts, MOST_SEQUENCES):
         if left <= 0:
             break
-        taken.append(text[:left])
+        yield text[:left]
         left -= len(text)
-    return taken
 
 
-def _shingles(tokens: I32) -> U64:
+def shingle_keys(tokens: I32) -> U64:
     """A key for the shingle that starts at each token: [max(0, n - SHINGLE + 1)]."""
-    return _ROLL.windows(_ROLL.sums(np.ascontiguousarray(tokens, np.int32)), _NO_SEED)
+    return _ROLL.grams(tokens)
 
 
 def _free(known: Bools) -> Bools:
@@ -137,7 +135,7 @@ def _shared(kinds: U64, texts: list[I32]) -> Bools:
     """Which ``kinds`` stand in the texts that have most of them: [EXAMINED or fewer, kinds]."""
     if not len(kinds) or not texts:
         return np.zeros((0, len(kinds)), np.bool_)
-    stored = _shingles(np.concatenate(texts))
+    stored = shingle_keys(np.concatenate(texts))
     asked = np.zeros(1 << _TABLE_BITS, np.bool_)
     asked[_cell(kinds)] = True  # one look dismisses most of what is stored
     places = np.flatnonzero(asked[_cell(stored)])

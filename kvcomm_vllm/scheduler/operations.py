@@ -42,7 +42,7 @@ def source_load(span: ReuseSpan, block_size: int) -> LoadOp:
     return LoadOp(
         source_blocks=source.blocks[first:],
         source_offset=offset,
-        source_start=source.sequence_start + skip,
+        source_start=source.place_of(span.start),
         prompt_start=span.start,
         length=span.length,
         entry=-1 if span.entry is None else span.entry,

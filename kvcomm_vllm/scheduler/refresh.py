@@ -46,9 +46,7 @@ class Refresh:
         KV of the same context fits as far as it is exact.
         """
         source, start = span.source, span.start
-        first = source.sequence_start + start - source.prompt_start
-        saw = seen_repeats(source.sequence)[first : first + span.length]
-        stale: Bools = saw != self.repeats[start : span.end]
+        stale: Bools = _saw(span) != self.repeats[start : span.end]
         if stale.any():  # an edit that moves nothing else moves these little
             stale |= self._precedents[start : span.end]
         if source.same_context:
@@ -108,7 +106,11 @@ def seen_by(own: Bools, plan: Plan | None, local: Bools | None) -> Bools:
     if local is not None:
         seen[: len(local)] = local
     for span in plan.spans if plan else ():
-        source = span.source
-        first = source.sequence_start + span.start - source.prompt_start
-        seen[span.start : span.end] = seen_repeats(source.sequence)[first : first + span.length]
+        seen[span.start : span.end] = _saw(span)
     return seen
+
+
+def _saw(span: ReuseSpan) -> Bools:
+    """Which of a span's tokens were repetitions where their KV was computed."""
+    first = span.source.place_of(span.start)
+    return seen_repeats(span.source.sequence)[first : first + span.length]

@@ -17,13 +17,12 @@ GRAM = 3  # so many tokens in a row are a repetition
 Bools = NDArray[np.bool_]
 
 _HASHING = RollingHash(GRAM)
-_NO_SEED = np.uint64(0)
 
 
 def repeats(tokens: I32) -> Bools:
     """Whether the GRAM tokens that end at each token stand earlier in the text, too: bool [n]."""
     found = np.zeros(len(tokens), np.bool_)
-    grams = _grams(tokens)
+    grams = _HASHING.grams(tokens)
     if len(grams):
         ends = found[GRAM - 1 :]
         ends[:] = True
@@ -37,14 +36,9 @@ def precedents(tokens: I32) -> Bools:
     earlier answer began: bool [n].
     """
     found = np.zeros(len(tokens), np.bool_)
-    grams = _grams(tokens)
+    grams = _HASHING.grams(tokens)
     if len(grams):
         same = grams[:-1] == grams[-1]
         found[GRAM:] = same
         found[GRAM - 1 : -1] |= same
     return found
-
-
-def _grams(tokens: I32) -> NDArray[np.uint64]:
-    """A key for the gram that starts at each token: [max(0, n - GRAM + 1)]."""
-    return _HASHING.windows(_HASHING.sums(np.ascontiguousarray(tokens, np.int32)), _NO_SEED)

@@ -54,6 +54,10 @@ class Source:
         """Up to which prompt position its KV is exact."""
         return self.end - self.approximate_tokens
 
+    def place_of(self, position: int) -> int:
+        """Where the token at this prompt position stands in the sequence."""
+        return self.sequence_start + position - self.prompt_start
+
     def part(self, start: int, end: int, block_size: int) -> Source:
         """The same for the prompt positions ``start..end`` alone."""
         skip = start - self.prompt_start
@@ -61,7 +65,7 @@ class Source:
         pages = -(-(offset + end - start) // block_size)
         return replace(
             self,
-            sequence_start=self.sequence_start + skip,
+            sequence_start=self.place_of(start),
             prompt_start=start,
             length=end - start,
             blocks=self.blocks[first : first + pages],

@@ -141,7 +141,7 @@ class RequestState:
         self.taint.restore()
         self.first_approximate, self.generation, self.local_repeats = None, 0, None
 
-    def seen_repeats(self, plan: Plan | None) -> Bools | None:
+    def repeats_by(self, plan: Plan | None) -> Bools | None:
         """What ``repeats`` is once it is served by this plan; None where all of it is exact."""
         if self.first_approximate is None:
             return None

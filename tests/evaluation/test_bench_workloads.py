@@ -21,8 +21,7 @@ from kvcomm_vllm.evaluation.workloads.words import random_words
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PACKAGED = {"mmlu": 48, "coding": 24, "toolcalls": 24, "math": 32, "judge": 64}
 PREFILLED = ("agents", "crowd")
-# of one agent, whose prompt is edited: test_bench_edits.py
-EDITED = (*KINDS, "repo")
+EDITED = (*KINDS, "repo")  # test_bench_edits.py
 TALKING = [name for name in WORKLOADS if name not in (*PREFILLED, *EDITED)]
 WITH_DATA = [name for name in TALKING if name != "synthetic"]
 

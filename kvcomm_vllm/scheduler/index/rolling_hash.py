@@ -61,6 +61,12 @@ class RollingHash:
         keys ^= seed
         return keys
 
+    def grams(self, tokens: I32) -> U64:
+        """Keys of the windows that start at every token, where all text is one tenant's: no seed.
+        uint64 [max(0, n - w + 1)].
+        """
+        return self.windows(self.sums(np.ascontiguousarray(tokens, np.int32)), np.uint64(0))
+
     def prefixes(self, sums: U64, seed: np.uint64) -> U64:
         """Keys of the prefixes of w, 2w, 3w ... tokens: uint64 [n // w]."""
         return sums[self.window_tokens :: self.window_tokens] ^ seed

@@ -125,8 +125,7 @@ def _goes_on(before: ReuseSpan, span: ReuseSpan) -> bool:
         return True
     if before.source.sequence is not span.source.sequence:
         return False
-    reached = before.source.sequence_start + before.end - before.source.prompt_start
-    cut = span.source.sequence_start - reached
+    cut = span.source.sequence_start - before.source.place_of(before.end)
     return 0 <= cut <= CUT_TOKENS and span.start - span.seam - before.end <= CUT_TOKENS
 
 
