@@ -25,7 +25,7 @@ MODEL_FILES := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model model-gemma model-qwen model-qwen-1.5b
-.PHONY: demo test test-fast soak lint format bench clean
+.PHONY: demo test test-fast gpu soak lint format bench clean
 
 help: ## this list
 	@echo 'make TARGET [MODEL=folder-or-huggingface-id] [ARGS="..."] [VENV=.venv] [PYTHON=python3.11]'
@@ -67,6 +67,9 @@ test: $(READY) $(SMOLLM2)/config.json ## the whole test suite
 
 test-fast: $(READY) ## what needs no engine and no server
 	$(BIN)/python -m pytest -m 'not engine and not http and not slow and not soak' --durations=10 $(ARGS)
+
+gpu: $(READY) $(SMOLLM2)/config.json ## proves the CUDA path on this machine's GPU, in 30 minutes
+	$(BIN)/python tools/prove_gpu.py --model $(SMOLLM2) $(ARGS)
 
 soak: $(READY) $(SMOLLM2)/config.json ## ten minutes of everything at once; SECONDS=600 SEED=number
 	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(BIN)/python -m pytest tests/soak -m soak $(ARGS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What learning while idle costs those who are served.
+"""What an engine does while it is idle (audits, lessons, healing): what it costs those who are
+served.
 
-One server. Blocks of requests that leave nothing to learn (mode ``seam``) and blocks that do (mode
-``anchor``, which never corrects here, so that nothing else differs) take turns: the same texts at
-the same random moments. What is left to learn after a block is waited for.
+Two servers that differ in that alone, and correct nothing, take turns: blocks of requests with the
+same texts at the same random moments. What is left to do after a block is waited for.
 
 ``python benchmarks/audits.py --model DIR [--blocks N] [--texts N] [--gap SECONDS] [--json F]``
 """
@@ -15,13 +15,15 @@ import json
 import random
 import statistics
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions
@@ -37,7 +39,12 @@ WORDS = (
     *("silver", "bridge", "signal", "copper", "harbor", "letter", "window", "forest"),
 )
 TEXT_WORDS = 400
-COLUMNS = {"silent": "seam", "learning": "anchor"}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "silent": {"audits": False, "heal": "off"},
+    "auditing": {},
+}
+ASKED = ("blocks", "texts", "gap", "idle", "tokens", "seed")
+# Never corrected, so that nothing else differs.
 SETTINGS = {"min_anchors": 1000, "max_anchors": 1000, "anchor_seam_tokens": 16}
 
 
@@ -47,64 +54,76 @@ def messages(role: str, text: str) -> list[dict[str, str]]:
 
 
 def block(
-    client: ChatClient, column: str, texts: int, gap: float, tokens: int, seed: int
+    client: ChatClient, texts: int, gap: float, tokens: int, seed: int
 ) -> list[tuple[float, float]]:
     """Times to the first and the last token, ms: texts arrive at random, two agents read each."""
     rng = random.Random(seed)
-    hints = {"kvcomm": {"mode": COLUMNS[column]}}
     times = []
     for _ in range(texts):
         text = " ".join(rng.choice(WORDS) for _ in range(TEXT_WORDS))
         for role in ("writer", "critic"):
             time.sleep(rng.expovariate(1 / gap))
-            answer = client.stream(messages(role, text), tokens, cache_salt=column, hints=hints)
+            answer = client.stream(messages(role, text), tokens)
             assert answer.ttft_ms is not None  # a stream has one
             times.append((answer.ttft_ms, answer.total_ms))
     return times
 
 
 def counted(url: str) -> dict[str, float]:
-    """Lessons that were learned, and seconds of idle time that took."""
+    """Lessons by how they ended, and seconds of idle time that took."""
     page = read_page(url) or ""
+    lessons = totals(page, "vllm:kvcomm_lessons_total", "outcome")
     return {
-        "learned": totals(page, "vllm:kvcomm_lessons_total", "outcome").get("learned", 0),
+        **{name: lessons.get(name, 0) for name in ("queued", "learned", "healed", "dropped")},
         "seconds": totals(page, "vllm:kvcomm_seconds_total", "phase").get("learning", 0),
         "pieces": totals(page, "vllm:kvcomm_runs_total", "phase").get("learning", 0),
     }
 
 
-def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    with TemporaryDirectory() as folder:
-        config = Path(folder) / "kvcomm.yaml"
-        config.write_text(yaml.safe_dump(SETTINGS))
-        log = Path(folder) / "server.log"
-        with (
-            progress_bar(Console(stderr=True)) as progress,
-            started("vLLM with kvcomm", model, log, progress, config=config) as server,
-            closing(ChatClient(server.base_url, served_name(model))) as client,
-        ):
-            meter = KVCommMeter(server.base_url)
-            times: dict[str, list[tuple[float, float]]] = {column: [] for column in COLUMNS}
-            for number in range(-1, options.blocks):  # the first one warms everything up
-                order = list(COLUMNS)[:: 1 if number % 2 else -1]
-                for column in order:
-                    seed = 1000 * options.seed + 1 + number
-                    found = block(client, column, options.texts, options.gap, options.tokens, seed)
-                    if number >= 0:
-                        times[column] += found
-                    meter.settle(limit=600)
-            return {**times, **counted(server.base_url)}
+@contextmanager
+def column(
+    name: str, options: argparse.Namespace, folder: Path, progress: Progress
+) -> Iterator[tuple[str, ChatClient]]:
+    """A server of its own, and a client of it."""
+    config = folder / f"{name}.yaml"
+    idle = {"audit_idle_seconds": options.idle}
+    config.write_text(yaml.safe_dump({**SETTINGS, **idle, **COLUMNS[name]}))
+    log = folder / f"{name}.log"
+    with (
+        started(f"vLLM with kvcomm, {name}", options.model, log, progress, config=config) as server,
+        closing(ChatClient(server.base_url, served_name(options.model))) as client,
+    ):
+        yield server.base_url, client
 
 
-def show(console: Console, what: str, silent: list[float], learning: list[float]) -> None:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        progress = stack.enter_context(progress_bar(Console(stderr=True)))
+        servers = {
+            name: stack.enter_context(column(name, options, folder, progress)) for name in COLUMNS
+        }
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in COLUMNS}
+        for number in range(-1, options.blocks):  # the first one warms everything up
+            for name in list(COLUMNS)[:: 1 if number % 2 else -1]:
+                url, client = servers[name]
+                seed = 1000 * options.seed + 1 + number
+                found = block(client, options.texts, options.gap, options.tokens, seed)
+                if number >= 0:
+                    times[name] += found
+                KVCommMeter(url).settle(limit=600)
+        return {**times, **counted(servers["auditing"][0])}
+
+
+def show(console: Console, what: str, silent: list[float], auditing: list[float]) -> None:
     table = Table("", "mean", "median", "p90", title=f"{what}, ms")
-    for column, times in zip(COLUMNS, (silent, learning), strict=True):
+    for column, times in zip(COLUMNS, (silent, auditing), strict=True):
         p90 = statistics.quantiles(times, n=10)[-1]
         table.add_row(
             column, *(f"{x:.1f}" for x in (statistics.mean(times), statistics.median(times), p90))
         )
     console.print(table)
-    pairs = list(zip(learning, silent, strict=True))
+    pairs = list(zip(auditing, silent, strict=True))
     middle = statistics.median(a - b for a, b in pairs)
     console.print(f"Median of paired differences: {middle:+.1f} ms")
     # the two requests of a text belong together
@@ -121,19 +140,23 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4, help="of each kind")
     parser.add_argument("--texts", type=int, default=5, help="in a block; two requests each")
     parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between requests")
+    parser.add_argument("--idle", type=float, default=5.0, help="audit_idle_seconds")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = measure(options.model, options)
+    found = measure(options)
     console = Console()
     for index, what in enumerate(("Time to first token", "Time to last token")):
-        silent, learning = ([pair[index] for pair in found[column]] for column in COLUMNS)
-        show(console, what, silent, learning)
-    console.print({key: found[key] for key in ("learned", "pieces", "seconds")})
+        silent, auditing = ([pair[index] for pair in found[column]] for column in COLUMNS)
+        show(console, what, silent, auditing)
+    console.print({key: found[key] for key in ("queued", "learned", "healed", "pieces", "seconds")})
     if options.json:
         conditions = {
-            **{key: getattr(options, key) for key in ("blocks", "texts", "gap", "tokens", "seed")},
+            **{
+                key: getattr(options, key)
+                for key in ("blocks", "texts", "gap", "idle", "tokens", "seed")
+            },
             "machine": describe_machine(),
             "versions": describe_versions(),
         }

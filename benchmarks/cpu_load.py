@@ -81,9 +81,11 @@ def make_case(args: argparse.Namespace) -> Case:
 def deviations(case: Case, anchors: int) -> dict[str, Deviation]:
     group, tokens = case.group, len(case.src)
     layers, heads, dim = len(group.layers) - 1, group.kv_heads, group.head_dim  # layer 0 has none
-    mean_k, mean_v = (0.1 * torch.randn(layers, HEAD_TOKENS + 1, heads, dim) for _ in range(2))
-    index = torch.arange(tokens, dtype=torch.int32)
-    code, up = torch.randn(tokens, layers, RANK), 0.02 * torch.randn(layers, heads, RANK, 2 * dim)
+    mean_k, mean_v = (0.1 * torch.randn(HEAD_TOKENS + 1, layers, heads, dim) for _ in range(2))
+    row = torch.arange(tokens).clamp(max=HEAD_TOKENS)
+    code = torch.randn(tokens, layers, RANK)
+    up = 0.02 * torch.randn(1, layers, heads, RANK, 2 * dim)
+    entry = torch.zeros(tokens, dtype=torch.int32)
 
     def blend(count: int) -> AnchorSum:
         shape = (4 * tokens, layers, heads, dim)  # beyond the caches, whatever the anchors' number
@@ -93,8 +95,8 @@ def deviations(case: Case, anchors: int) -> dict[str, Deviation]:
         return AnchorSum(dk, dv, rows, weights, weights, 1)
 
     return {
-        "mean": MeanMap(mean_k, mean_v, index, skip_layers=1),
-        f"mean + rank {RANK} code": MeanMap(mean_k, mean_v, index, code, up, 1),
+        "mean": MeanMap(mean_k, mean_v, row, skip_layers=1),
+        f"mean + rank {RANK} code": MeanMap(mean_k, mean_v, row, code, up, entry, 1),
         "1 anchor": blend(1),
         f"{anchors} anchors": blend(anchors),
     }

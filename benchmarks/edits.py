@@ -25,8 +25,9 @@ import torch
 from edit_sessions import SESSIONS
 from plain_model import KV, PlainModel
 
-from kvcomm_vllm.scheduler.refresh import runs
-from kvcomm_vllm.scheduler.repeats import precedents, repeats
+from kvcomm_vllm.scheduler.cover import true_runs
+from kvcomm_vllm.scheduler.refresh import BEHIND_EDIT, LEAST_LOAD
+from kvcomm_vllm.scheduler.repeats import PHRASE, precedents, repeats, with_the_next
 
 ANSWER = 8  # tokens compared
 PAGE = 32
@@ -57,7 +58,15 @@ class Served:
 
 
 def stale(served: Served) -> np.ndarray:
-    return np.asarray(repeats(served.ids) != served.saw)
+    """Phrases that were repeated where their KV was computed and are not here, or the other way
+    around.
+    """
+    return np.asarray((repeats(served.ids) ^ served.saw) & PHRASE != 0)
+
+
+def words(served: Served) -> np.ndarray:
+    """These, single words, and the token behind each."""
+    return with_the_next(repeats(served.ids) != served.saw)
 
 
 def answers(served: Served) -> np.ndarray:
@@ -68,6 +77,10 @@ def answers(served: Served) -> np.ndarray:
 
 def both(served: Served) -> np.ndarray:
     return stale(served) | answers(served)
+
+
+def defaults(served: Served) -> np.ndarray:
+    return words(served) | answers(served)
 
 
 def at_random(share: float) -> Callable[[Served], np.ndarray]:
@@ -101,6 +114,8 @@ RULES = (
     Rule("where answers began", more=answers),
     Rule("both", more=both),
     Rule("both, seam of 4", seam=4, more=both),
+    Rule("both, and words", more=defaults),
+    Rule("both, and words, seam of 24", seam=BEHIND_EDIT, more=defaults),
     Rule("the 15% moved most", more=moved_most(0.15)),
 )
 
@@ -130,14 +145,7 @@ def play(model: PlainModel, turns: list[Turn], rule: Rule) -> list[dict[str, flo
     found = []
     for turn in turns[1:]:
         served = reuse(turn, before_ids, before, saw, rule.seam)
-        computed = ~served.loaded
-        head = int(np.argmin(served.loaded))  # the prefix hit
-        if rule.more is not None:
-            again = rule.more(served)
-            again[:head] = False
-            kept, computed = runs(~(computed | again)), np.ones_like(computed)
-            for start, stop in kept:  # as the plugin: no operation for a few tokens
-                computed[start:stop] = False
+        computed = ~served.loaded if rule.more is None else to_compute(served, rule.more(served))
         served.saw[computed] = repeats(served.ids)[computed]
         got = model.forward(served.ids, served.kv, np.flatnonzero(computed), ANSWER)
         kl = (turn.exact.exp() * (turn.exact - got)).sum(-1)
@@ -147,6 +155,16 @@ def play(model: PlainModel, turns: list[Turn], rule: Rule) -> list[dict[str, flo
         )
         before_ids, before, saw = served.ids, served.kv, served.saw
     return found
+
+
+def to_compute(served: Served, again: np.ndarray) -> np.ndarray:
+    """What is computed where ``again``, behind the prefix hit, is not loaded: bool [n]."""
+    again[: int(np.argmin(served.loaded))] = False
+    kept = true_runs(served.loaded & ~again)
+    computed = np.ones(len(again), np.bool_)
+    for start, stop in kept:  # as the plugin: no operation for a few tokens
+        computed[start:stop] = stop - start < LEAST_LOAD
+    return computed
 
 
 def reuse(turn: Turn, old: np.ndarray, kv: KV, saw: np.ndarray, seam: int) -> Served:

@@ -106,14 +106,16 @@ class Workload:
         """The ``residual`` deviation; rank 0: without codes."""
         s = self.shape
         mean_k, mean_v = (
-            self._random(s.layers, HEAD_TOKENS + 1, s.heads, s.head_dim) for _ in "kv"
+            self._random(HEAD_TOKENS + 1, s.layers, s.heads, s.head_dim) for _ in "kv"
         )
-        index = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
+        row = torch.arange(self.tokens, device=self.device).clamp(max=HEAD_TOKENS)
         if not rank:
-            return MeanMap(mean_k, mean_v, index)
+            return MeanMap(mean_k, mean_v, row)
         code = self._random(self.tokens, s.layers, rank).float()
-        up = self._random(s.layers, s.heads, rank, 2 * s.head_dim)
-        return MeanMap(mean_k, mean_v, index, code, up.float() if self.device == "cpu" else up)
+        up = self._random(1, s.layers, s.heads, rank, 2 * s.head_dim)
+        up = up.float() if self.device == "cpu" else up
+        entry = torch.zeros(self.tokens, dtype=torch.int32, device=self.device)
+        return MeanMap(mean_k, mean_v, row, code, up, entry)
 
     def copy(self) -> Operation:
         """A plain copy of as many bytes: what memory allows."""

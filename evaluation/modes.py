@@ -10,6 +10,7 @@ from kvcomm_vllm.config import keys
 from kvcomm_vllm.evaluation.workloads.rows import DataError
 
 DENSE: dict[str, Any] = {"mode": "off"}
+UNREFRESHED = "-raw"  # behind a mode, in an engine with max_refresh_share 0
 _NAME = re.compile(r"off|rotate|paper|(seam|anchor)(\d*)")
 
 
@@ -32,3 +33,12 @@ def hints_of(name: str) -> dict[str, Any]:
     if key.problem(int(tokens)) is not None:
         raise DataError(f"{name!r}: {int(tokens)} tokens are not allowed; allowed: {key.allowed}")
     return {"mode": mode, "seam_tokens": int(tokens)}
+
+
+def asked(name: str) -> dict[str, Any]:
+    """Hints of a mode whose name may also say how the engine is configured.
+
+    Raises:
+        DataError: see :func:`hints_of`.
+    """
+    return hints_of(name.removesuffix(UNREFRESHED))

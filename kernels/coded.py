@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load with the ``residual`` deviation: ``mean[index] + code @ up``, codes shared by all heads."""
+"""Load with the ``residual`` deviation: ``mean[row] + code @ up``, codes shared by all heads.
+
+Tokens of any placeholders go into one launch. A block multiplies by the factor of each placeholder
+it has tokens of, with the codes of all others set to 0: one product where the block is of one.
+"""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
@@ -14,8 +18,9 @@ from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.launch import GroupArguments, cdiv, next_power
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
-# Numbers of a code per step of the matrix product.
-BLOCK_RANK = 32
+# Longest code that a program keeps whole; of longer ones it reads so many numbers at a time as
+# registers are left for.
+BLOCK_RANK, PIECE = 64, 16
 
 
 def block_tokens(head_dim: int) -> int:
@@ -32,6 +37,18 @@ def load_code(p_row, m_row, first, TYPE: tl.constexpr, RANK: tl.constexpr, BR: t
 
 
 @triton.jit
+def only(b_code, b_entry, i_e):
+    """The codes of one entry's tokens, 0 for all others."""
+    return tl.where((b_entry == i_e)[:, None], b_code, 0.0).to(b_code.dtype)
+
+
+@triton.jit
+def entry_below(b_entry, i_e):
+    """The highest entry below ``i_e`` that a token has; negative if there is none."""
+    return tl.max(tl.where(b_entry < i_e, b_entry, -1), 0)
+
+
+@triton.jit(do_not_specialize=["T", "L", "SKIP"])
 def load_coded_kernel(
     p_layers,
     p_src,
@@ -44,18 +61,18 @@ def load_coded_kernel(
     p_v_scales,
     p_mean_k,
     p_mean_v,
-    p_index,
+    p_row,
     p_code,
     p_up,
+    p_entry,
     T,
     L,
-    M,
     SKIP,
     stride_page,
     stride_head,
     stride_token,
-    stride_m_layer,
     stride_m_row,
+    stride_m_layer,
     stride_m_head,
     H: tl.constexpr,
     PAGE: tl.constexpr,
@@ -92,45 +109,57 @@ def load_coded_kernel(
     b_ks = tl.load(p_k_scales + i_l)
     b_vs = tl.load(p_v_scales + i_l)
     i_d = tl.cast(tl.maximum(i_l - SKIP, 0), tl.int64)
-    b_i = tl.minimum(tl.load(p_index + o_t, mask=m, other=0), M).to(tl.int64)
-    o_mean = b_i * stride_m_row + i_d * stride_m_layer
-    p_row = p_code + (o_t.to(tl.int64) * (L - SKIP) + i_d) * RANK
+    b_row = tl.load(p_row + o_t, mask=m, other=0)
+    o_mean = b_row * stride_m_row + i_d * stride_m_layer
+    p_codes = p_code + (o_t.to(tl.int64) * (L - SKIP) + i_d) * RANK
+    b_entry = tl.load(p_entry + o_t, mask=m_d, other=-1)
+    i_top = tl.max(b_entry, 0)
+    layer_heads = tl.cast((L - SKIP) * H, tl.int64)
     if HALF > 0:
         b_ucos, b_usin = blocks.load_factors(p_undo_cos, p_undo_sin, o_t, m, HALF, HALF_P)
         b_rcos, b_rsin = blocks.load_factors(p_redo_cos, p_redo_sin, o_t, m, HALF, HALF_P)
     if RANK <= BR:
-        b_code = load_code(p_row, m_d, 0, p_up.dtype.element_ty, RANK, BR)
+        b_code = load_code(p_codes, m_d, 0, p_up.dtype.element_ty, RANK, BR)
     for head in range(H):
         i_h = tl.cast(head, tl.int64)
-        p_head = p_up + (i_d * H + i_h) * (2 * D * RANK)
+        o_up = i_d * H + i_h
         p_from = p_layer + o_src + i_h * stride_head
         p_to = p_layer + o_dst + i_h * stride_head
         o_m = o_mean + i_h * stride_m_head
         b_y = tl.zeros((BT, D_P), tl.float32)
-        for first in range(0, RANK, BR):
-            if RANK > BR:
-                b_code = load_code(p_row, m_d, first, p_up.dtype.element_ty, RANK, BR)
-            o_r = first + tl.arange(0, BR)
-            b_up = blocks.load_row(p_head + o_r * (2 * D), o_r < RANK, D, D, D_P)
-            b_y = tl.dot(b_code, b_up, b_y)
+        i_e = i_top
+        while i_e >= 0:
+            p_head = p_up + (tl.cast(i_e, tl.int64) * layer_heads + o_up) * (2 * D * RANK)
+            for first in range(0, RANK, BR):
+                if RANK > BR:
+                    b_code = load_code(p_codes, m_d, first, p_up.dtype.element_ty, RANK, BR)
+                o_r = first + tl.arange(0, BR)
+                b_up = blocks.load_row(p_head + o_r * (2 * D), o_r < RANK, D, D, D_P)
+                b_y = tl.dot(only(b_code, b_entry, i_e), b_up, b_y)
+            i_e = entry_below(b_entry, i_e)
         b_v = blocks.decode(blocks.load_row(p_from, m, D, D, D_P), FP8) * b_vs
         b_v += blocks.load_row(p_mean_v + o_m, m_d, 0, D, D_P).to(tl.float32) + b_y
         blocks.store_row(p_to, blocks.encode(b_v / b_vs, ELEMENT, FP8), m, D, D, D_P)
         b_ya = tl.zeros((BT, HALF_P), tl.float32)
         b_yb = tl.zeros((BT, HALF_P), tl.float32)
         b_yc = tl.zeros((BT, REST_P), tl.float32)
-        for first in range(0, RANK, BR):
-            if RANK > BR:
-                b_code = load_code(p_row, m_d, first, p_up.dtype.element_ty, RANK, BR)
-            o_r = first + tl.arange(0, BR)
-            b_a, b_b, b_c = blocks.load_key(
-                p_head + o_r * (2 * D), o_r < RANK, HALF, HALF_P, REST, REST_P, INTERLEAVED
-            )
-            if HALF > 0:
-                b_ya = tl.dot(b_code, b_a, b_ya)
-                b_yb = tl.dot(b_code, b_b, b_yb)
-            if REST > 0:
-                b_yc = tl.dot(b_code, b_c, b_yc)
+        i_e = i_top
+        while i_e >= 0:
+            p_head = p_up + (tl.cast(i_e, tl.int64) * layer_heads + o_up) * (2 * D * RANK)
+            for first in range(0, RANK, BR):
+                if RANK > BR:
+                    b_code = load_code(p_codes, m_d, first, p_up.dtype.element_ty, RANK, BR)
+                o_r = first + tl.arange(0, BR)
+                b_mine = only(b_code, b_entry, i_e)
+                b_a, b_b, b_c = blocks.load_key(
+                    p_head + o_r * (2 * D), o_r < RANK, HALF, HALF_P, REST, REST_P, INTERLEAVED
+                )
+                if HALF > 0:
+                    b_ya = tl.dot(b_mine, b_a, b_ya)
+                    b_yb = tl.dot(b_mine, b_b, b_yb)
+                if REST > 0:
+                    b_yc = tl.dot(b_mine, b_c, b_yc)
+            i_e = entry_below(b_entry, i_e)
         b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
         b_a = blocks.decode(b_a, FP8) * b_ks
         b_b = blocks.decode(b_b, FP8) * b_ks
@@ -154,7 +183,8 @@ def load_coded_kernel(
 def code_constants(constants: dict[str, object], rank: int) -> dict[str, object]:
     """Shape constants with blocks at least 16 wide, the least a matrix product takes."""
     widths = {key: max(16, int(str(constants[key]))) for key in ("D_P", "HALF_P", "REST_P")}
-    return {**constants, **widths, "RANK": rank, "BR": max(16, min(BLOCK_RANK, next_power(rank)))}
+    block = max(16, next_power(rank)) if rank <= BLOCK_RANK else PIECE
+    return {**constants, **widths, "RANK": rank, "BR": block}
 
 
 def load_coded(
@@ -171,11 +201,12 @@ def load_coded(
     The products run in the dtype of ``up`` (fp32 as TF32 on tensor cores) with fp32 sums.
     """
     a, d, tokens, layers = arguments, deviation, len(src_slots), len(group.layers)
+    assert d.entry is not None
     rows = block_tokens(group.head_dim)
     load_coded_kernel[(cdiv(tokens, rows), layers)](
         a.pointers, src_slots.contiguous(), dst_slots.contiguous(),
         undo.cos, undo.sin, redo.cos, redo.sin, a.k_scales, a.v_scales,
-        d.mean_k, d.mean_v, d.index.contiguous(), d.code, d.up,
-        tokens, layers, d.mean_k.shape[1] - 1, d.skip_layers, *a.strides, *d.mean_k.stride()[:3],
+        d.mean_k, d.mean_v, d.row.contiguous(), d.code, d.up, d.entry.contiguous(),
+        tokens, layers, d.skip_layers, *a.strides, *d.mean_k.stride()[:3],
         **code_constants(a.constants, d.rank), BT=rows, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip

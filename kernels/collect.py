@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvcomm_vllm.kernels import blocks
-from kvcomm_vllm.kernels.contract import check_out, check_rotation, check_slots
+from kvcomm_vllm.kernels.contract import check_out, check_read, check_rotation
 from kvcomm_vllm.kernels.launch import (
     cdiv,
     group_arguments,
@@ -20,7 +20,7 @@ from kvcomm_vllm.kernels.launch import (
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "L"])
 def collect_kernel(
     p_layers,
     p_slots,
@@ -113,7 +113,7 @@ def collect(
     head.
     """
     a = group_arguments(group)
-    check_slots(group, slots, slots)
+    check_read(group, slots)
     check_rotation(group, undo, len(slots))
     check_out(group, out_k, out_v, len(slots))
     tokens, layers = len(slots), len(group.layers)

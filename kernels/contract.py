@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
+from kvcomm_vllm.kernels.deviation import AnchorSum, CodeMaps, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 Ints = npt.NDArray[np.int64]
@@ -90,6 +90,19 @@ def check_slots(group: PageGroup, src_slots: torch.Tensor, dst_slots: torch.Tens
     if not src_slots.device.type == dst_slots.device.type == "cpu":
         return
     _check_moves(src_slots.numpy(), dst_slots.numpy(), len(group.layers[0]) * group.tokens_per_page)
+
+
+def check_read(group: PageGroup, slots: torch.Tensor) -> None:
+    """Slots that are only read: int64 ``[tokens]``, any of them several times; in host memory also:
+    inside the cache.
+    """
+    require(
+        slots.ndim == 1 and slots.dtype == torch.int64,
+        f"slots are int64 [tokens], got {slots.dtype} {list(slots.shape)}",
+    )
+    if slots.device.type == "cpu" and len(slots):
+        top, limit = int(slots.max()), len(group.layers[0]) * group.tokens_per_page
+        require(top < limit, f"slot {top} is outside a cache of {limit} slots")
 
 
 def _check_moves(src: Ints, dst: Ints, limit: int) -> None:
@@ -207,30 +220,75 @@ def check_anchor_sum(group: PageGroup, deviation: AnchorSum, tokens: int) -> Non
 
 
 def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
-    """Means, index, codes and their factor fit the group and the tokens."""
+    """Means, codes, their factors and whose they are fit the group and the tokens."""
     d = deviation
-    check_arena(group, "mean", d.mean_k.transpose(0, 1), d.mean_v.transpose(0, 1), d.skip_layers)
-    require(d.mean_k.shape[1] > 0, "a mean needs at least the global row")
-    require(
-        d.index.shape == (tokens,) and d.index.dtype == torch.int32,
-        f"index is int32 [tokens={tokens}], got {d.index.dtype} {list(d.index.shape)}",
-    )
-    require((d.code is None) == (d.up is None), "code and up are given together")
+    check_arena(group, "mean arena", d.mean_k, d.mean_v, d.skip_layers)
+    check_rows("mean rows", d.row[None], tokens, len(d.mean_k))
+    if d.row.device.type == "cpu" and tokens:
+        require(int(d.row.min()) >= 0, "mean rows: every token has one")
+    given = [part is not None for part in (d.code, d.up, d.entry)]
+    require(all(given) or not any(given), "code, up and entry are given together")
+    if d.code is None or d.up is None or d.entry is None:
+        return
     layers, heads, dim = len(group.layers) - d.skip_layers, group.kv_heads, group.head_dim
     for name, table, shape in (
         ("code", d.code, (tokens, layers, d.rank)),
-        ("up", d.up, (layers, heads, d.rank, 2 * dim)),
+        ("up", d.up, (len(d.up), layers, heads, d.rank, 2 * dim)),
     ):
-        if table is not None:
-            require(
-                tuple(table.shape) == shape
-                and table.is_contiguous()
-                and table.dtype in CACHE_DTYPES[:3],
-                f"{name} is a contiguous float tensor {list(shape)}, "
-                f"got {table.dtype} {list(table.shape)}",
-            )
-            require(
-                table.device == group.layers[0].device,
-                f"{name} is on {table.device}, the cache on {group.layers[0].device}",
-            )
-    require(d.code is None or d.rank > 0, "a code has at least one number")
+        require(
+            tuple(table.shape) == shape
+            and table.is_contiguous()
+            and table.dtype in CACHE_DTYPES[:3],
+            f"{name} is a contiguous float tensor {list(shape)}, "
+            f"got {table.dtype} {list(table.shape)}",
+        )
+        require(
+            table.device == group.layers[0].device,
+            f"{name} is on {table.device}, the cache on {group.layers[0].device}",
+        )
+    require(d.rank > 0, "a code has at least one number")
+    check_entry(d.entry, tokens, len(d.up))
+
+
+def check_entry(entry: torch.Tensor, tokens: int, entries: int) -> None:
+    """int32 ``[tokens]``; in host memory also: below the number of entries."""
+    require(
+        entry.shape == (tokens,) and entry.dtype == torch.int32,
+        f"entry is int32 [tokens={tokens}], got {entry.dtype} {list(entry.shape)}",
+    )
+    if entry.device.type == "cpu" and tokens:
+        top = int(entry.max())
+        require(top < entries, f"entry {top} is none of {entries}")
+
+
+def check_maps(raw: torch.Tensor, maps: CodeMaps, index: torch.Tensor, entry: torch.Tensor) -> None:
+    """Features, the maps of all entries, and tokens' indices fit each other."""
+    entries, inputs = maps.offset.shape
+    width = inputs + len(maps.decays)
+    for name, table, shape in (
+        ("raw", raw, (len(index), maps.factor.shape[1])),
+        ("factor", maps.factor, (entries, raw.shape[-1])),
+        ("offset", maps.offset, (entries, inputs)),
+        ("decays", maps.decays, (len(maps.decays),)),
+    ):
+        require(
+            tuple(table.shape) == shape
+            and table.dtype == torch.float32
+            and table.is_contiguous()
+            and table.device == raw.device,
+            f"{name} is contiguous fp32 {list(shape)} on {raw.device}, "
+            f"got {table.dtype} {list(table.shape)} on {table.device}",
+        )
+    require(
+        maps.down.ndim == 4
+        and tuple(maps.down.shape[:2]) == (entries, width)
+        and maps.down.is_contiguous()
+        and maps.down.dtype in CACHE_DTYPES[:3],
+        f"down is a contiguous float tensor [entries={entries}, {width}, layers, rank], "
+        f"got {maps.down.dtype} {list(maps.down.shape)}",
+    )
+    require(
+        index.ndim == 1 and index.dtype == torch.int32,
+        f"index is int32 [tokens], got {index.dtype} {list(index.shape)}",
+    )
+    check_entry(entry, len(index), entries)

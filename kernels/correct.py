@@ -28,7 +28,7 @@ from kvcomm_vllm.kernels.launch import (
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "L", "A", "SKIP"])
 def load_sum_kernel(
     p_layers,
     p_src,
@@ -158,10 +158,8 @@ class _Sum:
         if isinstance(deviation, AnchorSum):
             rows, wk, wv = deviation.rows, deviation.wk.contiguous(), deviation.wv.contiguous()
             return cls(deviation.dk, deviation.dv, rows.contiguous(), wk, wv, True)
-        last = deviation.mean_k.shape[1] - 1
-        rows = deviation.index.to(torch.int64).clamp(max=last)[None]
-        dk, dv = deviation.mean_k.transpose(0, 1), deviation.mean_v.transpose(0, 1)
-        return cls(dk, dv, rows, dk, dv, False)
+        dk, dv = deviation.mean_k, deviation.mean_v
+        return cls(dk, dv, deviation.row.contiguous()[None], dk, dv, False)
 
 
 def load_corrected(

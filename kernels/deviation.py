@@ -37,31 +37,57 @@ class AnchorSum:
 
 @dataclass(frozen=True)
 class MeanMap:
-    """``(dK, dV) = mean[min(index, M)] + code @ up`` (``residual``).
+    """``(dK, dV) = mean[row] + code @ up[entry]`` (``residual``), of any placeholders together.
 
     Args:
-        mean_k, mean_v: ``[layers, M + 1, kv_heads, head_dim]``; row i < M is the mean deviation of
-            token i of the placeholder, row M the mean over all later tokens.
-        index: int32 ``[tokens]``, each token's index inside its placeholder (clamped to M by the
-            reader).
+        mean_k, mean_v: arenas ``[arena_rows, layers, kv_heads, head_dim]``, any float dtype,
+            channels contiguous.
+        row: int64 ``[tokens]``, the arena row of each token's mean.
         code: ``[tokens, layers, rank]``, any float dtype, contiguous: what a layer's deviation is
-            predicted from, the same for all heads; None = the mean alone.
-        up: ``[layers, kv_heads, rank, 2 * head_dim]``, any float dtype, contiguous: from a code
-            (row) to the channels of (dK, dV) (column); given with ``code`` and only then.
+            predicted from, the same for all heads; None = means alone.
+        up: ``[entries, layers, kv_heads, rank, 2 * head_dim]``, any float dtype, contiguous: from a
+            code (row) to the channels of (dK, dV) (column), for each placeholder.
+        entry: int32 ``[tokens]``, whose ``up`` takes a token's code; negative = the token has its
+            mean alone. Tokens of one entry that follow each other are corrected fastest. ``code``,
+            ``up`` and ``entry`` are given together.
         skip_layers: leading layers of the group that have no deviation and no place in the tensors.
     """
 
     mean_k: torch.Tensor
     mean_v: torch.Tensor
-    index: torch.Tensor
+    row: torch.Tensor
     code: torch.Tensor | None = None
     up: torch.Tensor | None = None
+    entry: torch.Tensor | None = None
     skip_layers: int = 0
 
     @property
     def rank(self) -> int:
         """Numbers of a token's code in one layer; 0 without codes."""
         return 0 if self.code is None else int(self.code.shape[-1])
+
+
+@dataclass(frozen=True)
+class CodeMaps:
+    """How tokens' features become their codes, for each placeholder: ``x @ down``, where ``x`` is a
+    token's features, weighted and folded, and how far its index is from the placeholder's start.
+
+    Args:
+        factor: fp32 ``[entries, raw_width]``: features that lie ``inputs`` apart are multiplied by
+            theirs and added up.
+        offset: fp32 ``[entries, inputs]``, taken off the sums.
+        decays: fp32 ``[decays]``, tokens; each gives ``exp(-index / decay) - 1``.
+        down: ``[entries, inputs + decays, layers, rank]``, any float dtype, contiguous.
+    """
+
+    factor: torch.Tensor
+    offset: torch.Tensor
+    decays: torch.Tensor
+    down: torch.Tensor
+
+    @property
+    def inputs(self) -> int:
+        return int(self.offset.shape[1])
 
 
 Deviation = AnchorSum | MeanMap

@@ -23,7 +23,11 @@ from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 BLOCK_HEADS = 4
 
 
-@triton.jit
+# Partial sums lie behind each other, so how they are aligned depends on their number.
+@triton.jit(
+    do_not_specialize=["T", "A"],
+    do_not_specialize_on_alignment=["p_square_v", "p_abs_k", "p_abs_v"],
+)
 def distance_kernel(
     p_layers,
     p_slots,

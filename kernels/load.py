@@ -20,7 +20,7 @@ from kvcomm_vllm.kernels.launch import (
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "L"])
 def load_kernel(
     p_layers,
     p_src,

@@ -80,3 +80,9 @@ def write(
     else:
         key[page, :, token // 16, :, token % 16] = k.unflatten(-1, (-1, 2))
         value[page, :, :, token // 2, :, token % 2] = v.unflatten(-1, (-1, 16))
+
+
+def clear(group: PageGroup, layer: int, slots: torch.Tensor) -> None:
+    """Writes zeros to the slots (all >= 0)."""
+    empty = torch.zeros(len(slots), group.kv_heads, group.head_dim, device=slots.device)
+    write(group, layer, slots, empty, empty)

@@ -8,18 +8,22 @@ token's.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.contract import (
     check_deviation,
     check_group,
+    check_maps,
     check_near,
     check_out,
+    check_read,
     check_rotation,
     check_slots,
 )
-from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, DistanceSums
+from kvcomm_vllm.kernels.deviation import AnchorSum, CodeMaps, Deviation, DistanceSums
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 
@@ -67,13 +71,18 @@ def deviate(
     """(dK, dV) of one layer for the tokens ``keep``, unrotated: ``[tokens, heads, head_dim]``."""
     if isinstance(deviation, AnchorSum):
         return _blend(deviation, layer, keep)
-    index = deviation.index[keep].long().clamp(max=deviation.mean_k.shape[1] - 1)
-    dk, dv = deviation.mean_k[layer, index].float(), deviation.mean_v[layer, index].float()
-    if deviation.code is None or deviation.up is None:
+    row = deviation.row[keep]
+    dk, dv = deviation.mean_k[row, layer].float(), deviation.mean_v[row, layer].float()
+    if deviation.code is None or deviation.up is None or deviation.entry is None:
         return dk, dv
-    code, up = deviation.code[keep, layer].float(), deviation.up[layer].float()
-    more_k, more_v = torch.einsum("tr,hrj->thj", code, up).chunk(2, dim=-1)
-    return dk + more_k, dv + more_v
+    code, entry = deviation.code[keep, layer].float(), deviation.entry[keep]
+    for number in entry.unique().tolist():
+        if number >= 0:
+            mine, up = entry == number, deviation.up[number, layer].float()
+            more_k, more_v = torch.einsum("tr,hrj->thj", code[mine], up).chunk(2, dim=-1)
+            dk[mine] += more_k
+            dv[mine] += more_v
+    return dk, dv
 
 
 def _blend(anchors: AnchorSum, layer: int, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +136,7 @@ def collect(
             are.
     """
     check_group(group)
-    check_slots(group, slots, slots)
+    check_read(group, slots)
     check_rotation(group, undo, len(slots))
     check_out(group, out_k, out_v, len(slots))
     keep = slots >= 0
@@ -136,6 +145,52 @@ def collect(
         k, v = packing.read(group, layer, slots[keep])
         k = turn_keys(k, undo, group.interleaved)
         out_k[keep, layer], out_v[keep, layer] = k.to(out_k.dtype), v.to(out_v.dtype)
+
+
+def fold(raw: torch.Tensor, factor: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Features ``[tokens, raw_width]`` times ``factor`` ``[raw_width]``, those that lie ``inputs``
+    apart added up: fp32 ``[tokens, inputs]``.
+    """
+    folded = torch.zeros(len(raw), inputs, device=raw.device)
+    for piece, weights in zip(raw.split(inputs, dim=1), factor.split(inputs), strict=True):
+        folded[:, : len(weights)].addcmul_(piece, weights)
+    return folded
+
+
+def inputs_of(
+    raw: torch.Tensor,
+    factor: torch.Tensor,
+    offset: torch.Tensor,
+    decays: torch.Tensor,
+    index: torch.Tensor,
+) -> torch.Tensor:
+    """What a map is given of tokens: fp32 ``[tokens, inputs + decays]``; see :class:`CodeMaps`."""
+    fading = torch.expm1(-index[:, None] / decays)
+    return torch.cat((fold(raw, factor, len(offset)) - offset, fading), dim=-1)
+
+
+def codes(
+    raw: torch.Tensor, maps: CodeMaps, index: torch.Tensor, entry: torch.Tensor
+) -> torch.Tensor:
+    """What the maps make of tokens: ``[tokens, layers, rank]`` in the dtype of ``down``.
+
+    Args:
+        raw: fp32 ``[tokens, raw_width]``, features.
+        index, entry: int32 ``[tokens]``: each token's index in its placeholder, and whose map it
+            goes through; the code of a token with a negative one is 0.
+    """
+    check_maps(raw, maps, index, entry)
+    found = maps.down.new_zeros(len(index), *maps.down.shape[2:])
+    # run by run, which copies nothing where tokens of one entry follow each other
+    edges = (entry.diff() != 0).nonzero().flatten() + 1
+    for start, stop in pairwise([0, *edges.tolist(), len(index)]):
+        number = int(entry[start]) if start < stop else -1
+        if number >= 0:
+            factor, offset = maps.factor[number], maps.offset[number]
+            run, at = raw[start:stop], index[start:stop]
+            x = inputs_of(run, factor, offset, maps.decays, at).to(maps.down.dtype)
+            found[start:stop] = (x @ maps.down[number].flatten(1)).view_as(found[start:stop])
+    return found
 
 
 def distance(

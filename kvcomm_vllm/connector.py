@@ -18,7 +18,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.owners import find_engine, find_scheduler, find_wake_up
+from kvcomm_vllm.compat.scheduler import (
+    add_reports,
+    hear_before_outputs,
+    let_go_before_resets,
+    recovers_failed_loads,
+    require_load_before_forward,
+    uncount_hits,
+)
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.guards.engine import engine_off
 from kvcomm_vllm.messages import StepMessage, StepReport, WorkerFacts
@@ -65,21 +73,23 @@ class KVCommConnector(KVConnectorBase_V1):
             from kvcomm_vllm.scheduler.half import SchedulerHalf
 
             self._off = engine_off(vllm_config, kv_cache_config)
-            if not compat.recovers_failed_loads(vllm_config):
-                # read when this returns: an error is better than a wrong answer
+            if not recovers_failed_loads(vllm_config):
+                # For what workers could not repair either: an error is better than a wrong answer.
+                # Read when this returns.
                 self._kv_transfer_config.kv_load_failure_policy = "fail"
             budget = vllm_config.scheduler_config.max_num_batched_tokens
             # until workers report
             off = self._off.reason if self._off else Reason.DISABLED_AT_START
-            self._vllm_scheduler = compat.find_scheduler()
-            engine = EngineState(self._vllm_scheduler, compat.find_engine())
+            self._vllm_scheduler = find_scheduler()
+            engine = EngineState(self._vllm_scheduler, find_engine())
             self._scheduler = SchedulerHalf(
-                self.config, block_size, budget, off, engine, compat.find_wake_up()
+                self.config, block_size, budget, off, engine, find_wake_up()
             )
             if self._vllm_scheduler is not None:
-                compat.let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
+                let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
+                hear_before_outputs(self._vllm_scheduler, self._hear)
                 if self.config.report != "off":
-                    compat.add_reports(self._vllm_scheduler, self._scheduler.tell)
+                    add_reports(self._vllm_scheduler, self._scheduler.tell)
             logger.info("kvcomm: %s", self.config.describe())
             if self.config.default_on and self.config.mode != "off":
                 logger.warning("kvcomm: %s", SHARING)
@@ -111,11 +121,12 @@ class KVCommConnector(KVConnectorBase_V1):
             self._turn_off(Reason.of(str(lame[0].reason)), lame[0].detail)
         else:
             self._scheduler.workers_ready(facts)
+            tightest = min(facts, key=lambda fact: sum(fact.rooms.values()))
             logger.info(
                 "kvcomm: reuse is ON, mode %s, self-check %s: %s",
                 self.config.mode,
                 "passed" if self.config.self_check else "skipped",
-                facts[0].summary,
+                tightest.summary,
             )
 
     def _turn_off(self, reason: Reason, detail: str) -> None:
@@ -139,14 +150,19 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
-        compat.uncount_hits(self._vllm_scheduler, self._scheduler.take_computed_hits())
+        computed = self._scheduler.computed_hits
+        computed.tokens = uncount_hits(self._vllm_scheduler, computed.tokens)
         if not message.empty:
-            compat.require_load_before_forward(scheduler_output)
+            require_load_before_forward(scheduler_output)
         return message
 
     def has_pending_push_work(self) -> bool:
         """Keeps vLLM's loop going while it has no request but there is something to learn."""
         return self._scheduler.has_idle_work
+
+    def _hear(self, report: object) -> None:
+        if isinstance(report, StepReport):
+            self._scheduler.hear_repairs(report)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta

@@ -97,6 +97,8 @@ class RequestOps:
         first_token: first position of its plan. If anything fails, no KV from here on counts, what
             other pieces were to write included.
         waits: the request waits until its ``last`` piece of work has been reported.
+        tokens: int32 ids from ``first_token`` to the end of its plan, to be computed where what was
+            to be loaded is not; empty in pieces that load nothing.
     """
 
     request_id: str
@@ -107,6 +109,7 @@ class RequestOps:
     first_token: int = 0
     waits: bool = False
     last: bool = True
+    tokens: bytes = b""
 
 
 @dataclass(slots=True)
@@ -131,6 +134,32 @@ class AnchorOp:
 
 
 @dataclass(slots=True)
+class CompareOp:
+    """What follows a prompt's last token, over true KV and over what the prompt was served from?
+
+    Args:
+        position, token: the last token's.
+        tables: pages of both, up to that token; the last one of each is nobody's, and is written.
+        copies: what is copied into it first, from where it lies; empty if nothing.
+    """
+
+    position: int
+    token: int
+    tables: list[list[int]]
+    copies: list[LoadOp]
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The answer: KL(exact || served) of the first token in nats, and whether the likeliest one is
+    the same.
+    """
+
+    kl: float
+    same_top: bool
+
+
+@dataclass(slots=True)
 class LessonOp:
     """Work for an idle step: learn deviations from a prompt whose true KV lies in ``block_ids``.
 
@@ -142,6 +171,9 @@ class LessonOp:
             computed.
         fresh: arena entries that begin anew, for placeholders that had none.
         anchors: what mode ``paper`` keeps.
+        comparison: how far the prompt was served from exact.
+        settles: go on with what was put off in learning the spans of the piece before; there is
+            nothing else in this one.
     """
 
     number: int
@@ -150,6 +182,8 @@ class LessonOp:
     spans: list[LoadOp] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
     anchors: list[AnchorOp] = field(default_factory=list)
+    comparison: CompareOp | None = None
+    settles: bool = False
 
 
 @dataclass
@@ -172,30 +206,46 @@ class StepReport(KVConnectorWorkerMetadata):
     A request counts as done only if every rank says so; one failing rank fails it.
 
     Args:
+        repaired: requests that were not loaded, but computed in the same step, all of their plans.
+        failed: requests whose KV is neither loaded nor computed.
         lesson: number of the lesson this step worked on; negative if none.
         lesson_failed: any rank could not do it.
+        unsettled: of what its spans teach something was put off.
         errors: per span of the lesson the sums of ``ErrorSums`` over ranks.
+        divergence: the answer to its comparison; every rank that knows it says the same.
         distances: per probed request and span the squared distance to each anchor; None if it could
             not be measured. Mode ``paper`` has one rank alone.
     """
 
     done: set[str] = field(default_factory=set)
+    repaired: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
     lesson: int = -1
     lesson_failed: bool = False
+    unsettled: bool = False
     errors: list[list[float]] = field(default_factory=list)
+    divergence: Divergence | None = None
     distances: dict[str, list[list[float]] | None] = field(default_factory=dict)
+
+    @property
+    def written(self) -> set[str]:
+        """Requests whose KV is there, however it came about."""
+        return self.done | self.repaired
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         assert isinstance(other, StepReport)
         failed = self.failed | other.failed
+        repaired = (self.repaired | other.repaired) - failed
         pairs = zip(self.errors, other.errors, strict=False)
         return StepReport(
-            done=(self.done | other.done) - failed,
+            done=(self.done | other.done) - failed - repaired,
+            repaired=repaired,
             failed=failed,
             lesson=max(self.lesson, other.lesson),
             lesson_failed=self.lesson_failed or other.lesson_failed,
+            unsettled=self.unsettled or other.unsettled,
             errors=[[a + b for a, b in zip(x, y, strict=True)] for x, y in pairs],
+            divergence=self.divergence or other.divergence,
             distances={**self.distances, **other.distances},
         )
 
@@ -207,7 +257,8 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     ``engine`` is the id of the engine it belongs to: vLLM keeps one connector per process, so the
     second engine of a process would be answered by the first one's worker. ``rooms``: by mode,
     how much of what it learns can be kept there (placeholders, rows); empty where reuse does not
-    work.
+    work. ``alone``: no other engine takes part in this one's forwards (data parallelism);
+    ``compares``: its model tells which token follows.
     """
 
     reason: str | None
@@ -215,3 +266,5 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     summary: str
     engine: str = ""
     rooms: dict[str, int] = field(default_factory=dict)
+    alone: bool = True
+    compares: bool = True

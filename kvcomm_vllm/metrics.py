@@ -7,7 +7,6 @@ A reused token counts when every worker has confirmed its load, never when it wa
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from kvcomm_vllm.reasons import Reason
 
 if TYPE_CHECKING:
+    from kvcomm_vllm.messages import Divergence
     from kvcomm_vllm.scheduler.state import RequestState
 
 
@@ -45,8 +45,9 @@ METRICS = {
     "requests": Metric(
         "vllm:kvcomm_requests",
         "outcome",
-        "Finished requests: reused, declined, off; failed is a load that failed, aborted a request "
-        "that ended (its client hung up) before it was served with or without reuse.",
+        "Finished requests: reused, declined, off; failed is a load that failed (its tokens were "
+        "computed instead), aborted a request that ended (its client hung up) before it was served "
+        "with or without reuse.",
     ),
     "reasons": Metric("vllm:kvcomm_reasons", "reason", "Why finished requests reused nothing."),
     "asked_again": Metric(
@@ -64,8 +65,15 @@ METRICS = {
     "lessons": Metric(
         "vllm:kvcomm_lessons",
         "outcome",
-        "Prompts to learn anchors from: queued until the engine is idle, then learned, dropped "
-        "(pages gone, too many) or failed; what is queued and none of these still waits.",
+        "Requests that wait for the engine to be idle: queued, then learned (anchors were learned "
+        "from them), healed (if not), audited (if only compared), dropped (pages gone, too many) "
+        "or failed; what is queued and none of these still waits.",
+    ),
+    "healed": Metric(
+        "vllm:kvcomm_healed_tokens",
+        "how",
+        "Tokens served approximately whose true KV is in vLLM's prefix cache now: computed while "
+        "idle, or found there, as another request had it.",
     ),
     "placeholders": Metric(
         "vllm:kvcomm_placeholders",
@@ -78,20 +86,63 @@ METRICS = {
         "source",
         "Anchors learned, by whether the KV they start from was exact or approximate itself.",
     ),
+    "audit_requests": Metric(
+        "vllm:kvcomm_audit_requests",
+        "agent",
+        "Requests served approximately whose first token's probabilities were computed again over "
+        "exact KV, by their hint agent; those of more agents than are counted apart are 'other'.",
+    ),
+    "audit_same_top": Metric(
+        "vllm:kvcomm_audit_same_top",
+        "agent",
+        "Those of which the likeliest first token was the same.",
+    ),
+    "fidelity": Metric(
+        "vllm:kvcomm_fidelity_placeholders",
+        "event",
+        "Placeholders that audits found beyond fidelity_budget: longer_seams_gained, computed_lost "
+        "and so on; the difference of both is how many are treated so.",
+    ),
     "anchors": Metric("vllm:kvcomm_anchors", "event", "Anchors gained and lost, likewise."),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
 
+# Each observation is reported as it is.
+HISTOGRAMS = {
+    "audit_kl": Metric(
+        "vllm:kvcomm_audit_kl",
+        "agent",
+        "KL(exact || served) of audited requests' first token, in nats.",
+    ),
+}
+KL_BUCKETS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
+MAX_AGENTS = 32  # counted apart; a client can make up as many names as it likes
+OTHER_AGENTS = "other"
+
 
 class KVCommStats(KVConnectorStats):
-    """Counts since the last report. ``data`` maps ``"metric/label value"`` to a number."""
+    """Counts since the last report. ``data`` maps ``"metric/label value"`` to a number, or to the
+    observations of a histogram.
+    """
 
-    data: dict[str, float]
+    data: dict[str, Any]
     _held: tuple[int, int] = (0, 0)
+    _agents: frozenset[str] = frozenset()
 
     def _add(self, metric: str, label: str, amount: float = 1) -> None:
         key = f"{metric}/{label}"
         self.data[key] = self.data.get(key, 0) + amount
+
+    def count_audit(self, agent: str | None, divergence: Divergence) -> None:
+        """A request was compared with what exact KV would have given; no agent's is ''."""
+        name = agent or ""
+        if len(self._agents) < MAX_AGENTS:
+            self._agents |= {name}
+        label = name if name in self._agents else OTHER_AGENTS
+        self._add("audit_requests", label)
+        if divergence.same_top:
+            self._add("audit_same_top", label)
+        self.data.setdefault(f"audit_kl/{label}", []).append(divergence.kl)
 
     def count_reason(self, reason: str) -> None:
         self._add("reasons", reason)
@@ -102,8 +153,18 @@ class KVCommStats(KVConnectorStats):
     def count_lesson(self, outcome: str) -> None:
         self._add("lessons", outcome)
 
+    def count_healed(self, computed: int, found: int) -> None:
+        for how, tokens in (("computed", computed), ("found", found)):
+            if tokens:
+                self._add("healed", how, tokens)
+
     def count_taught(self, approximate: bool) -> None:
         self._add("taught", "approximate" if approximate else "exact")
+
+    def count_fidelity(self, before: str, now: str) -> None:
+        """A placeholder is treated in another way."""
+        self._add("fidelity", f"{before}_lost")
+        self._add("fidelity", f"{now}_gained")
 
     def count_held(self, placeholders: int, anchors: int) -> None:
         """What is held now; counted is what has changed since the last call."""
@@ -139,9 +200,10 @@ class KVCommStats(KVConnectorStats):
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVCommStats:
-        total = Counter(self.data)
-        total.update(other.data)
-        return KVCommStats(data=dict(total))
+        total = dict(self.data)
+        for key, value in other.data.items():
+            total[key] = total[key] + value if key in total else value
+        return KVCommStats(data=total)
 
     def reduce(self) -> dict[str, int | float]:
         """One line for vLLM's log: tokens by treatment and the time planning and loading took."""
@@ -180,12 +242,25 @@ class KVCommPromMetrics(KVConnectorPromMetrics):
             )
             for key, metric in METRICS.items()
         }
+        self._histograms = {
+            key: self._histogram_cls(
+                name=metric.name,
+                documentation=metric.documentation,
+                labelnames=[*labelnames, metric.label],
+                buckets=KL_BUCKETS,
+            )
+            for key, metric in HISTOGRAMS.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         labels = self.per_engine_labelvalues[engine_idx]
         for key, value in transfer_stats_data.items():
             metric, label = key.split("/", 1)
-            self._counters[metric].labels(*labels, label).inc(value)
+            if metric in HISTOGRAMS:
+                for one in value:
+                    self._histograms[metric].labels(*labels, label).observe(one)
+            else:
+                self._counters[metric].labels(*labels, label).inc(value)
 
 
 def count_here(reason: Reason) -> None:

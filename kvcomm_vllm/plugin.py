@@ -36,10 +36,10 @@ def _register() -> str | None:
         return problem
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from kvcomm_vllm import compat_cli
+    from kvcomm_vllm.compat import cli
 
-    for name in compat_cli.NAMES:
+    for name in cli.NAMES:
         with suppress(ValueError):  # registered before
             KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, CONNECTOR_CLASS)
-    compat_cli.install()
+    cli.install()
     return None

@@ -76,10 +76,21 @@ class Reason(enum.StrEnum):
         Scope.ENGINE,
         "The hybrid KV cache manager was forced on; it drops pages outside the window.",
     )
+    SLIDING_WINDOW_ONLY = (
+        "sliding_window_only",
+        Scope.ENGINE,
+        "All layers attend to a window only; vLLM drops pages behind it while a request runs.",
+    )
+    UNEVEN_HEADS = (
+        "uneven_heads",
+        Scope.ENGINE,
+        "Layers have KV heads of different number or size, and so pages of different size.",
+    )
     KV_QUANTISED = (
         "kv_quantised",
         Scope.ENGINE,
-        "The KV cache has a packed format (--kv-cache-dtype) that cannot be read back.",
+        "The KV cache has a packed format (--kv-cache-dtype, or as its checkpoint asks for) that "
+        "cannot be read back.",
     )
     KV_OFFLOADING = (
         "kv_offloading",
@@ -115,6 +126,18 @@ class Reason(enum.StrEnum):
         "lora_enabled",
         Scope.ENGINE,
         "LoRA adapters are enabled (--enable-lora); side forwards know nothing of them.",
+    )
+    FLASHINFER_WINDOWS = (
+        "flashinfer_windows",
+        Scope.ENGINE,
+        "FlashInfer's kernels need windowed layers in a KV cache group of their own, which there "
+        "is not beside a connector; another --attention-backend can reuse.",
+    )
+    EXPANDABLE_SEGMENTS = (
+        "expandable_segments",
+        Scope.ENGINE,
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is set, beside which vLLM takes no KV "
+        "connector; without it, or with --enable-cumem-allocator, KV is reused.",
     )
     UNKNOWN_BACKEND = (
         "unknown_backend",
@@ -238,8 +261,20 @@ class Reason(enum.StrEnum):
         "The KV of the shared text has seen too little of what it would stand behind "
         "(max_unseen_share) to be of use.",
     )
+    FIDELITY = (
+        "fidelity",
+        Scope.REQUEST,
+        "Audits found what its placeholders reuse too far from exact (fidelity_budget), so nothing "
+        "that is worth it is left; it is tried again now and then.",
+    )
     LOAD_FAILED = (
         "load_failed",
         Scope.REQUEST,
-        "A worker could not load the KV; vLLM computed the tokens instead.",
+        "A worker could neither load the KV nor compute the tokens in the same step; vLLM computed "
+        "them or, where it cannot (asynchronous scheduling, model runner V2), ended the request.",
+    )
+    LOAD_REPAIRED = (
+        "load_repaired",
+        Scope.REQUEST,
+        "A worker could not load the KV; the tokens were computed in the same step instead.",
     )

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that tests ask for by name: a real small one, and a tiny one made on the spot."""
+"""What tests of several folders ask for by name: models, and what audits have found."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tiny_model import save_tiny_llama
+
+if TYPE_CHECKING:
+    from kvcomm_vllm.messages import Divergence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,3 +41,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny-llama")
     save_tiny_llama(folder)
     return str(folder)
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, Divergence]]:
+    """What audits have counted, by agent; vLLM takes the counts away with every step."""
+    from kvcomm_vllm.metrics import KVCommStats
+
+    found: list[tuple[str | None, Divergence]] = []
+    monkeypatch.setattr(
+        KVCommStats, "count_audit", lambda stats, agent, answer: found.append((agent, answer))
+    )
+    return found

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kvcomm_vllm.metrics import METRICS, KVCommPromMetrics, KVCommStats
+from kvcomm_vllm.messages import Divergence
+from kvcomm_vllm.metrics import HISTOGRAMS, MAX_AGENTS, METRICS, KVCommPromMetrics, KVCommStats
 from kvcomm_vllm.reasons import Reason
 
 counts = st.dictionaries(
@@ -148,9 +149,12 @@ def exported(registry: CollectorRegistry) -> KVCommPromMetrics:
     def counter(**given: Any) -> Counter:
         return Counter(registry=registry, **given)
 
+    def histogram(**given: Any) -> Histogram:
+        return Histogram(registry=registry, **given)
+
     return KVCommPromMetrics(
         SimpleNamespace(kv_transfer_config=None),
-        {Gauge: Gauge, Counter: counter, Histogram: Histogram},
+        {Gauge: Gauge, Counter: counter, Histogram: histogram},
         ["model_name", "engine"],
         {0: ["m", "0"], 1: ["m", "1"]},
     )
@@ -180,5 +184,46 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats.count_taught(approximate=True)
     stats.count_held(1, 2)
     stats.count_asked_again("in_flight")
-    assert {key.split("/")[0] for key in stats.data} == set(METRICS)
+    stats.count_healed(3, 4)
+    stats.count_audit("planner", Divergence(0.5, True))
+    stats.count_fidelity("normal", "computed")
+    assert {key.split("/")[0] for key in stats.data} == {*METRICS, *HISTOGRAMS}
     exported.observe(stats.data)  # would raise for one that has no counter
+
+
+def test_audits_are_counted_by_agent_and_their_kl_lies_in_buckets(
+    registry: CollectorRegistry, exported: KVCommPromMetrics
+) -> None:
+    stats = KVCommStats()
+    for kl, same in ((0.0005, True), (0.04, False)):
+        stats.count_audit("planner", Divergence(kl, same))
+    stats.count_audit(None, Divergence(0.0, True))
+    taken = stats.take()
+    assert taken is not None
+    again = KVCommStats(data={"audit_kl/planner": [2.0], "audit_requests/planner": 1})
+    exported.observe(msgspec.msgpack.decode(msgspec.msgpack.encode(taken.aggregate(again).data)))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, {"model_name": "m", "engine": "0", **labels})
+
+    assert value("vllm:kvcomm_audit_requests_total", agent="planner") == 3
+    assert value("vllm:kvcomm_audit_same_top_total", agent="planner") == 1
+    assert value("vllm:kvcomm_audit_requests_total", agent="") == 1
+    assert value("vllm:kvcomm_audit_kl_sum", agent="planner") == pytest.approx(2.0405)
+    assert value("vllm:kvcomm_audit_kl_bucket", agent="planner", le="0.001") == 1
+    assert value("vllm:kvcomm_audit_kl_bucket", agent="planner", le="0.05") == 2
+    assert taken.data["audit_kl/planner"] == [0.0005, 0.04], "adding up changes no part"
+
+
+def test_names_that_clients_make_up_do_not_make_more_and_more_series() -> None:
+    stats = KVCommStats()
+    for number in range(3 * MAX_AGENTS):
+        stats.count_audit(f"agent {number}", Divergence(0.1, True))
+        if number % 5 == 0:
+            stats.take()
+    stats.take()
+    for number in range(3 * MAX_AGENTS):
+        stats.count_audit(f"agent {number}", Divergence(0.1, True))
+    labels = [key for key in stats.data if key.startswith("audit_requests/")]
+    assert len(labels) == MAX_AGENTS + 1
+    assert stats.data["audit_requests/other"] == 2 * MAX_AGENTS

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,11 +25,14 @@ from kvcomm_vllm.reasons import Reason, Scope
 
 MESSAGE_TOKENS = 120
 MOST_TOKENS = 4096
+RESTING_SECONDS = 0.05  # between two looks whether there is something to do
 MOST_STEPS = 1_000_000  # of learning after one request; far more than any prompt has pieces
-# Anchors come from training cases alone: what is scored must not teach.
+# Anchors come from training cases alone: what is scored must not teach. Sources are as they were
+# served.
 PLUGIN: dict[str, Any] = {
     "mode": "anchor",
     "audits": False,
+    "heal": "off",
     "audit_idle_seconds": 0.0,
     "audit_share": 1.0,
 }
@@ -126,6 +130,15 @@ class Bench:
                 raise BenchError(f"reuse is off: {Reason.of(word).explanation}")
         return Run(list(output.outputs[0].token_ids), list(Tape.steps), report)
 
+    def follow(self, prompt: list[int], answer: list[int], hints: dict[str, Any], salt: str) -> Run:
+        """The distributions along an answer that is given.
+
+        Raises:
+            BenchError: see :meth:`run`.
+        """
+        count = len(answer)
+        return self.run(prompt, hints, salt, tokens=count, force=answer, listen=count)
+
     def answers(
         self, prompts: list[list[int]], hints: dict[str, Any], salt: str, tokens: int
     ) -> list[list[int]]:
@@ -170,6 +183,15 @@ class Bench:
         rows = paper.table.rows()
         return held | {key: count * arena.row_bytes for key, count in rows.items()}
 
+    def rest(self, seconds: float) -> None:
+        """So long nobody asks anything, and the plugin may do what it does when it is idle."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.client.engine_core.scheduler.has_requests():
+                self.client.get_output()
+            else:
+                time.sleep(RESTING_SECONDS)
+
     def settle(self) -> None:
         """Let the plugin learn until nothing waits to be learned.
 
@@ -185,8 +207,13 @@ class Bench:
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def rehearse(self, cases: Sequence[Case]) -> None:
-        """Write the scripts of these cases: messages are the model's own dense answers."""
+        """Write the scripts of these cases: messages are the model's own dense answers, where the
+        case does not say what was answered.
+        """
         drafts = [(case, Script([], [])) for case in cases if case not in self._scripts]
         while drafts:
             for case, script in drafts:
@@ -195,10 +222,13 @@ class Bench:
                 script.prompts.append(chat_prompt(self.tokenizer, turn.system, user))
                 if len(script.prompts) == len(case.turns):
                     self._scripts[case] = script
+                elif turn.reply:
+                    script.messages.append(self.encode(turn.reply))
             drafts = [(case, script) for case, script in drafts if case not in self._scripts]
-            prompts = [script.prompts[-1] for _, script in drafts]
-            said = self.answers(prompts, DENSE, "messages", MESSAGE_TOKENS) if drafts else []
-            for (_, script), message in zip(drafts, said, strict=True):
+            asked = [script for _, script in drafts if len(script.messages) < len(script.prompts)]
+            prompts = [script.prompts[-1] for script in asked]
+            said = self.answers(prompts, DENSE, "messages", MESSAGE_TOKENS) if asked else []
+            for script, message in zip(asked, said, strict=True):
                 script.messages.append(message)
 
     def script(self, case: Case) -> Script:

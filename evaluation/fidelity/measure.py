@@ -13,7 +13,7 @@ import torch
 from kvcomm_vllm.evaluation.fidelity.bench import MESSAGE_TOKENS, Bench
 from kvcomm_vllm.evaluation.fidelity.divergence import Divergence, divergence
 from kvcomm_vllm.evaluation.fidelity.study import Study
-from kvcomm_vllm.evaluation.modes import DENSE, hints_of
+from kvcomm_vllm.evaluation.modes import DENSE, asked
 from kvcomm_vllm.evaluation.workloads.answers import meaning
 from kvcomm_vllm.evaluation.workloads.case import Answer, Case
 
@@ -68,16 +68,18 @@ class Point:
 
     Args:
         exact_sources: only the last agent reuses; what it reads is dense.
+        idle_seconds: how long nobody asks anything, behind each agent but the last.
     """
 
     mode: str
     anchors: int
     salt: str
     exact_sources: bool
+    idle_seconds: float = 0.0
 
     @property
     def hints(self) -> dict[str, Any]:
-        return hints_of(self.mode)
+        return asked(self.mode)
 
 
 def steps(study: Study, points: list[tuple[str, int]]) -> int:
@@ -96,6 +98,7 @@ def measure(
     tokens: int,
     done: Callable[[], object] = lambda: None,
     exact_sources: bool = False,
+    idle_seconds: float = 0.0,
 ) -> list[Score]:
     """Scores of every prompt at every point, point by point.
 
@@ -103,7 +106,7 @@ def measure(
         points: (mode, anchors); each has a cache of its own, hence anchors of its own.
         tokens: of the dense greedy answer, along which distributions are compared.
         done: called once for each rehearsal, lesson and prompt.
-        exact_sources: see :class:`Point`.
+        exact_sources, idle_seconds: see :class:`Point`.
     """
 
     def batches(cases: list[Case]) -> Iterator[slice]:
@@ -123,7 +126,7 @@ def measure(
     for mode, anchors in points:
         # Never used before in this process: an engine that lives on would know its anchors.
         salt = f"{study.workload} {mode} {anchors} {next(_salts)}"
-        point = Point(mode, anchors, salt, exact_sources)
+        point = Point(mode, anchors, salt, exact_sources, idle_seconds)
         others = bench.anchor_bytes().keys()
         for case in study.lessons[:anchors]:
             _teach(bench, case, point)
@@ -200,10 +203,10 @@ def _score(bench: Bench, workload: str, case: Case, dense: Dense, point: Point) 
     prompt = script.prompts[-1]
     for earlier, message in zip(script.prompts, script.messages, strict=False):
         bench.run(earlier + message, DENSE if point.exact_sources else hints, salt)
+        bench.rest(point.idle_seconds)
     if hints == DENSE:  # vLLM's own prefix hit, another order of the same sums: what rounding costs
         bench.run(prompt, hints, salt)
-    tokens = len(dense.tokens)
-    run = bench.run(prompt, hints, salt, tokens=tokens, force=dense.tokens, listen=tokens)
+    run = bench.follow(prompt, dense.tokens, hints, salt)
     return Score(
         **vars(divergence(dense.steps, run.steps)),
         workload=workload,

@@ -7,14 +7,17 @@ from typing import Any
 
 from kvcomm_vllm.cli.machine import serving_dtype
 from kvcomm_vllm.evaluation.fidelity.study import Study, choose
-from kvcomm_vllm.evaluation.modes import hints_of
-from kvcomm_vllm.evaluation.workloads import CASES, cases
+from kvcomm_vllm.evaluation.modes import UNREFRESHED, asked
+from kvcomm_vllm.evaluation.workloads import CASES, CHAINS, PROBES, cases
 from kvcomm_vllm.evaluation.workloads.rows import DataError
 from kvcomm_vllm.evaluation.workloads.user_file import user_cases
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PAPER_MEMORY_MB = 2048  # 20 anchors of some placeholders of a small model
 CURVE = (1, 2, 5, 10)
+# All modes read the same exact KV of the prompt before the edit. What one of them leaves behind is
+# approximate: no source for the next, nor found by it in the prefix cache.
+PROBING: dict[str, Any] = {"reuse_approximate": False}
 LEARNING = ("anchor", "paper")  # modes to which anchors make a difference
 
 
@@ -32,17 +35,28 @@ class Options:
     paper_gamma: float
     first: int
     dtype: str
+    idle_seconds: float = 0.0
 
     @property
     def plugin(self) -> dict[str, Any]:
         """What the plugin has to be configured with for these modes."""
-        if all(mode != "paper" for mode, _ in self.points):
-            return {}
-        return {"paper": {"memory_mb": PAPER_MEMORY_MB, "gamma": self.paper_gamma}}
+        found: dict[str, Any] = {}
+        if any(mode == "paper" for mode, _ in self.points):
+            found["paper"] = {"memory_mb": PAPER_MEMORY_MB, "gamma": self.paper_gamma}
+        if any(mode.endswith(UNREFRESHED) for mode, _ in self.points):
+            found["max_refresh_share"] = 0.0
+        if self.idle_seconds:
+            found |= {"audits": True, "heal": "idle"}
+        return found | (PROBING if self.probes else {})
+
+    @property
+    def probes(self) -> bool:
+        """Whether it is probes that are measured, and no other workload."""
+        return self.studies[0].workload in PROBES
 
     def settings(self) -> dict[str, Any]:
         """For the report; JSON-able."""
-        same = ("first", "tokens", "dtype", "exact_sources", "plugin", "seed")
+        same = ("first", "tokens", "dtype", "exact_sources", "idle_seconds", "plugin", "seed")
         return {
             "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
             "workloads": {study.workload: study.source for study in self.studies},
@@ -74,14 +88,20 @@ def read_options(
     """
     if dtype not in DTYPES:
         raise DataError(f"--dtype: {dtype!r} must be one of {', '.join(DTYPES)}")
-    measured = points(_names(modes, "--modes"), anchor_points(_numbers(anchors), curve))
+    named = _names(modes, "--modes")
+    if len({name.endswith(UNREFRESHED) for name in named}) > 1:
+        raise DataError(f"--modes: those that end in {UNREFRESHED!r} need a run of their own")
+    measured = points(named, anchor_points(_numbers(anchors), curve))
     most = max(count for _, count in measured)
     if jsonl is not None:
         own = user_cases(jsonl)
         # a user's file is scored as far as it goes; what is left of it teaches
         chosen = [choose(jsonl.stem, jsonl.name, own, min(prompts, len(own)), most)]
     else:
-        names = list(CASES) if workload == "all" else _names(workload, "--workload")
+        every = {"all": [*CASES], "chains": [*CHAINS], "probes": [*PROBES]}
+        names = every.get(workload) or _names(workload, "--workload")
+        if len({name in PROBES for name in names}) > 1:
+            raise DataError("--workload: probes need a run of their own")
         chosen = []
         for name in names:
             found, source = cases(name, data, others["seed"])
@@ -99,9 +119,9 @@ def points(modes: list[str], anchors: tuple[int, ...]) -> list[tuple[str, int]]:
     """(mode, anchors) in the order they are measured; modes that do not learn have point 0 alone.
 
     Raises:
-        DataError: see :func:`hints_of`.
+        DataError: see :func:`~kvcomm_vllm.evaluation.modes.hints_of`.
     """
-    learns = {mode: hints_of(mode)["mode"] in LEARNING for mode in modes}
+    learns = {mode: asked(mode)["mode"] in LEARNING for mode in modes}
     return [(mode, n) for mode in modes for n in (anchors if learns[mode] else (0,))]
 
 

@@ -80,8 +80,7 @@ class Calm:
 
         def done() -> bool:
             lessons = read(self.base_url).lessons
-            ended = lessons["learned"] + lessons["dropped"] + lessons["failed"]
-            return ended == lessons["queued"]
+            return lessons.total() == 2 * lessons["queued"]
 
         _until(done, LEARNING_SECONDS)
         if failed := read(self.base_url).lessons["failed"]:

@@ -16,6 +16,7 @@ from kvcomm_vllm.evaluation.workloads import (
     judge,
     math,
     mmlu,
+    probes,
     rag,
     repo,
     synthetic,
@@ -45,8 +46,15 @@ CASES: dict[str, tuple[DataSet, MakeCases] | Workload] = {
     "judge": (math.DATA, judge.compete),
     **{one.name: one for one in (*edits.WORKLOADS, repo.WORKLOAD)},
 }
+# The beginnings of one chain of agents.
+CHAINS: dict[str, tuple[DataSet, MakeCases] | Workload] = {
+    f"chain{agents}": (math.DATA, partial(math.chain_start, agents=agents))
+    for agents in range(2, max(math.TEAMS) + 1)
+}
+# Their own table; see evaluation/fidelity/probes.py.
+PROBES: dict[str, Workload] = {one.name: one for one in probes.WORKLOADS}
 # of a workload without data, which has no end
-MADE_UP_CASES = 64
+MADE_UP_CASES = 128
 Found = TypeVar("Found")
 
 
@@ -71,7 +79,7 @@ def cases(name: str, folder: Path | None, seed: int) -> tuple[list[Case], str]:
     Raises:
         DataError: no such workload, unreadable or malformed data.
     """
-    found = _named(name, CASES)
+    found = _named(name, {**CASES, **CHAINS, **PROBES})
     if isinstance(found, Workload):
         made = found.make(folder, seed)
         return [task.case for task in made.tasks[:MADE_UP_CASES]], made.source

@@ -45,6 +45,22 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What the last answer of a case says if it follows an edit, and if it does not.
+
+    Args:
+        lead: its beginning, which is given to the model.
+        right, stale: how it goes on by the edited prompt, and by the one before the edit.
+        form: of the question, by name.
+    """
+
+    lead: str
+    right: str
+    stale: str
+    form: str
+
+
+@dataclass(frozen=True)
 class Case:
     """Turns in the order of speaking.
 
@@ -58,6 +74,7 @@ class Case:
     group: str
     answer: Answer = Answer.TEXT
     candidates: tuple[int, ...] = ()
+    probe: Probe | None = None
 
 
 def literal(text: str) -> str:

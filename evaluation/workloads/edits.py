@@ -59,7 +59,7 @@ class Session:
     @property
     def system(self) -> str:
         told = self.instructions.replace("{clock}", f"{self.clock:%A, %Y-%m-%d %H:%M:%S} UTC")
-        tools, notes = "\n".join(self.tools), "\n".join(f"- {note}" for note in self.notes)
+        tools, notes = "\n".join(self.tools), "\n".join(f"- {one}" for one in self.notes)
         return f"{told}\n\nTools, one a line:\n{tools}\n\nNotes from earlier sessions:\n{notes}"
 
     @property
@@ -134,7 +134,7 @@ def begin(rng: Random, tools: tuple[int, int], input_tokens: int) -> Session:
         instructions=told.replace("{boss}", one_of("names", rng)),
         clock=datetime(2025, 1, 6) + timedelta(seconds=rng.randrange(300 * 86_400)),
         tools=tuple(schema(name) for name in names if name in offered),
-        notes=tuple(_note(text, rng) for text in rng.sample(words()["notes"], NOTES)),
+        notes=tuple(note(text, rng) for text in rng.sample(words()["notes"], NOTES)),
         past=(),
     )
     room = input_tokens - about_tokens(session.system)
@@ -192,7 +192,8 @@ def session_task(
     return Task(case, output_tokens, fixed=True)
 
 
-def _note(text: str, rng: Random) -> str:
+def note(text: str, rng: Random) -> str:
+    """A line of an agent's notes, of a packaged one."""
     values = {
         "name": one_of("names", rng),
         "other": one_of("names", rng),

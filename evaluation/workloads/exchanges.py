@@ -7,7 +7,7 @@ All of it is made up, of the words in ``data/session.yaml``, and no two exchange
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
@@ -60,11 +60,16 @@ class Exchange:
 
 
 def schema(name: str) -> str:
-    """A tool as it is offered to a model: a line of JSON."""
+    """A tool of the packaged ones as it is offered to a model: a line of JSON."""
     (tool,) = (tool for tool in words()["tools"] if tool["name"] == name)
+    return as_schema(tool)
+
+
+def as_schema(tool: Mapping[str, Any]) -> str:
+    """The same for any tool with a name, a description and types of parameters."""
     properties = {key: _typed(kind) for key, kind in tool["parameters"].items()}
     parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
-    shown = {"name": name, "description": tool["description"], "parameters": parameters}
+    shown = {"name": tool["name"], "description": tool["description"], "parameters": parameters}
     return json.dumps({"type": "function", "function": shown})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A judge over the answers of three candidates, shown in one order and in the reverse of it."""
+"""A judge over the answers of four candidates, shown in their own order and shuffled."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.task import Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
-CANDIDATES = tuple(f"Candidate {number}" for number in (1, 2, 3))
+CANDIDATES = tuple(f"Candidate {number}" for number in (1, 2, 3, 4))
 
 
 def compete(row: Row, rng: Random) -> list[Case]:
     """Two cases, equal but for the order of the candidates in the judge's prompt."""
     problem = f"Problem:\n{literal(row['question'])}\n\n"
     order = list(range(1, len(CANDIDATES) + 1))
-    rng.shuffle(order)
+    shuffled = order
+    while shuffled == order:
+        shuffled = rng.sample(order, len(order))
     name = str(row["id"])
     return [
         _case(f"{name}, {label}", name, problem, agents)
-        for label, agents in (("shuffled", order), ("reversed", order[::-1]))
+        for label, agents in (("fixed", order), ("shuffled", shuffled))
     ]
 
 
@@ -54,7 +56,7 @@ def _choice(case: Case, answer: str) -> str | None:
 
 WORKLOAD = Workload(
     name="judge",
-    title="A judge picks the best of three answers to a word problem, in two orders",
+    title="A judge picks the best of four answers to a word problem, in two orders",
     tasks=_tasks,
     data=DATA,
 )

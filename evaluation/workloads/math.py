@@ -31,6 +31,15 @@ def solve(row: Row, rng: Random, agents: int = 5) -> list[Case]:
     return [Case(name, turns, group=name, answer=Answer.NUMBER)]
 
 
+def chain_start(row: Row, rng: Random, agents: int) -> list[Case]:
+    """One case: so many of the team of five, the last of which is free to say what it likes.
+
+    With one of each length it can be seen whether what is lost grows along the chain.
+    """
+    (case,) = solve(row, rng)
+    return [Case(case.id, case.turns[:agents], group=case.group)]
+
+
 def _tasks(row: Row, rng: Random, agents: int = 5, output_tokens: int = 256) -> list[Task]:
     (case,) = solve(row, rng, agents)
     right = stated_number(row["answer"], case.id)

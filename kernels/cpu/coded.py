@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled kernel of the corrected load with codes, for the VEC packing.
 
-    K_new = redo * (undo * K + dK)        (dK, dV) = mean[index] + code @ up
+    K_new = redo * (undo * K + dK)        (dK, dV) = mean[row] + code @ up
     V_new = V + dV
 
 One pass: nothing between the two pages leaves the first-level cache. K of 16 tokens of a head comes
@@ -27,7 +27,7 @@ JOB = job_type(
     *("bases", "layers", "layer_step", "heads", "head_bytes", "groups", "group_step"),
     *("blocks", "block_count", "block_bounds", "first_token", "token_values", "tokens"),
     *("undo", "redo", "pairs", "first_step", "second_step", "row_bytes", "stream"),
-    *("mean_k", "mean_v", "mean_rows", "index", "code", "code_rows", "up", "packed", "most_tiles"),
+    *("mean_k", "mean_v", "mean_layers", "rows", "code", "code_rows", "up", "packed", "most_tiles"),
 )
 LINE = 4 * lane.WIDTH  # bytes of 16 words
 
@@ -93,18 +93,18 @@ def _readers(kind: str, dim: int) -> tuple[Any, ...]:
 
     @njit
     def mean_row(job, layer, head, row):  # type: ignore[no-untyped-def]
-        return ((layer * job.mean_rows + row) * job.heads + head) * dim * 4
+        return ((row * job.mean_layers + layer) * job.heads + head) * dim * 4
 
     @njit
     def means(job, layer, head, first, end, rows, columns):  # type: ignore[no-untyped-def]
-        """Mean dK of a tile: the last row, or 0 if tokens differ; ``columns`` then hold theirs."""
-        index, later = table(job.index, job.tokens, 1), True
+        """Mean dK of a tile: of all its tokens, or 0 if they differ; ``columns`` then hold it."""
+        row_of, equal = table(job.rows, job.tokens, 1), True
         for token in range(first, end):
-            later = later and index[token, 0] == job.mean_rows - 1
-        if later:
-            return job.mean_k + mean_row(job, layer, head, job.mean_rows - 1)
+            equal = equal and row_of[token, 0] == row_of[first, 0]
+        if equal:
+            return job.mean_k + mean_row(job, layer, head, row_of[first, 0])
         for token in range(first, end):
-            row = job.mean_k + mean_row(job, layer, head, index[token, 0])
+            row = job.mean_k + mean_row(job, layer, head, row_of[token, 0])
             for c in range(0, dim * 4, LINE):
                 store(rows + (token - first) * dim * 4 + c, factor(row + c))
         for c in range(0, dim, 16):
@@ -173,10 +173,10 @@ def _readers(kind: str, dim: int) -> tuple[Any, ...]:
 
     @njit
     def values(job, base, layer, head, first, end, ahead, out):  # type: ignore[no-untyped-def]
-        places, index = table(job.token_values, job.tokens, 2), table(job.index, job.tokens, 1)
+        places, row_of = table(job.token_values, job.tokens, 2), table(job.rows, job.tokens, 1)
         for token in range(first, end):
             source = base + places[token, 0]
-            mean = job.mean_v + mean_row(job, layer, head, index[token, 0])
+            mean = job.mean_v + mean_row(job, layer, head, row_of[token, 0])
             for c in range(0, dim, 16):
                 if c * size % 64 == 0:
                     prefetch(source + c * size + ahead)

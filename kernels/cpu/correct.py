@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,25 @@ def load_corrected(
         load.move(plain, tokens, undo.then(redo), tiled)
     if skip < len(group.layers):
         group = dataclasses.replace(group, layers=group.layers[skip:])
-        _Correction(group, tokens, tiled, undo, redo).apply(deviation)
+        for entry, part in _by_entry(tokens, deviation):
+            cut = tiled if part is tokens else tables.vec_tiles(group, part)
+            _Correction(group, part, cut, undo, redo).apply(deviation, entry)
+
+
+def _by_entry(tokens: Tokens, deviation: Deviation) -> Iterator[tuple[int, Tokens]]:
+    """Tokens of each entry, negative for those without a code: a kernel works with one factor."""
+    if isinstance(deviation, AnchorSum) or deviation.entry is None:
+        yield -1, tokens
+        return
+    entry = deviation.entry.numpy()[tokens.index]
+    first = int(entry[0])
+    if (entry == first).all():
+        yield first, tokens
+        return
+    for number in np.unique(entry):
+        mine = entry == number
+        columns = (tokens.src_page, tokens.src_at, tokens.dst_page, tokens.dst_at, tokens.index)
+        yield int(number), Tokens(*(column[mine] for column in columns))
 
 
 def _finish_kernel(group: PageGroup, deviation: Deviation) -> Any:
@@ -117,13 +136,14 @@ class _Correction(TileJob):
         super().__init__(group, tokens, tiled, undo)
         self.job |= {"redo": self.turns(redo), "stream": tables.all_aligned(group)}
 
-    def apply(self, deviation: Deviation) -> None:
+    def apply(self, deviation: Deviation, entry: int) -> None:
+        """``entry``: whose codes these tokens have; negative = none."""
         if isinstance(deviation, AnchorSum):
             self._finish(deviation, self._anchors(deviation))
-        elif deviation.code is None or deviation.up is None:
+        elif entry < 0 or deviation.code is None or deviation.up is None:
             self._finish(deviation, self._means(deviation))
         else:
-            self._coded(deviation, deviation.code, deviation.up)
+            self._coded(deviation, deviation.code, deviation.up[entry])
 
     def _finish(self, deviation: Deviation, fields: dict[str, int]) -> None:
         from kvcomm_vllm.kernels.cpu.correct_kernels import JOB
@@ -151,13 +171,15 @@ class _Correction(TileJob):
         }
 
     def _means(self, deviation: MeanMap) -> dict[str, int]:
-        rows = deviation.mean_k.shape[1]
-        index = deviation.index.numpy()[self.index].astype(np.int64).clip(0, rows - 1)
+        rows, k, v = deviation.row.numpy()[self.index], deviation.mean_k, deviation.mean_v
+        if not all(mean.dtype is torch.float32 and mean.is_contiguous() for mean in (k, v)):
+            used, rows = np.unique(rows, return_inverse=True)  # the arena may be large
+            k, v = (mean[torch.from_numpy(used)].float() for mean in (k, v))
         return {
-            "mean_k": self.keep(deviation.mean_k.float().numpy()),
-            "mean_v": self.keep(deviation.mean_v.float().numpy()),
-            "mean_rows": rows,
-            "index": self.keep(index),
+            "mean_k": self.keep(k.numpy()),
+            "mean_v": self.keep(v.numpy()),
+            "mean_layers": k.shape[1],
+            "rows": self.keep(rows),
         }
 
     def _coded(self, deviation: MeanMap, code: torch.Tensor, up: torch.Tensor) -> None:

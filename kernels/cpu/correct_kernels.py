@@ -23,7 +23,7 @@ JOB = job_type(
     *("bases", "layers", "layer_step", "heads", "head_bytes", "groups"),
     *("blocks", "block_count", "block_bounds", "first_token", "token_values", "tokens"),
     *("undo", "redo", "head_dim", "pairs", "first_step", "second_step", "row_bytes", "stream"),
-    *("mean_k", "mean_v", "mean_rows", "index"),
+    *("mean_k", "mean_v", "mean_layers", "rows"),
     *(
         "dk",
         "dv",
@@ -105,8 +105,8 @@ def _mean_fill() -> Any:
 
     @njit
     def fill(job, layer, head, token, out):  # type: ignore[no-untyped-def]
-        dim, index = job.head_dim, table(job.index, job.tokens, 1)
-        row = (layer * job.mean_rows + index[token, 0]) * job.heads + head
+        dim, rows = job.head_dim, table(job.rows, job.tokens, 1)
+        row = (rows[token, 0] * job.mean_layers + layer) * job.heads + head
         for c in range(0, dim, 16):
             store(out + c * 4, factor(job.mean_k + (row * dim + c) * 4))
             store(out + (dim + c) * 4, factor(job.mean_v + (row * dim + c) * 4))

@@ -130,6 +130,18 @@ def kernels() -> str:
     return "kvcomm_vllm.kernels"
 
 
+def allocator() -> str:
+    """A setting of torch's with which vLLM refuses every KV connector, so that ours is left out."""
+    name = "PYTORCH_CUDA_ALLOC_CONF"
+    if "expandable_segments:True" not in os.environ.get(name, ""):
+        return "nothing that keeps the plugin out"
+    raise AdviceError(
+        f"{name} has expandable_segments:True, beside which vLLM takes no KV connector: servers "
+        "start without kvcomm and serve exactly; unset it, or start them with "
+        "--enable-cumem-allocator"
+    )
+
+
 def measuring_packages() -> str:
     if lack := lacking([*CLIENT, *PICTURE, TOOLS]):
         raise AdviceError(f"missing {lack}")
@@ -178,5 +190,8 @@ def server(base_url: str) -> str:
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ProblemError(f"{base_url} does not answer like a vLLM server: {error}") from error
     if "vllm:kvcomm_" not in metrics:
-        raise AdviceError(f"{base_url}: vLLM {version} without kvcomm; add --kv-connector kvcomm")
+        raise AdviceError(
+            f"{base_url}: vLLM {version} without kvcomm; add --kv-connector kvcomm, or see in its "
+            "log why reuse is off"
+        )
     return f"{base_url}: vLLM {version} with kvcomm"

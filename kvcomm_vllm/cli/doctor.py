@@ -54,6 +54,7 @@ def run_checks(
         ("vllm command", checks.vllm_command),
         ("plugin", checks.plugin),
         ("kernels", checks.kernels),
+        ("allocator", checks.allocator),
         ("demo packages", checks.measuring_packages),
     ]
     if config is not None:

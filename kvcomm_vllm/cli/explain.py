@@ -23,6 +23,7 @@ def explain(
     ],
     server: Annotated[str, typer.Option(help="A running server.")] = "http://localhost:8000",
     html: Annotated[Path | None, typer.Option(help="Write a page with the picture.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the picture as an image.")] = None,
 ) -> None:
     """What a running server reuses for one request, by place; it is served, for one token."""
     from kvcomm_vllm.estimate.flaws import EstimateError
@@ -52,5 +53,9 @@ def explain(
         if html is not None:
             markup = f"<h1>What was reused</h1>{found.picture.markup()}"
             html.write_text(page("What was reused", markup), encoding="utf-8", errors="replace")
+        if png is not None:
+            from kvcomm_vllm.estimate.image import write_png
+
+            write_png(found.picture, png)
     except (EstimateError, OSError) as error:
         fail(str(error))

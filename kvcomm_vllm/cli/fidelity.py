@@ -17,8 +17,8 @@ def fidelity(
     workload: Annotated[
         str,
         typer.Option(
-            help="gsm8k3, gsm8k5, groupchat, rag, judge, clock, compaction, pruned, tools, repo; "
-            "several with commas, or all."
+            help="gsm8k3, gsm8k5, groupchat, rag, judge, clock, compaction, pruned, tools, repo, "
+            "probes, chains; several with commas, or all."
         ),
     ] = "gsm8k3",
     modes: Annotated[
@@ -50,6 +50,12 @@ def fidelity(
         bool,
         typer.Option("--exact-sources", help="Only the scored agent reuses, the others are dense."),
     ] = False,
+    idle_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="How long nobody asks anything, behind each agent but the last."
+        ),
+    ] = 0.0,
     paper_gamma: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The gate of mode paper; 1 = all may pass.")
     ] = 0.3,

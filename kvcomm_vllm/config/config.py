@@ -82,11 +82,32 @@ class KVCommConfig:
     )
     audits: bool = key(
         True,
-        "Recompute served prompts exactly while the engine is idle, to learn from them.",
+        "Recompute served prompts exactly while the engine is idle, to learn from them and to "
+        "measure how far answers were from exact. Without, nothing is measured, and placeholders "
+        "learn from requests alone that are served exactly (bootstrap_requests, hint learn); what "
+        "heal does is another matter.",
+    )
+    heal: str = key(
+        "idle",
+        "What becomes of requests that were served approximately: idle = their exact KV is "
+        "computed while the engine is idle, and put into vLLM's prefix cache as if they had been "
+        "served exactly, for whoever goes on from them or quotes them; off = they stay as they "
+        "are.",
+        choices=("idle", "off"),
+    )
+    fidelity_budget: float = key(
+        0.0,
+        "How far from exact answers may be: the most nats that the KL of the first token may have "
+        "in the mean of a placeholder's audited requests (say 0.02). Beyond, it gets longer seams, "
+        "then its text is computed, until audits of requests that try it again find it better "
+        "(modes rotate, seam and anchor).",
+        low=0.0,
+        high=100.0,
+        when_zero="no limit",
     )
     audit_idle_seconds: float = key(
         5.0,
-        "How long the engine must have been idle before it learns; any request ends that.",
+        "How long the engine must have been idle before it learns or heals; any request ends that.",
         low=0.0,
         high=3600.0,
     )
@@ -98,7 +119,7 @@ class KVCommConfig:
     )
     audit_share: float = key(
         1.0,
-        "Largest share of the idle time behind audit_idle_seconds that is spent learning.",
+        "Largest share of the idle time behind audit_idle_seconds that is spent so.",
         low=0.001,
         high=1.0,
     )
@@ -109,7 +130,7 @@ class KVCommConfig:
     anchor_memory_mb: int = key(
         1024,
         "Memory reserved at start for what placeholders have learned, beside vLLM's own (per "
-        "rank).",
+        "rank); less where 1024 MiB would not stay free on a GPU.",
         low=0,
         high=MOST,
         when_zero="no anchors: mode anchor is mode seam",
@@ -155,8 +176,10 @@ class KVCommConfig:
     max_refresh_share: float = key(
         0.5,
         "Reused tokens that repeated something where their KV was computed and do not here, or "
-        "the other way around, are computed again; text of which this takes more than such a "
-        "share is computed as a whole (modes seam and anchor).",
+        "the other way around, are computed again; where an agent's own prompt was edited, also "
+        "the first tokens behind that, and as many of what it has copied for the longest time. "
+        "Text of which more than such a share is due is computed as a whole (modes seam and "
+        "anchor).",
         low=0.0,
         high=1.0,
         when_zero="none is computed again",
@@ -184,11 +207,12 @@ class KVCommConfig:
     )
     max_hole_tokens: int = key(
         0,
-        "Most tokens of seams and gaps computed in one step; plans with more are spread over "
-        "several steps, within vLLM's own token budget.",
+        "Most tokens of seams and gaps computed in one step, on top of what vLLM computes in it; "
+        "plans with more are spread over several steps, within vLLM's own token budget.",
         low=0,
         high=MOST,
-        when_zero="the engine's max_num_batched_tokens",
+        when_zero="a quarter of the engine's max_num_batched_tokens, 2048 at most; all of it for a "
+        "request that is alone",
     )
     share_inflight_seconds: float = key(
         5.0,
@@ -266,6 +290,8 @@ class KVCommConfig:
                 f"min_span_tokens={self.min_span_tokens}: with window_tokens="
                 f"{self.window_tokens} only shared text of {sure} tokens or more is always found"
             )
+        if self.fidelity_budget and not self.audits:
+            found.append("fidelity_budget has no effect without audits")
         return tuple(found)
 
 

@@ -52,8 +52,10 @@ GROUPS = {
     "What is remembered": ("window_tokens", "max_sequences", "keep_last_page"),
     "Anchors: when they are learned and used": (
         *("anchor_seam_tokens", "min_anchors", "max_anchors", "max_anchor_error"),
-        *("bootstrap_requests", "audits", "audit_idle_seconds", "audit_tokens", "audit_share"),
-        *("learn_from_approximate", "max_placeholders"),
+        *("bootstrap_requests", "learn_from_approximate", "max_placeholders"),
+    ),
+    "What is done while the engine is idle": (
+        *("audits", "heal", "fidelity_budget", "audit_idle_seconds", "audit_tokens", "audit_share"),
     ),
     "Constants of the estimator (leave them alone)": (
         *("estimator.head_tokens", "estimator.mean_prior", "estimator.ridge"),

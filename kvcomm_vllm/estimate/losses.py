@@ -28,6 +28,7 @@ class Part(Explained):
 
     NEW = ("new", "Nobody has sent it before, or not in one piece of min_span_tokens or more.")
     SEAM = ("seam", "First tokens of reused text (seam_tokens), computed so that the rest fits.")
+    REFRESHED = ("refreshed", "Reused text whose KV an edit has moved: computed again.")
     RE_ENCODED = (
         "re_encoded",
         "Shared text in another rendering: other tokens, nothing to reuse.",
@@ -111,6 +112,8 @@ class Losses:
         for span in state.plan.spans if state.plan else ():
             why[span.start - span.seam : span.start] = code[Part.SEAM]
             why[span.start : span.end] = REUSED
+        for start, end in state.plan.refreshed if state.plan else ():
+            why[start:end] = code[Part.REFRESHED]
         found = self._near(state, tokens, local, why == code[Part.NEW])
         for number, copy in enumerate(found, len(words)):
             why[copy.start : copy.end] = number  # what it is called is for who can read

@@ -75,7 +75,7 @@ class Picture:
             return ""
         written, room = [], MOST_BYTES
         for piece in self.pieces:
-            said = html.escape(_shortened(piece, self.text(piece.start, piece.end)))
+            said = html.escape(shortened(piece, self.text(piece.start, piece.end)))
             part = f'<span class="{piece.kind}" title="{_note(piece)}">{said}</span>'
             room -= len(part.encode("utf-8", "replace"))
             if room < 0:
@@ -109,7 +109,8 @@ def _note(piece: Piece) -> str:
     return html.escape(f"{piece.note or piece.kind.explanation}: {piece.tokens:,} tokens")
 
 
-def _shortened(piece: Piece, text: str) -> str:
+def shortened(piece: Piece, text: str) -> str:
+    """What is shown of a piece's text: of much of it the middle is left out."""
     most = LITTLE if piece.kind is Kind.LOCAL else MOST_CHARACTERS
     if len(text) <= most:
         return text

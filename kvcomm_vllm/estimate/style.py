@@ -1,12 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The looks of pages: light and dark, and nothing that has to be fetched."""
 
-STYLE = """
-:root{--ink:#1f2328;--dim:#59636e;--back:#fff;--line:#d0d7de;--local:#d4d9df;--reused:#9ec9f5;
---seam:#f2a24e;--gap:#fbe3c4;--copy:#dcc2f5;--computed:#f6f8fa}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--dim:#9198a1;--back:#0d1117;--line:#3d444d;
---local:#434b55;--reused:#1f5fa3;--seam:#a8611a;--gap:#4a3218;--copy:#573a75;--computed:#161b22}}
-*{box-sizing:border-box}
+LIGHT = {
+    "ink": "#1f2328",
+    "dim": "#59636e",
+    "back": "#ffffff",
+    "line": "#d0d7de",
+    "local": "#d4d9df",
+    "reused": "#9ec9f5",
+    "seam": "#f2a24e",
+    "gap": "#fbe3c4",
+    "copy": "#dcc2f5",
+    "computed": "#f6f8fa",
+}
+DARK = {
+    "ink": "#e6edf3",
+    "dim": "#9198a1",
+    "back": "#0d1117",
+    "line": "#3d444d",
+    "local": "#434b55",
+    "reused": "#1f5fa3",
+    "seam": "#a8611a",
+    "gap": "#4a3218",
+    "copy": "#573a75",
+    "computed": "#161b22",
+}
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return ":root{" + ";".join(f"--{name}:{value}" for name, value in colours.items()) + "}"
+
+
+STYLE = f"""
+{_variables(LIGHT)}
+@media(prefers-color-scheme:dark){{{_variables(DARK)}}}
+*{{box-sizing:border-box}}
+"""
+STYLE += """
 body{margin:0 auto;padding:1.5rem;max-width:64rem;background:var(--back);color:var(--ink);
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;margin:0 0 .5rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler can see at start that makes reuse impossible for the whole engine.
+"""What rules reuse out and is seen in the finished engine alone: what vLLM itself has decided.
 
-Models that vLLM would not even start with a connector are dealt with before, in ``model_guard.py``;
-what only the workers see (page layout, rotary embedding) follows in ``worker/kv_view.py``.
+Models and arguments that never reuse are dealt with before (``model.py``, ``arguments.py``); what
+only the workers see (page layout, rotary embedding) follows in ``worker/kv_view.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvcomm_vllm.compat.rules import settings_of_config
+from kvcomm_vllm.guards.settings import unsupported_settings
 from kvcomm_vllm.reasons import Reason
 
 if TYPE_CHECKING:
@@ -27,29 +29,15 @@ class EngineOff:
 
 def engine_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
     """The first thing found that rules reuse out, or None."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    parallel = config.parallel_config
     groups = kv_cache.kv_cache_groups
-    if not config.cache_config.enable_prefix_caching:
-        return EngineOff(Reason.PREFIX_CACHING_OFF, "--no-enable-prefix-caching")
-    if parallel.pipeline_parallel_size > 1:
-        return EngineOff(Reason.PIPELINE_PARALLEL, f"{parallel.pipeline_parallel_size} stages")
-    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
-        return EngineOff(Reason.CONTEXT_PARALLEL, "--decode-context-parallel-size")
-    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        return EngineOff(Reason.CONTEXT_PARALLEL, "--prefill-context-parallel-size")
-    if parallel.data_parallel_size > 1 and getattr(config.model_config, "is_moe", True):
-        return EngineOff(Reason.EXPERTS_DATA_PARALLEL, f"{parallel.data_parallel_size} ranks")
-    if config.lora_config is not None:
-        return EngineOff(Reason.LORA_ENABLED, "--enable-lora")
-    if config.speculative_config is not None:
-        return EngineOff(Reason.SPEC_DECODE, str(config.speculative_config.method))
+    reason = unsupported_settings(settings_of_config(config))
+    if reason is not None:
+        return EngineOff(reason, "in vLLM's finished configuration")
     if len(groups) != 1:
         return EngineOff(Reason.SLIDING_WINDOW_HYBRID, f"{len(groups)} KV cache groups")
     spec = groups[0].kv_cache_spec
-    if isinstance(spec, MLAAttentionSpec):
-        return EngineOff(Reason.MLA, type(spec).__name__)
     # subclasses drop pages of a running request (R-SWA) or put their own before it (sinks)
     if type(spec) is not FullAttentionSpec:
         return EngineOff(Reason.UNKNOWN_LAYOUT, type(spec).__name__)

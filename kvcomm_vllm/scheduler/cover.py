@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cover: from which source each token of a prompt is taken, token by token the most exact one.
+"""The cover: from which source each token of a prompt is taken, token by token the one that fits
+best.
 
 Sources overlap: the same text lies in many requests' pages, exact in some, copied in others. A
 source counts from behind its seam on, the first tokens of the text that it has in common with the
@@ -8,30 +9,63 @@ prompt; where one source gives way to another inside that text, no seam is neede
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Listing
+from itertools import pairwise
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from kvcomm_vllm.scheduler.index import Births
+from kvcomm_vllm.scheduler.repeats import Bools
 from kvcomm_vllm.scheduler.spans import ReuseSpan, Source
 
 NOBODY = -1
+Rank: TypeAlias = tuple[bool, bool, int, int, bool, int, int]
 
 
-def cover(sources: Listing[Source], seam: int, block_size: int) -> list[ReuseSpan]:
+class Fit(Protocol):
+    """How well the KV of sources fits a prompt, token by token."""
+
+    def stale(self, source: Source) -> Bools:
+        """Whose KV would have to be computed again: bool ``[length]``."""
+
+    def born(self, source: Source) -> Births:
+        """The larger, the later was KV computed in the agent's own session: int32 ``[length]``."""
+
+
+class AsItIs:
+    """All KV fits alike."""
+
+    def stale(self, source: Source) -> Bools:
+        return np.zeros(source.length, np.bool_)
+
+    def born(self, source: Source) -> Births:
+        return np.zeros(source.length, np.int32)
+
+
+AS_IT_IS = AsItIs()
+
+
+def cover(
+    sources: Listing[Source], seam: int, block_size: int, fit: Fit = AS_IT_IS
+) -> list[ReuseSpan]:
     """Spans in the order of the prompt, without overlap; those that touch each other share a seam.
 
-    Whichever makes the youngest generation of KV at a token is taken: exact KV that is moved is one
+    Exact KV of the same context comes first. Then, of KV that is not stale, what was computed last
+    in the agent's own session, and of that the youngest generation: exact KV that is moved is one
     copy away from exact, as is the request's own that was moved before. Of equal ones one of the
     same context comes first, then the one that is usable for the longest stretch, then the newest.
 
     Args:
         seam: tokens computed at the beginning of each common text.
+        fit: see :class:`~kvcomm_vllm.scheduler.refresh.Refresh`.
     """
     if not sources:
         return []
     total = max(source.end for source in sources)
     owner = np.full(total + 1, NOBODY, np.int64)
-    for _, start, end, number in sorted(_strokes(sources, seam)):
+    for _, start, end, number in sorted(_strokes(sources, seam, fit)):
         owner[start:end] = number
     cuts = np.flatnonzero(np.diff(owner, prepend=NOBODY))
     spans: list[ReuseSpan] = []
@@ -44,22 +78,32 @@ def cover(sources: Listing[Source], seam: int, block_size: int) -> list[ReuseSpa
     return spans
 
 
-def _strokes(
-    sources: Listing[Source], seam: int
-) -> list[tuple[tuple[int, bool, int, int], int, int, int]]:
+def _strokes(sources: Listing[Source], seam: int, fit: Fit) -> Iterator[tuple[Rank, int, int, int]]:
     """(rank, start, end, number of the source) of what is painted, the best last."""
-    found = []
     for number, source in enumerate(sources):
-        usable = source.prompt_start
-        if not source.same_context:
-            usable += max(0, seam - source.lead)
-        parts = [
-            (0, usable, source.exact_end),
-            (source.sequence.generation or 1, max(usable, source.exact_end), source.end),
-        ]
-        for copies, start, end in parts:
-            if start < end:
-                generation = copies + (not source.same_context)
-                rank = (-generation, source.same_context, end - usable, source.sequence.id)
-                found.append((rank, start, end, number))
-    return found
+        first, same = source.prompt_start, source.same_context
+        usable = first if same else first + max(0, seam - source.lead)
+        fresh, births = ~fit.stale(source), fit.born(source)
+        changes = np.flatnonzero(np.diff(fresh) | (np.diff(births) != 0)) + 1 + first
+        cuts = {usable, source.exact_end, source.end, *changes.tolist()}
+        ordered = sorted(cut for cut in cuts if usable <= cut <= source.end)
+        for start, end in pairwise(ordered):
+            exact = start < source.exact_end
+            generation = (0 if exact else source.sequence.generation or 1) + (not same)
+            at = start - first
+            rank = (
+                bool(fresh[at]),
+                exact and same,
+                int(births[at]),
+                -generation,
+                same,
+                source.end - usable,
+                source.sequence.id,
+            )
+            yield rank, start, end, number
+
+
+def true_runs(marks: Bools) -> list[tuple[int, int]]:
+    """The runs ``(start, stop)`` of tokens that are marked, in order."""
+    edges = np.flatnonzero(np.diff(marks, prepend=False, append=False))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

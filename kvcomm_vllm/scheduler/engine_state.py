@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.pages import prefix_cache
+from kvcomm_vllm.compat.scheduler import is_resting, weight_version
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -33,14 +34,14 @@ class EngineState:
     @property
     def resting(self) -> bool:
         """Whether the engine is paused, asleep or about to end: it is to do nothing of its own."""
-        return compat.is_resting(self.scheduler, self.engine)
+        return is_resting(self.scheduler, self.engine)
 
     def renewed(self) -> bool:
         """Whether the prefix cache was emptied, or the weights were given another version, since
         this was last asked.
         """
-        cache = None if self._pool is None else compat.prefix_cache(self._pool)
-        weights = compat.weight_version(self.engine)
+        cache = None if self._pool is None else prefix_cache(self._pool)
+        weights = weight_version(self.engine)
         same = cache is self._cache and weights == self._weights
         self._cache, self._weights = cache, weights
         return not same

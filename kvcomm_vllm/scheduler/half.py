@@ -16,17 +16,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.request import RequestStatus
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.events import hide_private
+from kvcomm_vllm.compat.scheduler import count_cached_tokens
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.hints import FIELD
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler import near
-from kvcomm_vllm.scheduler.cover import cover
+from kvcomm_vllm.scheduler.computed_hits import ComputedHits
+from kvcomm_vllm.scheduler.cover import AS_IT_IS, cover
 from kvcomm_vllm.scheduler.engine_state import EngineState
+from kvcomm_vllm.scheduler.idle.audits import Audits
 from kvcomm_vllm.scheduler.idle.lesson_queue import LessonQueue
 from kvcomm_vllm.scheduler.index import SequenceIndex
 from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
@@ -35,6 +37,7 @@ from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import first_approximate, generation
 from kvcomm_vllm.scheduler.requests import new_state
+from kvcomm_vllm.scheduler.set_back import set_back
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.spread import SpreadPlans
@@ -55,7 +58,7 @@ class SchedulerHalf:
     Args:
         config: the effective configuration.
         block_size: tokens per page; equals the granularity of vLLM's block hashes.
-        max_batched_tokens: vLLM's token budget per step, the default cap for tokens of holes.
+        max_batched_tokens: vLLM's token budget per step.
         off: why reuse is off for the whole engine, if it is.
         engine: what its operator has done to it.
         wake: ends the engine's sleep, if it ever sleeps.
@@ -73,7 +76,7 @@ class SchedulerHalf:
         self.config = config
         self.block_size = block_size
         self.max_batched_tokens = max_batched_tokens
-        self.spread = SpreadPlans(config.max_hole_tokens or max_batched_tokens)
+        self.spread = SpreadPlans(max_batched_tokens, config.max_hole_tokens)
         self.off = off
         self.engine = engine
         self.wake = wake
@@ -89,20 +92,27 @@ class SchedulerHalf:
         self._leaving: dict[str, RequestState] = {}
         self._ops: list[RequestOps] = []
         self._ended: dict[str, dict[str, Any] | None] = {}
-        self._computed_hits = 0
+        self.computed_hits = ComputedHits()
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
         self.engine.watch(pool)
-        self.pages = SourcePages(pool, self.block_size)
+        hide = hide_private(pool, self._first_private_page)
+        self.pages = SourcePages(pool, self.block_size, hide)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
         self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
-        self.modes = Modes(Parts(self.config, self.lessons, self.pages))
+        self.audits = Audits(self.config, self.store.index, self.lessons)
+        self.modes = Modes(Parts(self.config, self.lessons, self.pages, self.audits.ledger))
+
+    def _first_private_page(self, request: Request) -> int | None:
+        state = self.states.get(request.request_id)
+        return state.taint.first_block if state and state.request is request else None
 
     def workers_ready(self, facts: Listing[WorkerFacts]) -> None:
         """All ranks can reuse, and have room for so much."""
         self.off = None
         self.modes.set_capacity(facts)
+        self.audits.workers_ready(facts)
 
     def on_new_request(self, request: Request) -> None:
         self._keep_up()
@@ -147,7 +157,12 @@ class SchedulerHalf:
 
     def _too_large(self, plan: Plan) -> bool:
         """Whether its holes are computed over several steps."""
-        return plan.hole_tokens > self.spread.max_tokens
+        return plan.hole_tokens > self._at_once
+
+    @property
+    def _at_once(self) -> int:
+        """Tokens of holes that this step takes at most."""
+        return self.spread.at_once(alone=len(self.states) == 1)
 
     def _plan(self, state: RequestState, local: int) -> Plan | Reason | AskAgain:
         """A plan whose source pages are held, or why there is none."""
@@ -169,8 +184,9 @@ class SchedulerHalf:
             return Reason.SOURCE_EVICTED if ready else Reason.NO_MATCH
         if private:  # nothing is left to be paid for
             limits = replace(limits, private_price=0.0)
-        spans = cover(sources, limits.seam_tokens, self.block_size)
         context, refresh = self.finder.context(state), self.finder.refresh(state)
+        fit = refresh if limits.max_refresh_share else AS_IT_IS
+        spans = cover(sources, limits.seam_tokens, self.block_size, fit)
         found = Found(local, spans, limits, context.unseen_share, refresh.stale_share)
         plan = self.modes[state.mode].plan(state, found)
         if not isinstance(plan, Plan):
@@ -179,7 +195,7 @@ class SchedulerHalf:
             plan = refresh.cut(plan, self.block_size)
         taken = self._hole_tokens()
         taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
-        if not self._too_large(plan) and 0 < taken > self.spread.max_tokens - plan.hole_tokens:
+        if not self._too_large(plan) and 0 < taken > self._at_once - plan.hole_tokens:
             return AskAgain.STEP_FULL
         if not self.finder.all_written(state, plan, self.states.values()):
             return AskAgain.NOT_WRITTEN
@@ -219,8 +235,7 @@ class SchedulerHalf:
         if plan is not None:
             assert external == plan.external_tokens, "vLLM takes external tokens as offered"
             state.loading = True
-            if not request.num_preemptions:
-                self._computed_hits += plan.hole_tokens
+            self.computed_hits.admitted(state, plan)
             ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
             if self._too_large(plan):
                 state.awaited = True
@@ -229,7 +244,7 @@ class SchedulerHalf:
                 self._ops.append(ops)
             for span in plan.spans:
                 self.store.index.touch(span.source.sequence)
-        state.repeats = state.repeats_by(plan)
+        state.origin = state.origin_by(plan)
         if first_time:
             self._note(state, plan)
         if self.off is None:
@@ -246,12 +261,7 @@ class SchedulerHalf:
         if plan is not None:
             state.declined.clear()
             state.placeholders = state.planned_placeholders
-            compat.count_cached_tokens(state.request, plan.local, plan.reused_tokens)
-
-    def take_computed_hits(self) -> int:
-        """Tokens of this step's admissions that are computed, though vLLM counts them as hits."""
-        taken, self._computed_hits = self._computed_hits, 0
-        return taken
+            count_cached_tokens(state.request, plan.local, plan.reused_tokens)
 
     # ---- the step goes to the workers and comes back ---------------------------------------------
 
@@ -277,6 +287,18 @@ class SchedulerHalf:
         """
         return self.off is None and not self.states and self.lessons.due()
 
+    def hear_repairs(self, report: StepReport) -> None:
+        """What was computed instead of loaded, before vLLM ends requests of that step and asks what
+        became of them.
+        """
+        for request_id in report.repaired:
+            state = self.states.get(request_id)
+            if state is not None:
+                state.repaired, state.reused_uses = True, []
+                state.decline(Reason.LOAD_REPAIRED)
+                self.computed_hits.not_loaded(state)
+                count_cached_tokens(state.request, state.served_local, 0)
+
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
         self._keep_up()
@@ -289,22 +311,24 @@ class SchedulerHalf:
             self.store.lose(
                 lost_pages, [*self.states.values(), *self._leaving.values()], self.pages
             )
-        for request_id in report.done | report.failed:
+        for request_id in report.written | report.failed:
             self.pages.release(request_id)
         report = self.spread.on_report(report)
-        for request_id in report.done | report.failed:
-            self._leaving.pop(request_id, None)
+        for request_id in report.written | report.failed:
+            left = self._leaving.pop(request_id, None)
             state = self.states.get(request_id)
+            if request_id in report.failed:
+                self.computed_hits.not_loaded(state or left)
             if state is None:  # aborted meanwhile
                 continue
             state.loading = False
-            if request_id in report.done:
+            if request_id in report.written:
                 state.confirmed = True
                 self.store.loaded(state)
             else:
                 state.failed, state.awaited = True, False
                 state.decline(Reason.LOAD_FAILED)
-                compat.count_cached_tokens(state.request, state.served_local, 0)
+                count_cached_tokens(state.request, state.served_local, 0)
                 self.store.drop(state)
 
     def finish(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
@@ -318,8 +342,7 @@ class SchedulerHalf:
         if state.loading:
             self._leaving[state.id] = state
         self.store.finish(state, self.pages, block_ids)
-        if state.lesson is not None:  # what it can teach waits for an idle moment
-            self.lessons.add(state.lesson)
+        self.audits.ended(state)
         self.stats.count_request(state)
         self._ended[state.id] = report = self._report(state)
         return report
@@ -345,20 +368,12 @@ class SchedulerHalf:
         return {FIELD: state.report() if full else state.coarse_report(self.block_size)}
 
     def let_go(self) -> list[Request]:
-        """Requests that may have pages though vLLM does not run them: they waited for their pieces,
-        of which none is on its way. They begin anew.
-        """
-        let_go = []
-        for state in [*self.states.values(), *self._leaving.values()]:
-            if state.request.status == RequestStatus.RUNNING:
-                continue  # vLLM sets it back itself
-            ended = (state.awaited and not state.loading) or state.failed
-            if self.spread.drop(state.id) or ended:
-                self.pages.release(state.id)
-                self._leaving.pop(state.id, None)
-                state.loading = state.awaited = state.admitted = False
-                let_go.append(state.request)
-        return let_go
+        """An operator resets what runs: requests that begin anew though they do not run."""
+        states = [*self.states.values(), *self._leaving.values()]
+        gone = set_back(states, self.spread, self.pages)
+        for state in gone:
+            self._leaving.pop(state.id, None)
+        return [state.request for state in gone]
 
     def _keep_up(self) -> None:
         """Begin anew where the prefix cache was emptied or the weights were changed."""

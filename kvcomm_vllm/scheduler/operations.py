@@ -31,6 +31,7 @@ def operations(
             if span.estimate is not None
         ],
         first_token=plan.local,
+        tokens=tokens[plan.local : plan.end].astype(np.int32, copy=False).tobytes(),
     )
 
 

@@ -6,19 +6,32 @@ them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.pages import cache_page, evict_soon, name_partial_page
 from kvcomm_vllm.scheduler.index import Match, Sequence
 from kvcomm_vllm.scheduler.spans import Source
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
 
 GROUP = [0]  # one KV cache group: the connector does not ask for the hybrid allocator
+
+
+@dataclass
+class Kept:
+    """Leading pages of a request that can be found: their hashes, and which of them are new there
+    (by their number in the request).
+    """
+
+    hashes: list[bytes] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
 
 
 class SourcePages:
@@ -27,11 +40,17 @@ class SourcePages:
 
     vLLM's rule: a cached page with no user sits in the free queue and may be handed out by the very
     next allocation, so pages are touched before the planned request's own pages are allocated.
+
+    Args:
+        hide: is told the names of pages of which nobody is to hear.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, hide: Callable[[bytes], None] = lambda name: None
+    ) -> None:
         self.pool = pool
         self.block_size = block_size
+        self._hide = hide
         self._held: dict[str, list[KVCacheBlock]] = {}
 
     def lookup(self, block_hash: bytes) -> KVCacheBlock | None:
@@ -44,8 +63,47 @@ class SourcePages:
         vLLM would drop it with its request: up to a page's worth of every message's last tokens.
         """
         name = os.urandom(32)
-        kept = compat.name_partial_page(self.pool, block_id, name, tokens)
-        return name if kept else None
+        if not name_partial_page(self.pool, block_id, name, tokens):
+            return None
+        self._hide(name)
+        return name
+
+    def keep_true(self, request: Request, block_ids: list[int], rest: int) -> Kept:
+        """Put pages with a request's true KV into the prefix cache, under the request's hashes.
+
+        They are the last ones to be evicted then, and the first of them the very last, as if the
+        request had just ended. Stops at the first page that somebody has been given meanwhile.
+
+        Args:
+            request: has ended; its hashes are exact.
+            block_ids: its first pages, in no use. Some may be in the cache already.
+            rest: tokens in the last of them, if that is not full; it gets a name of its own.
+        """
+        kept, chain = Kept(), []
+        full = len(block_ids) - (rest > 0)
+        blocks = [self.pool.blocks[block_id] for block_id in block_ids]
+        for number, block in enumerate(blocks):
+            block_hash = request.block_hashes[number] if number < full else None
+            known = None if block_hash is None else self.lookup(block_hash)
+            if known is None:
+                if block.ref_cnt or block.block_hash is not None:
+                    break
+                if block_hash is None:
+                    block_hash = self.keep_partial(block.block_id, rest)
+                else:
+                    cache_page(self.pool, request, blocks, number, self.block_size)
+                kept.fresh.append(number)
+            assert block_hash is not None, "a page in no use can be given a name"
+            kept.hashes.append(block_hash)
+            chain.append(known or block)
+        self.pool.touch(chain)
+        self.pool.free_blocks(reversed(chain))
+        return kept
+
+    def first_to_go(self, block_hashes: list[bytes]) -> None:
+        """What nobody is likely to ask for any more is evicted before anything else is."""
+        found = map(self.lookup, reversed(block_hashes))
+        evict_soon(self.pool, [block for block in found if block and not block.ref_cnt])
 
     def alive(self, sequence: Sequence) -> bool:
         """Whether any page of the sequence is left (vLLM evicts a finished request's last pages
@@ -55,17 +113,13 @@ class SourcePages:
 
     def leading(self, block_hashes: list[bytes]) -> int:
         """Number of leading hashes whose pages are cached."""
-        return len(self.leading_ids(block_hashes))
+        found = (n for n, one in enumerate(block_hashes) if self.lookup(one) is None)
+        return next(found, len(block_hashes))
 
-    def leading_ids(self, block_hashes: list[bytes]) -> list[int]:
-        """Pages of the leading hashes, up to the first that is not cached."""
-        found: list[int] = []
-        for block_hash in block_hashes:
-            block = self.lookup(block_hash)
-            if block is None:
-                break
-            found.append(block.block_id)
-        return found
+    def cached(self, block_hashes: list[bytes]) -> dict[int, int]:
+        """Page ids of those that are cached, by their number in the list."""
+        found = ((number, self.lookup(one)) for number, one in enumerate(block_hashes))
+        return {number: block.block_id for number, block in found if block is not None}
 
     def sources(self, match: Match, prompt: np.ndarray) -> list[Source]:
         """The parts of a match whose pages are cached."""

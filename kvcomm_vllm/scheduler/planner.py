@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
 
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, grouped, texts
 
 UnseenShare: TypeAlias = Callable[[Iterable[ReuseSpan]], float]
-StaleShare: TypeAlias = Callable[[ReuseSpan], float]
+StaleShare: TypeAlias = Callable[[Listing[ReuseSpan]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,7 @@ class Stretch:
 
 def stretches(spans: Iterable[ReuseSpan], min_tokens: int) -> list[Stretch]:
     """Spans by stretches of at least ``min_tokens``, in order."""
-    found: list[list[ReuseSpan]] = []
-    for span in spans:
-        if found and found[-1][-1].end == span.start:
-            found[-1].append(span)
-        else:
-            found.append([span])
-    whole = (Stretch(tuple(group)) for group in found)
+    whole = (Stretch(tuple(group)) for group in grouped(spans, ReuseSpan.touches))
     return [stretch for stretch in whole if stretch.length >= min_tokens]
 
 
@@ -100,8 +95,9 @@ def make_plan(
         return Reason.TOO_SHORT
     if limits.max_refresh_share:
         whole = [span for stretch in found for span in stretch.spans]
-        fresh = [span for span in whole if stale(span) <= limits.max_refresh_share]
-        found = stretches(fresh, limits.min_span_tokens)
+        shares = ((text, stale(text)) for text in texts(whole))
+        fresh = [text for text, share in shares if 1 > share <= limits.max_refresh_share]
+        found = stretches(chain.from_iterable(fresh), limits.min_span_tokens)
     found = [stretch for stretch in found if unseen(stretch.spans) <= limits.max_unseen_share]
     if not found:
         return Reason.OUT_OF_CONTEXT

@@ -2,23 +2,33 @@
 """Refresh: tokens of reused text that are computed again, since an edit has moved their KV most.
 
 These are few: tokens that repeated something in the context their KV saw and do not in this one, or
-the other way around, and those that the next token will look at (see :mod:`repeats`). What was
-measured: docs/experiments/edits.md.
+the other way around, and those that the next token will look at (see :mod:`repeats`). In an agent's
+own text also the tokens right behind the edit, and a share of what has been copied for the longest
+time, so that errors do not grow from edit to edit.
+What was measured: docs/experiments/edits.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Listing
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
-from kvcomm_vllm.scheduler.index import I32, Sequence
-from kvcomm_vllm.scheduler.repeats import Bools, precedents, repeats
-from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
+from kvcomm_vllm.scheduler.cover import true_runs
+from kvcomm_vllm.scheduler.index import I32, Births
+from kvcomm_vllm.scheduler.origin import ELSEWHERE, OWN, born, same_agent, saw
+from kvcomm_vllm.scheduler.repeats import PHRASE, Bools, Marks, precedents, repeats, with_the_next
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source, texts
 
 # A load of fewer tokens is not worth an operation: they are computed with their neighbours.
 LEAST_LOAD = 4
+# The tokens right behind an edit of an agent's prompt; its text goes on from what is not there.
+BEHIND_EDIT = 24
+# At most so much of an agent's prompt is computed again for its age behind one edit.
+ROLLING_SHARE = 0.02
 
 
 class Refresh:
@@ -26,91 +36,129 @@ class Refresh:
 
     Args:
         prompt: token ids, int32 ``[n]``.
+        trusted: its sender may learn which words stand in the context that reused KV saw: from how
+            much is computed again he could find them one by one.
     """
 
-    def __init__(self, prompt: I32) -> None:
-        self._prompt = prompt
+    def __init__(self, prompt: I32, trusted: bool = True) -> None:
+        self._prompt, self._trusted = prompt, trusted
+        self._known: dict[tuple[int, int], list[tuple[int, Bools]]] = {}
 
     @cached_property
-    def repeats(self) -> Bools:
-        """Which tokens of the prompt are repetitions."""
+    def repeats(self) -> Marks:
+        """What of the prompt is repeated in it."""
         return repeats(self._prompt)
 
     @cached_property
     def _precedents(self) -> Bools:
         return precedents(self._prompt)
 
-    def stale(self, span: ReuseSpan) -> Bools:
-        """Tokens of a span whose KV does not fit its new context: bool ``[length]``.
+    def stale(self, source: Source) -> Bools:
+        """Tokens of a source whose KV does not fit their context in the prompt: bool ``[length]``.
 
-        KV of the same context fits as far as it is exact.
+        KV of the same context fits as far as it is exact. Of a part of a source that was asked
+        about before, what was said of the whole.
         """
-        source, start = span.source, span.start
-        stale: Bools = _saw(span) != self.repeats[start : span.end]
+        known = self._known.setdefault((source.sequence.id, source.place_of(0)), [])
+        for at, whole in known:
+            first = source.prompt_start - at
+            if 0 <= first <= len(whole) - source.length:
+                return whole[first : first + source.length]
+        start, end = source.prompt_start, source.end
+        changed = self._changed(source, start, end)
+        stale: Bools = (changed & PHRASE) != 0
         if stale.any():  # an edit that moves nothing else moves these little
-            stale |= self._precedents[start : span.end]
+            stale |= self._precedents[start:end]
+        # of text that an agent brings with it from elsewhere, most words would be due
+        stale |= (self.born(source) != ELSEWHERE) & self._behind_edit(changed, source.lead)
         if source.same_context:
             stale[: max(0, source.exact_end - start)] = False
+        known.append((start, stale))
         return stale
 
-    def stale_share(self, span: ReuseSpan) -> float:
-        """The share of a span's tokens that would be computed again."""
-        kept = sum(stop - start for start, stop in runs(~self.stale(span)))
-        return 1 - kept / span.length
+    def _behind_edit(self, changed: Marks, lead: int) -> Bools:
+        """What is stale of text that stayed where other text of the same prompt did not: its first
+        tokens, words said for the first time now or not any more, and the token behind each.
+
+        Args:
+            lead: how many tokens right before have stayed, too.
+        """
+        stale = with_the_next((changed != 0) & self._trusted)
+        stale[: max(0, BEHIND_EDIT - lead)] = True
+        return stale
+
+    def _changed(self, source: Source, start: int, end: int) -> Marks:
+        """What is repeated here and was not where the KV was computed, or the other way around."""
+        changed: Marks = saw(source, start, end) ^ self.repeats[start:end]
+        return changed
+
+    def born(self, source: Source) -> Births:
+        """In which earlier prompt of the same agent each token's KV was computed: int32
+        ``[length]``.
+        """
+        return born(source, self._prompt, source.prompt_start, source.end)
+
+    def stale_share(self, text: Listing[ReuseSpan]) -> float:
+        """The share of the tokens of one text in common that would be computed again."""
+        kept = sum(end - start for start, end in self._kept(text))
+        return 1 - kept / (text[-1].end - text[0].start)
 
     def cut(self, plan: Plan, block_size: int) -> Plan:
         """The plan with holes for what is to be computed again."""
-        spans = (part for span in plan.spans for part in self._parts(span, block_size))
-        return Plan(plan.local, tuple(spans))
+        spans: list[ReuseSpan] = []
+        refreshed: list[tuple[int, int]] = []
+        oldest = self._oldest(plan.spans)
+        for text in texts(plan.spans):
+            kept = self._kept(text, oldest) or self._kept(text)
+            if not kept:
+                continue
+            spans += _parts(text, kept, block_size)
+            ends = [*(start for start, _ in kept[1:]), text[-1].end]
+            refreshed += ((a, b) for (_, a), b in zip(kept, ends, strict=True) if a < b)
+        return Plan(plan.local, tuple(spans), tuple(refreshed))
 
-    def _parts(self, span: ReuseSpan, block_size: int) -> list[ReuseSpan]:
-        kept = runs(~self.stale(span))
-        parts, before = [], span.start - span.seam
+    def _oldest(self, spans: Listing[ReuseSpan]) -> Bools:
+        """Of the agent's own copies those that are computed again for their age, by positions: as
+        many as are stale for a phrase, up to a share of the prompt.
+        """
+        births = np.full(len(self._prompt), OWN, np.int32)
+        count = 0
+        for span in spans:
+            source = span.source
+            if same_agent(source.sequence.tokens, self._prompt) and not source.same_context:
+                stale = self._stale_of(span)
+                changed = self._changed(source, span.start, span.end)
+                count += int(np.count_nonzero(changed & PHRASE))
+                found = born(source, self._prompt, span.start, span.end)
+                births[span.start : span.end] = np.where(stale, OWN, found)
+        chosen = np.zeros(len(births), np.bool_)
+        count = min(count, int(ROLLING_SHARE * len(births)))
+        first = np.argsort(births, kind="stable")[:count]
+        chosen[first[births[first] < OWN]] = True
+        return chosen
+
+    def _kept(self, text: Listing[ReuseSpan], oldest: Bools | None = None) -> list[tuple[int, int]]:
+        """What of a text is loaded, by positions: its runs that are worth an operation."""
+        first, end = text[0].start, text[-1].end
+        again = np.concatenate([self._stale_of(span) for span in text])
+        if oldest is not None:
+            again |= oldest[first:end]
+        runs = ((first + start, first + stop) for start, stop in true_runs(~again))
+        return [(start, stop) for start, stop in runs if stop - start >= LEAST_LOAD]
+
+    def _stale_of(self, span: ReuseSpan) -> Bools:
+        return self.stale(span.source)[span.start - span.source.prompt_start :]
+
+
+def _parts(
+    text: Listing[ReuseSpan], kept: list[tuple[int, int]], block_size: int
+) -> Iterator[ReuseSpan]:
+    """The parts of a text's spans that lie in its kept runs; the seam reaches to the first."""
+    seam = kept[0][0] - text[0].start + text[0].seam
+    for span in text:
         for first, stop in kept:
-            start, end = span.start + first, span.start + stop
-            source = span.source.part(before, end, block_size)
-            parts.append(replace(span, start=start, end=end, seam=start - before, source=source))
-            before = end
-        return parts
-
-
-def runs(kept: Bools) -> list[tuple[int, int]]:
-    """The runs ``(start, stop)`` of kept tokens that are worth an operation, in order."""
-    edges = np.flatnonzero(np.diff(kept, prepend=False, append=False)).reshape(-1, 2)
-    long = edges[:, 1] - edges[:, 0] >= LEAST_LOAD
-    return [(int(start), int(stop)) for start, stop in edges[long]]
-
-
-def seen_repeats(sequence: Sequence) -> Bools:
-    """Which tokens of a stored sequence were repetitions when their KV was computed: bool [n].
-
-    Where it was not kept, all of it was computed where it stands.
-    """
-    known = sequence.repeats
-    if known is None or len(known) < len(sequence.tokens):
-        own = repeats(sequence.tokens)
-        if known is not None:
-            own[: len(known)] = known
-        sequence.repeats = known = own
-    return known
-
-
-def seen_by(own: Bools, plan: Plan | None, local: Bools | None) -> Bools:
-    """The same for a prompt as it is served: what is loaded has seen what its source saw.
-
-    Args:
-        own: what repeats in the prompt itself.
-        local: what the KV of its local hit saw; None if that is exact.
-    """
-    seen = own.copy()
-    if local is not None:
-        seen[: len(local)] = local
-    for span in plan.spans if plan else ():
-        seen[span.start : span.end] = _saw(span)
-    return seen
-
-
-def _saw(span: ReuseSpan) -> Bools:
-    """Which of a span's tokens were repetitions where their KV was computed."""
-    first = span.source.place_of(span.start)
-    return seen_repeats(span.source.sequence)[first : first + span.length]
+            start, end = max(first, span.start), min(stop, span.end)
+            if start < end:
+                source = span.source.part(start, end, block_size)
+                yield replace(span, start=start, end=end, seam=seam, source=source)
+                seam = 0

@@ -13,8 +13,9 @@ from vllm.v1.request import RequestStatus
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
+from kvcomm_vllm.scheduler.origin import origin
 from kvcomm_vllm.scheduler.pages import SourcePages
-from kvcomm_vllm.scheduler.refresh import Refresh, seen_repeats
+from kvcomm_vllm.scheduler.refresh import Refresh
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.state import RequestState
 
@@ -61,7 +62,7 @@ class SourceFinder:
         state.taint.adopt(sequence.block_hashes[:blocks], first)
         state.first_approximate = sequence.first_approximate
         state.generation = sequence.generation
-        state.local_repeats = seen_repeats(sequence)[: blocks * self.block_size]
+        state.local_origin = origin(sequence)[: blocks * self.block_size]
         return True
 
     def find(self, state: RequestState, local: int) -> list[Match]:
@@ -91,7 +92,7 @@ class SourceFinder:
     def refresh(self, state: RequestState) -> Refresh:
         """Which tokens of the prompt would have to be computed again; remembered likewise."""
         if state.refresh is None:
-            state.refresh = Refresh(state.tokens())
+            state.refresh = Refresh(state.tokens(), state.trusted)
         return state.refresh
 
     def _search(

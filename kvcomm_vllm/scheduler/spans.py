@@ -10,6 +10,7 @@ treatment  [ LOCAL   ][ COMPUTE   ][ REUSE   ][COMPUTE ][ REUSE  ][ COMPUTE ]
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from kvcomm_vllm.messages import AnchorRows
@@ -124,11 +125,38 @@ class ReuseSpan:
         """Whether the text before it is the same, too: another source gave way to this one."""
         return self.seam == 0 and self.source.lead > 0
 
+    def touches(self, before: ReuseSpan) -> bool:
+        """Whether it begins where another one ends."""
+        return before.end == self.start
+
+    def goes_on_from(self, before: ReuseSpan) -> bool:
+        """Whether both are parts of one text in common."""
+        return self.continues and self.touches(before)
+
+
+def grouped(
+    spans: Iterable[ReuseSpan], together: Callable[[ReuseSpan, ReuseSpan], bool]
+) -> list[list[ReuseSpan]]:
+    """Spans in order, those in one list of which each is ``together`` with the one before it."""
+    found: list[list[ReuseSpan]] = []
+    for span in spans:
+        if found and together(span, found[-1][-1]):
+            found[-1].append(span)
+        else:
+            found.append([span])
+    return found
+
+
+def texts(spans: Iterable[ReuseSpan]) -> list[list[ReuseSpan]]:
+    """Spans by the texts in common that they are parts of, in order."""
+    return grouped(spans, ReuseSpan.goes_on_from)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Spans of one admission of one request: LOCAL up to ``local``, then holes and REUSE spans,
-    then the tail.
+    then the tail. ``refreshed``: what of reusable text is computed again, since an edit has moved
+    its KV.
 
     Everything up to the end of what is loaded is *external* for vLLM: loaded or computed before its
     forward.
@@ -136,6 +164,7 @@ class Plan:
 
     local: int
     spans: tuple[ReuseSpan, ...]
+    refreshed: tuple[tuple[int, int], ...] = ()
 
     def loaded(self) -> list[tuple[int, int]]:
         """Everything that is loaded, in order: the REUSE spans, and what is estimated behind."""
@@ -180,6 +209,16 @@ class Plan:
     @property
     def seam_tokens(self) -> int:
         return sum(span.seam for span in self.spans)
+
+    @property
+    def refreshed_tokens(self) -> int:
+        return sum(end - start for start, end in self.refreshed)
+
+    @property
+    def gap_tokens(self) -> int:
+        """Those of holes that are neither seams nor refreshed."""
+        refreshed = sum(end - start for start, end in self.refreshed if end < self.end)
+        return self.hole_tokens - self.seam_tokens - refreshed
 
     def holes(self) -> list[tuple[int, int]]:
         """The stretches ``(start, end)`` between what is loaded, computed by the side forward."""

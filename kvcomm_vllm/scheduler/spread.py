@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spread plans: whose holes are too large for one step are computed in pieces, step by step.
 
+Holes come on top of what vLLM computes in a step: it has spent its token budget before anybody
+knows of them. So beside other requests, whose decodes would feel it, a step takes few of them at
+once, and what is larger is spread; a request that is alone has its step to itself.
+
 Meanwhile the request waits, as with vLLM's asynchronous loads: it has its pages, but they are
 neither cached nor scheduled until the workers report the last piece (``get_finished``). A piece
 takes what vLLM leaves of its token budget, so that a running decode feels no more than a prefill
@@ -13,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from kvcomm_vllm.messages import HoleOp, RequestOps, StepReport
 
+BESIDE_SHARE, BESIDE_MOST = 4, 2048  # of a step's budget one part in so many, and tokens
 LEAST_SHARE = 8  # of a step's budget one part in so many is never refused
 
 
@@ -24,6 +29,7 @@ class Job:
         begun: its loads have been sent, which wait for nothing.
         ended: the last piece has been sent; there will be no other.
         abandoned: nothing more is worth doing, but vLLM waits for the last piece all the same.
+        repaired: nothing was loaded, all of the plan was computed with the first piece.
         failed: a piece could not be done.
     """
 
@@ -32,6 +38,7 @@ class Job:
     begun: bool = False
     ended: bool = False
     abandoned: bool = False
+    repaired: bool = False
     failed: bool = False
     holes: list[HoleOp] = field(default_factory=list)
 
@@ -47,7 +54,7 @@ class Job:
             room -= len(hole.tokens)
         self.ended = self.abandoned or not self.holes
         piece = replace(self.ops, holes=taken, waits=True, last=self.ended)
-        self.ops = replace(self.ops, loads=[], estimates=[])
+        self.ops = replace(self.ops, loads=[], estimates=[], tokens=b"")
         self.begun = True
         self.out += 1
         return piece
@@ -57,12 +64,22 @@ class SpreadPlans:
     """Plans whose holes fill more than one step, and which of their pieces go out next.
 
     Args:
-        max_tokens: of holes in one step.
+        budget: vLLM's tokens per step.
+        max_tokens: of holes in one step; 0 = as many as the module's docstring says.
     """
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
+    def __init__(self, budget: int, max_tokens: int = 0) -> None:
+        self.max_tokens = max_tokens or budget
+        self._beside = max_tokens or max(1, min(budget // BESIDE_SHARE, BESIDE_MOST))
         self._jobs: dict[str, Job] = {}
+
+    def at_once(self, alone: bool) -> int:
+        """Most tokens of holes that are computed in the very step that admits their requests.
+
+        Args:
+            alone: no other request is alive.
+        """
+        return self.max_tokens if alone else self._beside
 
     def add(self, ops: RequestOps) -> None:
         self._jobs[ops.request_id] = Job(ops, holes=list(ops.holes))
@@ -73,7 +90,8 @@ class SpreadPlans:
         Args:
             room: tokens that vLLM has left in this step.
         """
-        room = max(min(room, self.max_tokens), -(-self.max_tokens // LEAST_SHARE))
+        least = min(-(-self.max_tokens // LEAST_SHARE), self._beside)
+        room = max(min(room, self.max_tokens), least)
         pieces = []
         for job in self._jobs.values():
             if not job.ended and (room or job.abandoned or not job.begun):
@@ -100,15 +118,16 @@ class SpreadPlans:
         """The report as if each plan had been one piece: it says nothing of those that are not
         finished, and a plan is done if all its pieces were.
         """
-        done, failed = set(report.done), set(report.failed)
-        for request_id in self._jobs.keys() & (done | failed):
+        done, repaired, failed = set(report.done), set(report.repaired), set(report.failed)
+        for request_id in self._jobs.keys() & (done | repaired | failed):
             job = self._jobs[request_id]
             job.out -= 1
             job.failed |= request_id in failed
-            job.abandoned |= job.failed
-            done.discard(request_id)
-            failed.discard(request_id)
+            job.repaired |= request_id in repaired
+            job.abandoned |= job.failed or job.repaired
+            for answered in (done, repaired, failed):
+                answered.discard(request_id)
             if not job.out and job.ended:
                 del self._jobs[request_id]
-                (failed if job.failed else done).add(request_id)
-        return replace(report, done=done, failed=failed)
+                (failed if job.failed else repaired if job.repaired else done).add(request_id)
+        return replace(report, done=done, repaired=repaired, failed=failed)

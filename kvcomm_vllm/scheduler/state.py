@@ -15,10 +15,12 @@ from vllm.v1.request import RequestStatus
 from kvcomm_vllm.hints import Hints
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.context import Context
-from kvcomm_vllm.scheduler.index import Match, Sequence
+from kvcomm_vllm.scheduler.fidelity import Use
+from kvcomm_vllm.scheduler.index import Match, Origin, Sequence
+from kvcomm_vllm.scheduler.origin import origin_by
 from kvcomm_vllm.scheduler.planner import Limits
-from kvcomm_vllm.scheduler.refresh import Refresh, seen_by
-from kvcomm_vllm.scheduler.repeats import Bools, repeats
+from kvcomm_vllm.scheduler.refresh import Refresh
+from kvcomm_vllm.scheduler.repeats import repeats
 from kvcomm_vllm.scheduler.spans import Plan, Treatment
 from kvcomm_vllm.scheduler.taint import Taint
 
@@ -47,15 +49,19 @@ class RequestState:
         plan: made by the current scheduling attempt, not admitted yet.
         block_ids: its block table at its last admission.
         loading: operations are on their way to the workers; ``awaited``: over several steps.
+        hits: tokens to be loaded by them that vLLM has counted as hits.
         served: the plan of the first admission, ``served_local`` its local hit, of which
             ``served_approximate`` tokens are approximate: what the report speaks of.
-        confirmed, failed: the workers' word on that plan.
+        confirmed, failed: the workers' word on that plan; ``repaired``: they computed what they
+            could not load.
         told: the report has gone out with the first output.
         sequence: what the index holds of this request.
         first_approximate: first token whose KV is approximate; None while all of it is exact.
-        generation, repeats: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`;
-            ``local_repeats``: those of the conversation whose private pages it continues.
+        generation, origin: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`;
+            ``local_origin``: that of the conversation whose private pages it continues.
         planned_placeholders: keys of the last plan's spans, ``placeholders`` of the served one's.
+        uses: how the last plan treats each placeholder, ``reused_uses`` of the served one those
+            that it reuses.
         lesson: what can be learned from the last plan.
         near: lines of the report about text stored in another rendering; None where not looked for.
         mode_data: what its mode keeps of it.
@@ -77,18 +83,20 @@ class RequestState:
     block_ids: list[int] = field(default_factory=list)
     loading: bool = False
     awaited: bool = False
+    hits: int = 0
     served: Plan | None = None
     served_local: int = 0
     served_approximate: int = 0
     confirmed: bool = False
     failed: bool = False
+    repaired: bool = False
     told: bool = False
     sequence: Sequence | None = None
     prefill_tokens: int = 0
     first_approximate: int | None = None
     generation: int = 0
-    repeats: Bools | None = None
-    local_repeats: Bools | None = None
+    origin: Origin | None = None
+    local_origin: Origin | None = None
     adoption_tried: bool = False
     wait_until: float | None = None
     matches: list[Match] = field(default_factory=list)
@@ -97,6 +105,8 @@ class RequestState:
     refresh: Refresh | None = None
     planned_placeholders: list[str] = field(default_factory=list)
     placeholders: list[str] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    reused_uses: list[Use] = field(default_factory=list)
     lesson: Lesson | None = None
     mode_data: object | None = None
     declined: Counter[str] = field(default_factory=Counter)
@@ -139,26 +149,31 @@ class RequestState:
 
     def restore_exact(self) -> None:
         self.taint.restore()
-        self.first_approximate, self.generation, self.local_repeats = None, 0, None
+        self.first_approximate, self.generation, self.local_origin = None, 0, None
 
-    def repeats_by(self, plan: Plan | None) -> Bools | None:
-        """What ``repeats`` is once it is served by this plan; None where all of it is exact."""
+    def origin_by(self, plan: Plan | None) -> Origin | None:
+        """What ``origin`` is once it is served by this plan; None where all of it is exact."""
         if self.first_approximate is None:
             return None
         own = repeats(self.tokens()) if self.refresh is None else self.refresh.repeats
-        local = self.local_repeats
-        return seen_by(own, plan, None if local is None else local[: self.local])
+        local = self.local_origin
+        return origin_by(self.tokens(), own, plan, None if local is None else local[: self.local])
 
     # ---- the report ------------------------------------------------------------------------------
 
     @property
-    def reused(self) -> Plan | None:
-        """The plan that was carried out. A request that has output without a failure was loaded:
-        vLLM withholds the output of a step whose loads failed, but ends a one-token request before
-        it passes the workers' word on.
+    def written(self) -> bool:
+        """Whether the plan's KV is there. A request that has output without a failure has it: vLLM
+        withholds the output of a step that lost KV, but ends a one-token request before it passes
+        the workers' word on.
         """
         done = self.confirmed or self.request.num_output_tokens > 0
-        return self.served if done and not self.failed else None
+        return done and not self.failed
+
+    @property
+    def reused(self) -> Plan | None:
+        """The plan that was carried out."""
+        return self.served if self.written and not self.repaired else None
 
     def decline(self, reason: Reason) -> None:
         self.declined = Counter({reason.value: 1})  # of attempts, only the last one counts
@@ -173,7 +188,7 @@ class RequestState:
         """
         if self.off is not None:
             return "off"
-        if self.failed:
+        if self.failed or self.repaired:
             return "failed"
         if not self.admitted:
             return "aborted"
@@ -200,7 +215,8 @@ class RequestState:
             **self.parts(),
             "generation": self.generation,
             "seam": plan.seam_tokens if plan else 0,
-            "gap": plan.hole_tokens - plan.seam_tokens if plan else 0,
+            "refreshed": plan.refreshed_tokens if plan else 0,
+            "gap": plan.gap_tokens if plan else 0,
             "spans": [[start, end, treatment.value] for start, end, treatment in spans],
             "placeholders": self.placeholders if plan else [],
         }

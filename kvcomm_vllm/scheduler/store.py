@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm.scheduler.index import SequenceIndex
+from kvcomm_vllm.scheduler.origin import numbered
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.state import RequestState
 
@@ -53,7 +54,7 @@ class SequenceStore:
                 owner=state.id,
                 generation=state.generation,
             )
-            state.sequence.repeats = state.repeats
+            state.sequence.origin = numbered(state.origin, state.sequence.id)
             self._filling[state.id] = state
 
     def follow(self, output: SchedulerOutput) -> None:
@@ -109,7 +110,7 @@ class SequenceStore:
         rows = min(request.num_computed_tokens, request.num_tokens - 1)
         blocks = min(rows // self.block_size, len(request.block_hashes))
         tokens = blocks * self.block_size
-        if tokens < len(sequence.tokens) or (state.served and not state.reused):
+        if tokens < len(sequence.tokens) or (state.served and not state.written):
             self.drop(state)
             return
         self._filling.pop(state.id, None)

@@ -71,6 +71,11 @@ class Taint:
         self._rehash_from(self.first_block)
         self.first_block = None
 
+    def restored(self, count: int) -> list[bytes]:
+        """Back to the exact chain for good, of which these are the first hashes."""
+        self.restore()
+        return list(self.request.block_hashes[:count])
+
     def exact_hashes(self, count: int) -> list[bytes]:
         """The first ``count`` hashes of the exact chain, whichever the request is on."""
         request, hasher = self.request, self._exact

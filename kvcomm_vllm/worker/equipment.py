@@ -7,19 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.device import allow_amx
+from kvcomm_vllm.compat.layers import attention_layers
+from kvcomm_vllm.compat.model import tells_tokens
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import WorkerFacts
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.model_check import unrotated_layers
+from kvcomm_vllm.worker.checks.page_check import check_page_sizes, page_fault
 from kvcomm_vllm.worker.checks.self_check import self_check
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.corrections.base import Correction, Ground
 from kvcomm_vllm.worker.corrections.registry import reserve
 from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups
-from kvcomm_vllm.worker.load import LoadKernel, load_kernel
+from kvcomm_vllm.worker.load import LoadKernel, load_kernel, warm_up_loads
 from kvcomm_vllm.worker.side_forward import SideForward
+
+logger = init_logger("vllm.kvcomm.worker")
 
 
 @dataclass(frozen=True)
@@ -53,25 +59,34 @@ def equip(
     """
     if runner is None:
         raise Unsupported(Reason.UNKNOWN_BACKEND, "the model runner was not found")
-    layers = compat.attention_layers(vllm_config)
+    layers = attention_layers(vllm_config)
     groups = build_groups(layers, runner.model)
     device = groups[0].pages.layers[0].device
     if device.type == "cpu":
-        compat.allow_amx()
+        allow_amx()
     kernel, side_forward = load_kernel(device), SideForward(runner, block_size)
+    check_page_sizes(layers, side_forward.builders, block_size)
     parallel = vllm_config.parallel_config
     alone = parallel.data_parallel_size == 1
     with torch.inference_mode():
         if config.self_check:
-            # The model first: it is the check with collectives, so no rank may fail before it alone
+            # Forwards first: they have collectives, so no rank may fail before them alone
+            fault = page_fault(groups, block_size, side_forward)
             unrotated = unrotated_layers(groups, block_size, kernel, side_forward)
+            if fault is not None:
+                raise Unsupported(Reason.SELF_CHECK_FAILED, fault)
             if unrotated:
                 groups = build_groups(layers, runner.model, unrotated)
             self_check(groups, block_size, kernel)
+        warm_up_loads(groups, kernel)
         single = alone and parallel.tensor_parallel_size == 1
         corrections, said = reserve(Ground(groups, config, block_size, alone, single))
     rooms = {mode: correction.room for mode, correction in corrections.items()}
-    facts = WorkerFacts(None, "", _summary(groups, block_size) + said, rooms=rooms)
+    compares = tells_tokens(runner)
+    if not compares:
+        logger.debug("kvcomm: this model tells no tokens, audits compare none")
+    summary = _summary(groups, block_size) + said
+    facts = WorkerFacts(None, "", summary, rooms=rooms, alone=alone, compares=compares)
     return Equipment(groups, kernel, side_forward, corrections), facts
 
 

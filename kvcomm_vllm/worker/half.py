@@ -2,21 +2,25 @@
 """The worker half: does what the step message says, before vLLM's forward of that step.
 
 Fixed order on one stream: loads, then one side forward for all holes. Nothing raises into the
-engine: what cannot be done is reported by block id, and vLLM computes those blocks again.
+engine: of requests whose loads fail the side forward computes the whole plan, exactly as vLLM
+would. If that fails as well, it is reported by block id, and vLLM computes those blocks again where
+it can.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.device import any_rank
+from kvcomm_vllm.compat.owners import find_model_runner
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import (
+    HoleOp,
     LessonOp,
     ProbeOp,
     RequestOps,
@@ -27,6 +31,8 @@ from kvcomm_vllm.messages import (
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
+from kvcomm_vllm.worker.clock import Clock, HostClock, clock_of
+from kvcomm_vllm.worker.compare import compare
 from kvcomm_vllm.worker.equipment import Equipment, equip
 from kvcomm_vllm.worker.load import run_loads, token_moves
 from kvcomm_vllm.worker.side_forward import Row
@@ -46,9 +52,10 @@ class WorkerHalf:
         self.config = config
         self.vllm_config = vllm_config
         self.block_size = block_size
-        self.runner = compat.find_model_runner()
+        self.runner = find_model_runner()
         self.facts = WorkerFacts(Reason.DISABLED_AT_START.value, "not started", "")
         self.stats = KVCommStats()
+        self.clock: Clock = HostClock()
         self.ready: Equipment | None = None
         self._report: StepReport | None = None
         self._lost_blocks: set[int] = set()
@@ -60,6 +67,7 @@ class WorkerHalf:
             self.ready, self.facts = equip(
                 self.runner, self.vllm_config, self.config, self.block_size
             )
+            self.clock = clock_of(self.ready.device)
         except Unsupported as found:
             self.facts = WorkerFacts(found.reason.value, found.detail, "")
         # whatever a foreign model or vLLM version does, the server serves
@@ -76,6 +84,7 @@ class WorkerHalf:
     def run(self, message: StepMessage) -> None:
         """Loads and side forward of one step, or a lesson in an idle one."""
         requests, lesson = message.requests, message.lesson
+        self._count_times()
         if message.empty:
             return
         report = self._report = StepReport()
@@ -85,29 +94,50 @@ class WorkerHalf:
             self._learn(lesson, report)
         if not requests:
             return
-        # Not skipped after a failed load: the side forward has collectives, and the other ranks
-        # that loaded wait in them.
-        done = [self._succeeds(phase, requests) for phase in (self._load, self._fill_holes)]
-        if not all(done):
+        lost = self._load_or_lose(requests)
+        if not self._compute(requests, lost):
             for ops in requests:
                 report.failed.add(ops.request_id)
                 self._lost_blocks.update(ops.block_ids[ops.first_token // self.block_size :])
         else:
-            report.done.update(ops.request_id for ops in requests)
+            report.repaired |= lost
+            report.done.update(ops.request_id for ops in requests if ops.request_id not in lost)
         self._arrived.update(ops.request_id for ops in requests if ops.waits and ops.last)
 
-    def _succeeds(
-        self, phase: Callable[[list[RequestOps]], None], requests: list[RequestOps]
-    ) -> bool:
+    def _load_or_lose(self, requests: list[RequestOps]) -> set[str]:
+        """Requests that could not be loaded on some rank: all of them know, as the side forward
+        that follows has collectives.
+        """
+        failed = [False] * len(requests)
+        if not self._succeeds("loading all at once", self._load, requests):
+            failed = [not self._succeeds("loading one", self._load, [ops]) for ops in requests]
+        if self.vllm_config.parallel_config.tensor_parallel_size > 1:
+            failed = any_rank(failed)
+        return {ops.request_id for ops, lost in zip(requests, failed, strict=True) if lost}
+
+    def _compute(self, requests: list[RequestOps], lost: set[str]) -> bool:
+        """Compute the holes, and of lost requests all of their plans. If that fails, nothing of the
+        step counts as loaded any more; ``lost`` then has them all, and the plans are computed in
+        plain eager forwards.
+        """
+        if self._succeeds("a side forward", self._fill_holes, requests, lost):
+            return True
+        lost |= {ops.request_id for ops in requests if ops.tokens}
+        if self._succeeds("a repair", self._fill_holes, requests, lost, True):
+            return True
+        logger.error("kvcomm: vLLM computes %d request(s) itself, if it can", len(requests))
+        return False
+
+    def _succeeds(self, name: str, work: Callable[..., None], *given: Any) -> bool:
         try:
-            phase(requests)
+            work(*given)
         except Exception:
-            logger.exception("kvcomm: vLLM computes %d request(s) itself", len(requests))
+            logger.exception("kvcomm: %s failed", name)
             return False
         return True
 
     def _load(self, requests: list[RequestOps]) -> None:
-        began = time.perf_counter()
+        began = self.clock.begin()
         ready = self.equipment
         plain = [(ops.block_ids, load) for ops in requests for load in ops.loads if load.entry < 0]
         with torch.inference_mode():
@@ -127,35 +157,53 @@ class WorkerHalf:
             logger.exception("kvcomm: a probe failed, its request is served exactly")
             return None
 
-    def _fill_holes(self, requests: list[RequestOps]) -> None:
-        rows = [Row(ops.block_ids, hole) for ops in requests for hole in ops.holes]
+    def _fill_holes(self, requests: list[RequestOps], lost: set[str], eager: bool = False) -> None:
+        """In the order of requests: one may have the pages of those before it as its own prefix."""
+        rows = [
+            Row(ops.block_ids, hole)
+            for ops in requests
+            for hole in ([_whole_plan(ops)] if ops.request_id in lost else ops.holes)
+        ]
         if not rows:
             return
-        began = time.perf_counter()
-        self.equipment.side_forward.run(rows)
+        began = self.clock.begin()
+        self.equipment.side_forward.run(rows, eager)
         self._took("side_forward", began)
 
     def _learn(self, lesson: LessonOp, report: StepReport) -> None:
         """A piece of a lesson; other ranks wait in the side forward, so it comes first."""
-        began = time.perf_counter()
+        began = self.clock.begin()
         report.lesson = lesson.number
         try:
             ready = self.equipment
             if lesson.hole is not None:
                 ready.side_forward.run([Row(lesson.block_ids, lesson.hole)])
             with torch.inference_mode():
-                learned = [c.learn(lesson) for c in ready.corrections.values()]
-            report.errors = [errors for spans in learned for errors in spans]
+                if lesson.comparison is not None:
+                    report.divergence = compare(
+                        lesson.comparison, ready.groups, ready.kernel, ready.side_forward
+                    )
+                for correction in ready.corrections.values():
+                    if not lesson.settles:
+                        report.errors += correction.learn(lesson)
+                    elif correction.unsettled:
+                        correction.settle()
+                    report.unsettled |= correction.unsettled
         except Exception:
             logger.exception("kvcomm: a lesson failed, its placeholders start anew")
             report.lesson_failed = True
         self._took("learning", began)
 
-    def _took(self, phase: str, began: float) -> None:
-        """Ranks work at the same time, and vLLM adds up what they count."""
+    def _took(self, phase: str, began: Any) -> None:
+        self.clock.end(phase, began)
+        self._count_times()
+
+    def _count_times(self) -> None:
+        """Of what is over. Ranks work at the same time, and vLLM adds up what they count."""
         parallel = self.vllm_config.parallel_config
-        if parallel.rank % parallel.tensor_parallel_size == 0:
-            self.stats.add_seconds(phase, time.perf_counter() - began)
+        for phase, seconds in self.clock.read():
+            if parallel.rank % parallel.tensor_parallel_size == 0:
+                self.stats.add_seconds(phase, seconds)
 
     def take_report(self) -> StepReport | None:
         report, self._report = self._report, None
@@ -169,3 +217,7 @@ class WorkerHalf:
     def take_lost_blocks(self) -> set[int]:
         lost, self._lost_blocks = self._lost_blocks, set()
         return lost
+
+
+def _whole_plan(ops: RequestOps) -> HoleOp:
+    return HoleOp(ops.first_token, np.frombuffer(ops.tokens, np.int32).tolist())

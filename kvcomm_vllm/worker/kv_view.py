@@ -2,8 +2,8 @@
 """The KV view: which layers' pages can be read and written as token slots, and how.
 
 vLLM 0.28+ gives every attention layer a logical ``[pages, kv_heads, tokens, 2 * head_dim]`` cache.
-On CUDA its strides tell everything; on CPU K and V are packed inside each page for the instruction
-set in use.
+Which backend uses it says what is in there, not the device: K and V as the strides tell, or, with
+vLLM's CPU attention, packed inside each page for the instruction set in use.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 
-from kvcomm_vllm.compat import cpu_isa
+from kvcomm_vllm.compat.layers import PACKING_BACKEND, cpu_isa
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.rope import Rope, no_rope, rope_module, rope_of
 
 CPU_PACKING = {"vec": Packing.VEC, "vec16": Packing.VEC, "amx": Packing.AMX}
-STRIDED_BACKENDS = {"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"}
+# K and V of a head side by side, written by `do_kv_cache_update`; composites write like Triton.
+STRIDED_BACKENDS = {
+    "FLASH_ATTN",
+    "FLASHINFER",
+    "FLEX_ATTENTION",
+    "TRITON_ATTN",
+    "TRITON_FLASH_ATTN",
+    "TRITON_FLASHINFER",
+}
 PLAIN_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 FP8_DTYPES = {
     "fp8": torch.float8_e4m3fn,
@@ -90,7 +98,8 @@ def packing_of(name: str, layer: Any) -> Packing:
         raise Unsupported(
             reason, f"{name}: cache of shape {tuple(cache.shape)}, head size {head_dim}"
         )
-    if cache.device.type == "cpu":
+    backend = layer.attn_backend.get_name()
+    if backend == PACKING_BACKEND:
         isa = cpu_isa(layer)
         if isa not in CPU_PACKING:
             raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name}: CPU pages packed for '{isa}'")
@@ -99,11 +108,12 @@ def packing_of(name: str, layer: Any) -> Packing:
         if not cache.is_contiguous():
             raise Unsupported(Reason.UNKNOWN_LAYOUT, f"{name}: CPU pages are not contiguous")
         return CPU_PACKING[isa]
-    backend = layer.attn_backend.get_name()
     if backend not in STRIDED_BACKENDS:
         raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name}: attention backend {backend}")
     if quantised and layer.kv_cache_dtype not in FP8_DTYPES:
         raise Unsupported(Reason.KV_QUANTISED, f"{name}: --kv-cache-dtype {layer.kv_cache_dtype}")
+    if quantised and not layer._k_scale.numel() == layer._v_scale.numel() == 1:
+        raise Unsupported(Reason.KV_QUANTISED, f"{name}: a scale for each head")
     return Packing.STRIDED
 
 

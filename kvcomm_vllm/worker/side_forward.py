@@ -14,9 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.metadata import common_metadata, metadata_builders
+from kvcomm_vllm.compat.model import (
+    forward_context,
+    forwards_embeddings,
+    keeps_embeddings,
+    model_inputs,
+)
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.worker.load import slots_of
+from kvcomm_vllm.worker.upload import upload
 
 
 @dataclass(frozen=True)
@@ -71,15 +78,30 @@ class SideForward:
         self.max_tokens = int(limits.max_num_batched_tokens)
         self.max_rows = int(limits.max_num_seqs)
         # such models are compiled for embeddings, not for token ids
-        self.always_eager = compat.forwards_embeddings(runner.vllm_config.model_config)
-        self._builders = compat.metadata_builders(runner, private=self.device.type != "cpu")
+        embeds = forwards_embeddings(runner.vllm_config.model_config)
+        self.always_eager = embeds and keeps_embeddings(runner.model)
+        self.embeds = embeds and not self.always_eager
+        self.builders = metadata_builders(runner)
 
     def run(self, rows: list[Row], eager: bool = False) -> None:
         """Writes the rows' K and V into their pages; ``eager`` leaves the compiled model alone."""
         for batch in batches(rows, self.max_tokens, self.max_rows):
             self._forward(batch, eager or self.always_eager)
 
-    def _forward(self, rows: list[Row], eager: bool) -> None:
+    def last_logits(self, rows: list[Row]) -> torch.Tensor | None:
+        """Writes the rows like :meth:`run`, each in a forward of its own.
+
+        Returns:
+            The logits behind each row's last token: ``[rows, vocabulary]``; None on a rank that is
+            not told them all.
+        """
+        ends = [self._forward([row], self.always_eager)[-1:].clone() for row in rows]
+        with torch.inference_mode():
+            logits: torch.Tensor | None = self.runner.model.compute_logits(torch.cat(ends))
+        return logits
+
+    def _forward(self, rows: list[Row], eager: bool) -> torch.Tensor:
+        """Returns the model's last hidden states: ``[tokens, width]``."""
         lengths = np.array([len(row.hole.tokens) for row in rows], dtype=np.int32)
         ends = np.array([row.end for row in rows], dtype=np.int32)
         starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
@@ -87,41 +109,40 @@ class SideForward:
         table = np.zeros((len(rows), max(len(row.block_ids) for row in rows)), dtype=np.int32)
         for i, row in enumerate(rows):
             table[i, : len(row.block_ids)] = row.block_ids
-        ids = np.concatenate([np.asarray(row.hole.tokens, dtype=np.int64) for row in rows])
+        ids = np.concatenate([np.asarray(row.hole.tokens, dtype=np.int32) for row in rows])
         spans = [np.arange(row.hole.start, row.end, dtype=np.int64) + row.shift for row in rows]
-        positions = self._tensor(np.concatenate(spans))
-        slots = self._tensor(
-            np.concatenate(
-                [
-                    slots_of(row.block_ids, row.hole.start, len(row.hole.tokens), self.block_size)
-                    for row in rows
-                ]
-            )
+        places = [
+            slots_of(row.block_ids, row.hole.start, len(row.hole.tokens), self.block_size)
+            for row in rows
+        ]
+        lists = (np.concatenate(spans), np.concatenate(places), ids, starts, ends, table)
+        positions, slots, ids_there, starts_there, ends_there, table_there = upload(
+            lists, self.device
         )
-        starts_cpu, ends_cpu = torch.from_numpy(starts), torch.from_numpy(ends)
-        common = compat.common_metadata(
-            query_start_loc=starts_cpu.to(self.device),
-            query_start_loc_cpu=starts_cpu,
-            seq_lens=ends_cpu.to(self.device),
-            seq_lens_cpu_upper_bound=ends_cpu,
+        common = common_metadata(
+            query_start_loc=starts_there,
+            query_start_loc_cpu=torch.from_numpy(starts),
+            seq_lens=ends_there,
+            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
             num_reqs=len(rows),
             num_actual_tokens=total,
             max_query_len=int(lengths.max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=self._tensor(table),
+            block_table_tensor=table_there,
             slot_mapping=slots,
             causal=True,
             positions=positions,
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
         )
         metadata: dict[str, Any] = {}
-        for builder, layer_names in self._builders:
-            metadata.update(dict.fromkeys(layer_names, builder.build(0, common)))
+        for builder in self.builders:
+            metadata.update(dict.fromkeys(builder.layer_names, builder.build(common)))
         with (
             torch.inference_mode(),
-            compat.forward_context(metadata, self.runner.vllm_config, total, slots, eager),
+            forward_context(metadata, self.runner.vllm_config, total, slots, eager),
         ):
-            self.runner.model(input_ids=self._tensor(ids).to(torch.int32), positions=positions)
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+            hidden: torch.Tensor | tuple[torch.Tensor, ...] = self.runner.model(
+                **model_inputs(self.runner.model, ids_there, self.embeds),
+                positions=positions,
+            )
+        return hidden if isinstance(hidden, torch.Tensor) else hidden[0]

@@ -31,6 +31,16 @@ def test_a_plugin_list_that_leaves_kvcomm_out_is_found(monkeypatch: pytest.Monke
     assert "kvcomm_vllm.plugin:register" in checks.plugin()
 
 
+def test_an_allocator_that_keeps_the_plugin_out_is_named_with_the_ways_round_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    assert "nothing" in checks.allocator()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    with pytest.raises(checks.AdviceError, match=r"no KV connector.*--enable-cumem-allocator"):
+        checks.allocator()
+
+
 def test_a_torchvision_that_does_not_fit_fails_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -77,8 +77,8 @@ def explain(server: Server, tmp_path: Path, body: object) -> Any:
     request = tmp_path / "request.json"
     request.write_text(json.dumps(body))
     url = f"http://127.0.0.1:{server.server_port}"
-    page = str(tmp_path / "page.html")
-    return CliRunner().invoke(app, ["explain", str(request), "--server", url, "--html", page])
+    drawn = ["--html", str(tmp_path / "page.html"), "--png", str(tmp_path / "picture.png")]
+    return CliRunner().invoke(app, ["explain", str(request), "--server", url, *drawn])
 
 
 def test_a_full_report_is_drawn_with_its_text(server: Server, tmp_path: Path) -> None:
@@ -95,6 +95,7 @@ def test_a_full_report_is_drawn_with_its_text(server: Server, tmp_path: Path) ->
     for kind in ("local", "gap", "reused", "computed", "copy"):
         assert f'<span class="{kind}"' in page
     assert "&lt;8&gt;" in page
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_coarse_report_is_drawn_by_number(server: Server, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +26,7 @@ SETTINGS = {
 
 def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any) -> LLM:
     """An eager engine with pages of 32 tokens; ``plugin`` holds settings of ours, None is plain
-    vLLM.
+    vLLM. KVCOMM_TEST_ENGINE is a JSON object of options that win over the defaults here.
     """
     transfer = None
     if plugin is not None:
@@ -41,7 +43,8 @@ def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any
         "enable_prefix_caching": True,
         "disable_log_stats": True,
     }
-    return LLM(model=model, kv_transfer_config=transfer, **{**defaults, **options})
+    elsewhere = json.loads(os.environ.get("KVCOMM_TEST_ENGINE", "{}"))
+    return LLM(model=model, kv_transfer_config=transfer, **{**defaults, **elsewhere, **options})
 
 
 def connector(llm: LLM) -> Any:

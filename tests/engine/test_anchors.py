@@ -28,6 +28,7 @@ OFF, ANCHOR = {"mode": "off"}, {"mode": "anchor"}
 def learning(tiny_llama: str) -> Iterator[LLM]:
     """vLLM with the plugin, mode anchor, that learns as soon as it is idle."""
     plugin = {"mode": "anchor", "audit_idle_seconds": 0, "audit_share": 1, "seam_tokens": 8}
+    plugin["heal"] = "off"  # what lessons write is to be nobody's
     llm = make_engine(tiny_llama, plugin=plugin)
     yield llm
     llm.llm_engine.engine_core.shutdown()

@@ -31,6 +31,14 @@ def holes_only(local: int, spans: Iterable[ReuseSpan], *rest: object) -> Plan:
 PROMPTS = [text(seed, 60 + seed) + SHARED + TAIL for seed in (3, 4, 5)]
 
 
+def test_an_engine_that_is_a_producer_to_vllm_reuses(reusing: LLM) -> None:
+    """It was asked for in the role kv_both."""
+    assert core(reusing).scheduler.vllm_config.kv_transfer_config.kv_role == "kv_producer"
+    ask(reusing, text(22, 70) + SHARED + TAIL)
+    (answer,) = ask(reusing, text(23, 61) + SHARED + TAIL)
+    assert answer.report["reused"] > 150
+
+
 def check_holes(llm: LLM, truth: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
     ask(llm, text(2, 70) + SHARED + TAIL)
     monkeypatch.setattr(plain_mode, "make_plan", holes_only)

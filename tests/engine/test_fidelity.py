@@ -11,11 +11,15 @@ import pytest
 
 from kvcomm_vllm.evaluation.fidelity.bench import Bench
 from kvcomm_vllm.evaluation.fidelity.measure import measure
+from kvcomm_vllm.evaluation.fidelity.probes import measure_probes
 from kvcomm_vllm.evaluation.fidelity.report import summarise, write_json
 from kvcomm_vllm.evaluation.fidelity.study import Study
+from kvcomm_vllm.evaluation.fidelity.turns import along
+from kvcomm_vllm.evaluation.workloads import cases as cases_of
 from kvcomm_vllm.evaluation.workloads import math
 from kvcomm_vllm.evaluation.workloads.case import Case, Turn
 from kvcomm_vllm.evaluation.workloads.data_set import BESIDE
+from kvcomm_vllm.evaluation.workloads.edits import Kind, drop_oldest, turns
 from kvcomm_vllm.evaluation.workloads.rows import read_file, read_sample
 
 pytestmark = [pytest.mark.engine, pytest.mark.model, pytest.mark.slow]
@@ -44,6 +48,17 @@ def test_seams_keep_a_real_model_within_the_promised_distance_of_dense(bench: Be
     assert seam.kl_mean < rotate.kl_mean, "a seam must help"
 
 
+def test_errors_do_not_grow_from_edit_to_edit(bench: Bench) -> None:
+    """The oldest turn of a session is dropped again and again, behind copies of copies."""
+    kind = Kind((("oldest turn dropped", drop_oldest),) * 6, tools=(0, 0))
+    case = Case("dropped", turns(kind, "dropped", 1400), "dropped")
+    _, *edits = along(bench, case, {"mode": "seam"})
+    assert all(score.computed < 0.15 for score in edits)
+    first = [score.distance.kl1 for score in edits]
+    assert 0 < statistics.fmean(first) <= 0.1
+    assert statistics.fmean(first[3:]) <= 2 * statistics.fmean(first[:3])
+
+
 def test_the_same_prompts_give_the_same_numbers(bench: Bench, tmp_path: Path) -> None:
     """Also in an engine that has served them before."""
     note = "The parcel from Riga weighs nine kilograms and goes to the third floor, room twelve. "
@@ -64,3 +79,17 @@ def test_the_same_prompts_give_the_same_numbers(bench: Bench, tmp_path: Path) ->
     for prompt in prompts:
         parts = prompt["local"] + prompt["reused"] + prompt["computed"]
         assert parts == prompt["prompt_tokens"]
+
+
+def test_a_probe_is_answered_from_kv_of_the_prompt_before_the_edit(bench: Bench) -> None:
+    """And its dense answer from none of it."""
+    found, source = cases_of("stale-memory", None, seed=0)
+    study = Study("stale-memory", source, found[:2], [])
+    scores = measure_probes(bench, study, [("seam16", 0)])
+    again = measure_probes(bench, study, [("rotate", 0), ("anchor", 20)])
+    assert [score.mode for score in (*scores, *again)] == ["seam16"] * 2 + ["rotate"] * 2
+    for seam, rotate in zip(scores, again, strict=True):
+        assert seam.reused > seam.prompt_tokens / 2
+        assert rotate.computed <= seam.computed
+        assert seam.kl1 > 0
+        assert seam.dense_odds == rotate.dense_odds, "dense is dense, whatever was served before"

@@ -73,7 +73,7 @@ def test_a_probe_that_fails_leaves_the_request_dense(
     assert hear(paper, 61).report["corrected"] > 0
 
 
-def test_an_estimate_that_fails_is_computed_by_vllm(
+def test_an_estimate_that_fails_is_computed_in_the_same_step(
     paper: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = get_kv_transfer_group()._worker.equipment.corrections["paper"]
@@ -86,7 +86,7 @@ def test_an_estimate_that_fails_is_computed_by_vllm(
     with monkeypatch.context() as patch:
         patch.setattr(arena, "estimate", broken)
         (answer,) = ask(paper, AGENT + question + TAIL, tokens=8, hints=PAPER)
-    assert "load_failed" in answer.report["declined"]
+    assert "load_repaired" in answer.report["declined"]
     (truth,) = ask(plain, AGENT + question + TAIL, tokens=8)
     assert answer.tokens == truth.tokens
     assert connector(paper)._scheduler.pages.held == 0

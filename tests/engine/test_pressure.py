@@ -61,11 +61,16 @@ def test_an_evicted_source_is_a_miss(small: LLM, plain: LLM) -> None:
     assert_nothing_is_held(small)
 
 
-@pytest.mark.parametrize("broken", ["kernel", "side_forward"])
+@pytest.mark.parametrize("broken", ["kernel", "first side_forward", "every side_forward"])
 def test_a_failed_load_is_computed_and_gives_the_dense_answer(
     small: LLM, plain: LLM, worker: WorkerHalf, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Within its step, or, where the repair fails as well, by vLLM."""
+    run = worker.equipment.side_forward.run
+
     def fail(*_: object) -> None:
+        if broken.startswith("first"):
+            monkeypatch.setattr(worker.equipment.side_forward, "run", run)
         raise RuntimeError("page lost")
 
     ask(small, text(230, 40) + SHARED + TAIL)
@@ -75,7 +80,8 @@ def test_a_failed_load_is_computed_and_gives_the_dense_answer(
     else:
         monkeypatch.setattr(worker.equipment.side_forward, "run", fail)
     answer = ask(small, prompt)[0]
-    assert answer.report["declined"] == {"load_failed": 1}
+    reason = "load_failed" if broken.startswith("every") else "load_repaired"
+    assert answer.report["declined"] == {reason: 1}
     assert answer.report["reused"] == 0
     assert answer.tokens == ask(plain, prompt)[0].tokens
     monkeypatch.undo()

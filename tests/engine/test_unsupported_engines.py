@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Answer, ask, make_engine, text
+from engines import Answer, ask, core, make_engine, text
 from stored_kv import start_log
 from vllm import LLM
 from vllm.model_executor.models.llama import LlamaAttention
 
-from kvcomm_vllm import compat
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
-from kvcomm_vllm.worker import equipment, kv_view, load
+from kvcomm_vllm.worker import equipment, load
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -28,11 +27,11 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def unknown_pages(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(kv_view, "cpu_isa", lambda layer: "isa of tomorrow")
+    patch.setattr("kvcomm_vllm.worker.kv_view.cpu_isa", lambda layer: "isa of tomorrow")
 
 
 def no_model_runner(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(compat, "find_model_runner", lambda: None)
+    patch.setattr("kvcomm_vllm.worker.half.find_model_runner", lambda: None)
 
 
 def kernel_that_forgets_to_rotate(patch: pytest.MonkeyPatch) -> None:
@@ -54,7 +53,7 @@ def pages_packed_differently(patch: pytest.MonkeyPatch) -> None:
     def write(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         layer.impl.do_kv_cache_update(layer, value, key, layer.kv_cache, slots)
 
-    patch.setattr(compat, "write_kv", write)
+    patch.setattr("kvcomm_vllm.worker.checks.self_check.write_kv", write)
 
 
 def start_that_raises(patch: pytest.MonkeyPatch) -> None:
@@ -78,8 +77,6 @@ class Case:
 
 
 CASES = {
-    "prefix caching off": Case("prefix_caching_off", {"enable_prefix_caching": False}),
-    "lora": Case("lora_enabled", {"enable_lora": True, "max_lora_rank": 8}),
     "unknown instruction set": Case("unknown_backend", patch=unknown_pages),
     "no model runner": Case("unknown_backend", patch=no_model_runner),
     "wrong kernel": Case("self_check_failed", patch=kernel_that_forgets_to_rotate),
@@ -92,6 +89,7 @@ CASES = {
 class Served:
     log: list[str]
     answers: list[Answer]
+    connected: bool
 
 
 def serve(model: str, case: Case) -> Served:
@@ -100,10 +98,11 @@ def serve(model: str, case: Case) -> Served:
         llm = make_engine(model, plugin={}, **case.options)
         try:
             answers = [ask(llm, prompt)[0] for prompt in PROMPTS]
+            connected = core(llm).scheduler.connector is not None
         finally:
             llm.llm_engine.engine_core.shutdown()
             gc.collect()  # the pages, before the next engine takes its own
-    return Served(log, answers)
+    return Served(log, answers, connected)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
@@ -137,6 +136,16 @@ def test_the_report_says_that_nothing_was_reused(served: tuple[Case, Served]) ->
     for answer in served[1].answers:
         assert answer.report["reused"] == 0
         assert answer.report["local"] + answer.report["computed"] == len(PROMPTS[0])
+
+
+def test_beside_lora_the_engine_is_plain_vllm(tiny_llama: str, dense: list[Answer]) -> None:
+    """What its arguments say is known before there is a connector."""
+    run = serve(tiny_llama, Case("lora_enabled", {"enable_lora": True, "max_lora_rank": 8}))
+    (line,) = run.log
+    assert line.startswith("WARNING KV reuse is off (lora_enabled)")
+    assert not run.connected
+    assert [a.tokens for a in run.answers] == [a.tokens for a in dense]
+    assert [a.report for a in run.answers] == [{}, {}]
 
 
 def test_quantised_pages_on_cpu_are_served_exactly(tiny_llama: str) -> None:

@@ -15,7 +15,7 @@ class MeanCorrection:
     def __init__(self, ground: Ground) -> None:
         self.groups, self.block_size, self.room = ground.groups, ground.block_size, 8
         pages = [group.pages for group in ground.groups]
-        shapes = [(self.room, len(p.layers), 1, p.kv_heads, 2 * p.head_dim) for p in pages]
+        shapes = [(self.room, len(p.layers), p.kv_heads, 2 * p.head_dim) for p in pages]
         self.sums = [torch.zeros(shape) for shape in shapes]
         self.tokens = torch.zeros(self.room)
 
@@ -26,10 +26,10 @@ class MeanCorrection:
         pairs = [(ops.block_ids, load) for ops in requests for load in ops.loads]
         for pages, load in (pair for pair in pairs if pair[1].entry >= 0):
             moves = token_moves([(pages, load)], self.block_size, torch.device("cpu"))
-            index = torch.zeros(load.length, dtype=torch.int32)
+            row = torch.zeros(load.length, dtype=torch.int64)
             for number, group in enumerate(self.groups):
                 turns = group.rope.undo(moves.source_positions), group.rope.redo(moves.positions)
-                mean = MeanMap(*self._mean(number, load.entry).chunk(2, dim=-1), index)
+                mean = MeanMap(*self._mean(number, load.entry)[None].chunk(2, dim=-1), row)
                 load_corrected(group.pages, moves.source_slots, moves.slots, *turns, mean)
 
     def distances_of(self, probe: ProbeOp) -> None:
@@ -40,6 +40,11 @@ class MeanCorrection:
             kept[lesson.fresh] = 0
         return [self._learn(lesson.block_ids, span) for span in lesson.spans]
 
+    unsettled = False
+
+    def settle(self) -> None:
+        """Nothing is put off."""
+
     def _mean(self, number: int, entry: int) -> torch.Tensor:
         return self.sums[number][entry] / self.tokens[entry].clamp(min=1)
 
@@ -47,13 +52,13 @@ class MeanCorrection:
         left, whole = torch.zeros(2, 2)
         for number, group in enumerate(self.groups):
             mean = self._mean(number, span.entry)
-            base = base_of(group, span, self.block_size)
-            true = true_of(group, span, block_ids, self.block_size)
+            base = base_of(group, [span], self.block_size)
+            true = true_of(group, [span], block_ids, self.block_size)
             for layer, change in enumerate(deviations(group, base, true)):
                 whole += torch.stack([part.square().sum() for part in change.chunk(2, -1)])
                 rest = (change - mean[layer]).chunk(2, -1)
                 left += torch.stack([part.square().sum() for part in rest])
-                self.sums[number][span.entry, layer, 0] += change.sum(0)
+                self.sums[number][span.entry, layer] += change.sum(0)
         self.tokens[span.entry] += span.length
         (k, v), (k_all, v_all) = left.tolist(), whole.tolist()
         return ErrorSums(k, k_all, v, v_all, k_means=k, v_means=v).as_list()

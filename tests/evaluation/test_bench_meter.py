@@ -67,7 +67,7 @@ def test_a_server_without_the_counters_adds_no_field(
 
 
 def test_a_lesson_waits_until_it_is_learned_dropped_or_failed() -> None:
-    counts = {"queued": 9, "learned": 4, "dropped": 2, "failed": 1}
+    counts = {"queued": 9, "learned": 3, "healed": 1, "dropped": 2, "failed": 1}
     assert lessons_waiting(page({}, lessons=counts)) == 2
     assert lessons_waiting(page({}, lessons={"queued": 9, "learned": 9})) == 0
     assert lessons_waiting("") == 0

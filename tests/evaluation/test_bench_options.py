@@ -76,6 +76,7 @@ def test_the_plugin_is_set_up_for_all_columns_and_the_users_file_is_kept(tmp_pat
     assert options(columns="paper").config.paper.memory_mb > 0
     assert options().config.audit_idle_seconds < 1.0
     assert options().config.audit_share == 1.0
+    assert options().config.heal == "off", "sources are as they were served"
     file = tmp_path / "c.yaml"
     file.write_text("mode: seam\nseam_tokens: 4\naudit_idle_seconds: 2.5\npaper: {memory_mb: 77}\n")
     found = options(columns="paper", config=file).config

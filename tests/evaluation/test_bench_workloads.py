@@ -254,15 +254,15 @@ def test_the_judge_s_choice_does_not_depend_on_the_order(no_shared: None) -> Non
     tasks = workload("judge").make(None, seed=0).tasks
     for first, second in zip(tasks[::2], tasks[1::2], strict=True):
         assert first.group == second.group != ""
-        assert first.choice is not None
-        assert second.choice is not None
-        for letter, other in ("AC", "BB", "CA"):
-            chosen = first.choice(f"Candidate {letter} is best.")
-            assert chosen == second.choice(f"Candidate {other} is best.")
-            # who is called so in the prompt is who was asked in that call
-            calls, _ = play(first)
-            number = [call.agent for call in calls].index(str(chosen)) + 1
-            assert f"Candidate {letter}:\n<{number}>" in user(calls[-1])
+        assert None not in (first.choice, second.choice)
+        said = [f"Candidate {letter} is best." for letter in "ABCD"]
+        named, others = ([task.choice(text) for text in said] for task in (first, second))
+        assert named != others
+        assert sorted(map(str, named)) == sorted(map(str, others))
+        calls, _ = play(first)
+        asked = [call.agent for call in calls]  # in the prompt they are called by their turns
+        for letter, chosen in zip("ABCD", map(str, named), strict=True):
+            assert f"Candidate {letter}:\n<{asked.index(chosen) + 1}>" in user(calls[-1])
         assert first.choice("All are fine.") is None
     assert 2 * len({task.group for task in tasks}) == len(tasks)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcomm_vllm.evaluation.fidelity.study import choose
-from kvcomm_vllm.evaluation.workloads import CASES, rag
+from kvcomm_vllm.evaluation.workloads import CASES, CHAINS, rag
 from kvcomm_vllm.evaluation.workloads import cases as cases_of
 from kvcomm_vllm.evaluation.workloads.case import Case, Turn, fill, literal, unspoken
 from kvcomm_vllm.evaluation.workloads.edits import EDITS
@@ -18,7 +18,14 @@ from kvcomm_vllm.evaluation.workloads.rows import DataError
 from kvcomm_vllm.evaluation.workloads.user_file import user_cases
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-AGENTS = {"gsm8k3": 3, "gsm8k5": 5, "groupchat": 4, "rag": 3, "judge": 4}
+AGENTS = {
+    **{f"chain{n}": n for n in range(2, 6)},
+    "gsm8k3": 3,
+    "gsm8k5": 5,
+    "groupchat": 4,
+    "rag": 3,
+    "judge": 5,
+}
 SESSIONS = [name for name in CASES if name not in AGENTS]
 BRACES = st.text(alphabet="{}0129ax \n", max_size=30)
 
@@ -80,6 +87,13 @@ def test_a_seed_decides_the_orders(name: str, folder: Path | None) -> None:
     assert (first != other) == (name in ("groupchat", "rag", "judge"))
 
 
+def test_a_chain_of_fewer_agents_is_the_beginning_of_the_longest() -> None:
+    *shorter, longest = (cases_of(name, None, seed=0)[0] for name in CHAINS)
+    for agents, found in enumerate(shorter, 2):
+        pairs = zip(found, longest, strict=True)
+        assert all(one.turns == whole.turns[:agents] for one, whole in pairs)
+
+
 def test_passages_come_in_another_order_for_every_agent() -> None:
     passages = [f"passage number {n}" for n in range(8)]
     row = {"id": "r", "question": "Why?", "passages": passages}
@@ -97,11 +111,11 @@ def test_a_transcript_grows_from_speaker_to_speaker() -> None:
             assert len(longer) > len(shorter)
 
 
-def test_both_judges_of_a_question_see_the_same_candidates_in_reverse() -> None:
+def test_both_judges_of_a_question_see_the_same_candidates_in_another_order() -> None:
     cases, _ = cases_of("judge", None, seed=0)
     for first, second in zip(cases[::2], cases[1::2], strict=True):
         assert first.group == second.group
-        assert first.candidates == second.candidates[::-1]
+        assert first.candidates == tuple(sorted(second.candidates)) != second.candidates
         assert first.turns[:-1] == second.turns[:-1]
         shown = [first.turns[-1].user.index(f"{{{agent}}}") for agent in first.candidates]
         assert shown == sorted(shown)

@@ -14,7 +14,7 @@ from vllm import PoolingParams, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from kvcomm_vllm import compat_cli
+from kvcomm_vllm.compat import cli
 from kvcomm_vllm.front.carried_hints import carry, hints, with_carried_hints
 from kvcomm_vllm.hints import HintError
 
@@ -117,7 +117,7 @@ def test_every_request_of_an_engine_of_ours_comes_by(
         asked.append((request_id, prompt, hints_of(params), *rest))
 
     monkeypatch.setattr(engine, "add_request", add_request)
-    compat_cli.wrap_front_end(serving)
+    cli.wrap_front_end(serving)
     with hints(**OFF):
         engine.add_request(None, "r", "text", SamplingParams(), 1.5)
         engine.add_request(None, request_id="r", prompt="text", params=SamplingParams())
@@ -125,9 +125,9 @@ def test_every_request_of_an_engine_of_ours_comes_by(
 
 
 def test_the_front_end_is_wrapped_once() -> None:
-    compat_cli.wrap_front_end(True)
+    cli.wrap_front_end(True)
     once = AsyncLLM.add_request
-    compat_cli.wrap_front_end(True)
+    cli.wrap_front_end(True)
     assert AsyncLLM.add_request is once
     assert once.__wrapped__.__name__ == "add_request"
     assert not hasattr(once.__wrapped__, "__wrapped__")
@@ -138,9 +138,9 @@ def test_a_front_end_that_is_not_as_expected_is_left_alone_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, broken: Any
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(compat_cli.logger, "warning", lambda text, *a: said.append(text % a))
+    monkeypatch.setattr(cli.logger, "warning", lambda text, *a: said.append(text % a))
     monkeypatch.setattr(LLMEngine, "add_request", broken)
-    compat_cli.wrap_front_end(False)
+    cli.wrap_front_end(False)
     assert LLMEngine.add_request is broken
     assert len(said) == 1
     assert "LLMEngine.add_request cannot be wrapped" in said[0]

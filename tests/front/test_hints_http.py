@@ -161,7 +161,7 @@ def test_a_compressed_body_is_answered_by_the_route(client: TestClient) -> None:
 
 
 def test_what_a_middleware_unpacks_is_seen() -> None:
-    """Ours is the one next to the routes (see ``compat_cli``)."""
+    """Ours is the one next to the routes (see ``compat/cli.py``)."""
 
     class Unpacking:
         def __init__(self, app: Any) -> None:

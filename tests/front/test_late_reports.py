@@ -21,7 +21,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from kvcomm_vllm import compat_cli
+from kvcomm_vllm.compat import cli
 from kvcomm_vllm.front.late_reports import report_choices, with_batch_reports, with_choices_reports
 
 EARLY = {"kvcomm": {"reused": 7}}
@@ -40,7 +40,7 @@ class FrontEnd:
     """vLLM's output processor with one request, whose stop string is token 9."""
 
     def __init__(self, tokenizer: Any, kind: RequestOutputKind, samples: int = 1) -> None:
-        compat_cli.wrap_front_end(serving=False)
+        cli.wrap_front_end(serving=False)
         self.processor = OutputProcessor(tokenizer, log_stats=False)
         self.queue = RequestOutputCollector(kind, "r-1")
         params = SamplingParams(stop=[f"w{STOP}"], output_kind=kind, n=samples, max_tokens=99)

@@ -89,7 +89,7 @@ LAYOUTS = {
     "hybrid": (pages(FULL, WINDOW), Reason.SLIDING_WINDOW_HYBRID),
     "no group": (pages(), Reason.SLIDING_WINDOW_HYBRID),
     "only windows": (pages(WINDOW), Reason.UNKNOWN_LAYOUT),
-    "mla": (pages(kv.MLAAttentionSpec(**{**PAGE, "num_kv_heads": 1})), Reason.MLA),
+    "mla": (pages(kv.MLAAttentionSpec(**{**PAGE, "num_kv_heads": 1})), Reason.UNKNOWN_LAYOUT),
     "pages dropped while running": (
         pages(kv.RSWASpec(**PAGE, rswa_window=64)),
         Reason.UNKNOWN_LAYOUT,

@@ -20,6 +20,7 @@ WORDS = [
     *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),
     *("silver", "bridge", "mountain", "signal", "copper", "harbor", "letter", "window", "forest"),
 ]
+QUIET = "audits: false\nheal: off\n"  # the server does nothing that no test has asked for
 PATIENCE_SECONDS = 60.0
 OURS = "vllm:kvcomm_"
 VLLM_LABELS = ("model_name", "engine")

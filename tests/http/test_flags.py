@@ -18,7 +18,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from kvcomm_vllm import compat_cli, plugin
+from kvcomm_vllm import plugin
+from kvcomm_vllm.compat import cli
 from kvcomm_vllm.config import KVCommConfig, keys
 from kvcomm_vllm.front.hints_http import MIDDLEWARE
 from kvcomm_vllm.guards import version
@@ -68,7 +69,7 @@ def test_without_our_flags_nothing_changes(parser: FlexibleArgumentParser) -> No
 def test_the_name_alone_gives_the_default_configuration(parser: FlexibleArgumentParser) -> None:
     transfer = parse(parser, "--kv-connector", "kvcomm").kv_transfer_config
     assert transfer is not None
-    assert (transfer.kv_connector, transfer.kv_role) == ("kvcomm", "kv_both")
+    assert (transfer.kv_connector, transfer.kv_role) == ("kvcomm", "kv_producer")
     assert transfer.kv_load_failure_policy == "recompute"
     assert transfer.kv_connector_extra_config == KVCommConfig().to_mapping()
 
@@ -128,7 +129,7 @@ def test_both_ways_at_once_are_refused_in_any_order(
     mine = [flag.replace("FILE", config_file) for flag in ours]
     theirs = ["--kv-transfer-config", transfer_json()]
     said = refusal(parser, capsys, *(mine + theirs if ours_first else theirs + mine))
-    assert said == compat_cli._BOTH
+    assert said == cli._BOTH
 
 
 def test_both_ways_at_once_are_refused_when_one_is_in_vllms_config_file(
@@ -137,7 +138,7 @@ def test_both_ways_at_once_are_refused_when_one_is_in_vllms_config_file(
     path = tmp_path / "vllm.yaml"
     path.write_text("kv-transfer-config:\n  kv_connector: kvcomm\n  kv_role: kv_both\n")
     said = refusal(parser, capsys, "--config", str(path), "--kv-connector", "kvcomm")
-    assert said == compat_cli._BOTH
+    assert said == cli._BOTH
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,8 @@ def test_both_ways_at_once_are_refused_when_one_is_in_vllms_config_file(
             "argument --kv-transfer-config: kv_connector_extra_config: seam_tokens: <number of",
         ),
         (
-            ["--kv-transfer-config", '{"kv_connector": "kvcomm", "kv_role": "kv_producer"}'],
-            "argument --kv-transfer-config: kv_role: 'kv_producer' is not allowed; kvcomm needs",
+            ["--kv-transfer-config", '{"kv_connector": "kvcomm", "kv_role": "kv_consumer"}'],
+            "argument --kv-transfer-config: kv_role: 'kv_consumer' is not allowed; allowed: kv_",
         ),
     ],
 )
@@ -201,7 +202,7 @@ def test_a_flag_that_vllm_has_come_to_own_is_left_alone(config_file: str) -> Non
     theirs = FlexibleArgumentParser()
     theirs.add_argument("--kv-connector", default="auto")
     theirs.add_argument("--kv-transfer-config", type=json.loads)
-    compat_cli.add_flags(theirs)
+    cli.add_flags(theirs)
     namespace = theirs.parse_args(["--kv-connector", "nixl", "--kv-transfer-config", "null"])
     assert (namespace.kv_connector, namespace.kv_transfer_config) == ("nixl", None)
     namespace = theirs.parse_args(["--kvcomm-config", config_file])
@@ -216,7 +217,7 @@ def test_registering_again_changes_nothing_and_imports_no_connector(
     before = dict(KVConnectorFactory._registry)
     plugin.register()
     assert KVConnectorFactory._registry == before
-    assert set(compat_cli.NAMES) <= set(before)
+    assert set(cli.NAMES) <= set(before)
     assert plugin.CONNECTOR_MODULE not in sys.modules
 
 
@@ -226,7 +227,7 @@ def test_an_unsupported_vllm_gets_a_warning_instead_of_the_plugin(
     said: list[str] = []
     monkeypatch.setattr(version, "check_vllm", lambda: "vLLM is too old")
     monkeypatch.setattr(KVConnectorFactory, "_registry", {})
-    monkeypatch.setattr(compat_cli.logger, "warning", lambda text, *a: said.append(text % a))
+    monkeypatch.setattr(cli.logger, "warning", lambda text, *a: said.append(text % a))
     plugin.register()
     assert said == ["kvcomm is not available: vLLM is too old"]
     assert KVConnectorFactory._registry == {}
@@ -238,8 +239,8 @@ def test_a_failing_registration_does_not_stop_vllm(monkeypatch: pytest.MonkeyPat
     def fail() -> None:
         raise RuntimeError("vLLM has moved something")
 
-    monkeypatch.setattr(compat_cli, "install", fail)
-    monkeypatch.setattr(compat_cli.logger, "warning", lambda text, *a: said.append(text % a))
+    monkeypatch.setattr(cli, "install", fail)
+    monkeypatch.setattr(cli.logger, "warning", lambda text, *a: said.append(text % a))
     plugin.register()
     assert said == ["kvcomm is not available: RuntimeError: vLLM has moved something"]
 

@@ -12,7 +12,7 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the demo extra is not installed")
 
-from serving import Agents, report, story, wait_until  # noqa: E402
+from serving import QUIET, Agents, report, story, wait_until  # noqa: E402
 
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
 from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
@@ -31,7 +31,7 @@ def agents(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     """One server, set up the way a ``vllm serve --config FILE`` user would."""
     folder = tmp_path_factory.mktemp("server")
     ours, theirs = folder / "kvcomm.yaml", folder / "vllm.yaml"
-    ours.write_text("seam_tokens: 8\nreport: full\n")
+    ours.write_text(f"seam_tokens: 8\nreport: full\n{QUIET}")
     theirs.write_text(f"kv-connector: kvcomm\nkvcomm-config: {ours}\n")
     port = free_port()
     # with the routes for developers vLLM logs a traceback for every HTTP error, unless told not to

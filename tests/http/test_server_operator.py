@@ -65,7 +65,7 @@ def hear(agents: Agents, number: int) -> dict[str, Any]:
 def waiting(agents: Agents) -> int:
     """Lessons that wait, the one under way included."""
     now = agents.counters()
-    ended = sum(now[f"lessons/{how}"] for how in ("learned", "dropped", "failed"))
+    ended = sum(now[f"lessons/{how}"] for how in ("learned", "healed", "dropped", "failed"))
     return now["lessons/queued"] - ended
 
 

@@ -16,7 +16,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="the demo extra is not installed")
 openai = pytest.importorskip("openai", reason="the demo extra is not installed")
 
-from serving import Agents, story, wait_until  # noqa: E402
+from serving import QUIET, Agents, story, wait_until  # noqa: E402
 
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
 from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
@@ -40,7 +40,7 @@ def agents(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     """A server for developers, which logs a traceback of what it takes for an error."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     config = folder / "kvcomm.yaml"
-    config.write_text("mode: seam\nreport: full\n")  # nothing to learn while tests wait
+    config.write_text(f"mode: seam\nreport: full\n{QUIET}")
     extra = ["--dtype", "float32", "--enable-scale-out"]
     command = serve_command(smollm2, port, on_gpu=False, connector=True, config=config, extra=extra)
     env = serve_env(smollm2, on_gpu=False)

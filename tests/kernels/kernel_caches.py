@@ -139,8 +139,9 @@ def rotation(case: Case, seed: int = 2) -> Rotation:
 
 
 def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
-    """``token`` (anchors), ``mean``, ``code`` (rank 12) or ``long`` (a rank of more
-    than one block, factors in another dtype), layer 0 left out if there are more.
+    """``token`` (anchors), ``mean``, ``code`` (rank 12, one placeholder), ``mixed`` (several) or
+    ``long`` (a rank of more than one block, factors in another dtype), layer 0 left out if there
+    are more.
     """
     rng = generator(seed)
     skip = 1 if case.layers > 1 else 0
@@ -156,17 +157,21 @@ def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
         dk, dv = both.transpose(0, 1).chunk(2, dim=-1)  # as mode paper keeps them
         wk, wv = random(2, anchors, case.tokens)
         return AnchorSum(dk, dv, rows, wk, wv, skip)
-    head = 9
-    mean_k, mean_v = (random(shape[0], head + 1, *shape[1:], dtype=torch.float16) for _ in "kv")
-    index = torch.arange(case.tokens, dtype=torch.int32, device=DEVICE)
+    arena, entries = 40, 3
+    mean_k, mean_v = (random(arena, *shape, dtype=torch.float16) for _ in "kv")
+    row = torch.randint(0, arena, (case.tokens,), generator=rng).to(DEVICE)
     if kind == "mean":
-        return MeanMap(mean_k, mean_v, index, skip_layers=skip)
-    rank = 12 if kind == "code" else 40
+        return MeanMap(mean_k, mean_v, row, skip_layers=skip)
+    rank = 72 if kind == "long" else 12
     # Numbers of 8 bits, whose products are exact in any dtype that a device multiplies in.
     code = random(case.tokens, shape[0], rank, dtype=torch.bfloat16).float()
-    up = random(shape[0], case.heads, rank, 2 * case.head_dim, dtype=torch.bfloat16) / 4
-    up = up.float() if kind == "code" else up.half()
-    return MeanMap(mean_k, mean_v, index, code, up, skip)
+    up = random(entries, shape[0], case.heads, rank, 2 * case.head_dim, dtype=torch.bfloat16) / 4
+    up = up.half() if kind == "long" else up.float()
+    if kind == "mixed":  # in no order, some without a code
+        entry = torch.randint(-1, entries, (case.tokens,), generator=rng)
+    else:
+        entry = torch.full((case.tokens,), entries - 2)
+    return MeanMap(mean_k, mean_v, row, code, up, entry.int().to(DEVICE), skip)
 
 
 def on_cpu(value: Any) -> Any:

@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvcomm_vllm.kernels import packing, reference
 from kvcomm_vllm.kernels.cpu import correct as cpu_correct
@@ -15,8 +17,8 @@ from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 PAGES, HEADS, LAYERS, TOKENS = 9, 3, 4, 75
-DEVIATIONS = ["mean", "anchors", "anchors-bf16"]
-DEVIATIONS += ["code-16", "code-5", "code-32-fp16", "code-20-bf16"]
+DEVIATIONS = ["mean", "mean-bf16", "anchors", "anchors-bf16"]
+DEVIATIONS += ["code-16", "code-5", "code-32-fp16", "code-20-bf16", "code-16-mixed"]
 SHAPES = [
     (torch.bfloat16, 32, 64, 64, False),
     (torch.bfloat16, 16, 80, 32, True),
@@ -68,15 +70,20 @@ def make_deviation(kind: str, dim: int, tokens: int, skip: int) -> Deviation:
             dk, dv = both.transpose(0, 1).chunk(2, dim=-1)  # as mode paper keeps them
         rows = torch.randint(-8, 40, (5, tokens), generator=generator)
         return AnchorSum(dk, dv, rows, random(5, tokens) / 5, random(5, tokens) / 5, skip)
-    mean_k, mean_v = (0.2 * random(layers, length + 1, HEADS, dim) for _ in range(2))
-    index = torch.arange(tokens, dtype=torch.int32) + 3
+    mean_k, mean_v = (0.2 * random(30, layers, HEADS, dim) for _ in range(2))
+    row = (torch.arange(tokens) + 3).clamp(max=length)
     if kind == "mean":
-        return MeanMap(mean_k, mean_v, index, skip_layers=skip)
-    _, rank, *dtype = kind.split("-")
+        return MeanMap(mean_k, mean_v, row, skip_layers=skip)
+    if kind == "mean-bf16":
+        return MeanMap(mean_k.bfloat16(), mean_v.bfloat16(), row, skip_layers=skip)
+    _, rank, *dtype = kind.removesuffix("-mixed").split("-")
     stored = CODE_DTYPES[dtype[0] if dtype else "fp32"]
     code = random(tokens, layers, int(rank)).to(stored)
-    up = 0.25 / int(rank) ** 0.5 * random(layers, HEADS, int(rank), 2 * dim)
-    return MeanMap(mean_k, mean_v, index, code, up.to(stored), skip)
+    up = 0.25 / int(rank) ** 0.5 * random(3, layers, HEADS, int(rank), 2 * dim)
+    entry = torch.ones(tokens)
+    if kind.endswith("mixed"):
+        entry = torch.randint(-1, 3, (tokens,), generator=generator)
+    return MeanMap(mean_k, mean_v, row, code, up.to(stored), entry.int(), skip)
 
 
 def error(actual: PageGroup, expected: PageGroup, layer: int) -> float:
@@ -135,6 +142,37 @@ def test_every_token_of_a_page_in_pieces_gets_its_own_code() -> None:
     assert max(run_both(group, "code-16", src, dst)) < ONE_ROUNDING[torch.bfloat16]
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    entries=st.lists(st.integers(-1, 2), min_size=5, max_size=5),
+    start=st.integers(0, 40),
+)
+def test_placeholders_in_one_call_are_corrected_as_in_calls_of_their_own(
+    lengths: list[int], entries: list[int], start: int
+) -> None:
+    """Spans of any placeholders behind each other, and so in one page."""
+    group, apart = (make_group(torch.bfloat16, 32, 64, 64, False) for _ in range(2))
+    entry = torch.cat([torch.full((n,), e) for n, e in zip(lengths, entries, strict=False)]).int()
+    tokens = min(len(entry), 9 * 32 // 2 - 40)
+    entry, src = entry[:tokens], torch.arange(tokens)
+    dst = 9 * 32 - tokens - start + src
+    undo, redo = (make_rotation(tokens, 64, seed) for seed in (1, 2))
+    change = make_deviation("code-16", 64, tokens, 1)
+    assert isinstance(change, MeanMap)
+    assert change.code is not None
+    change = dataclasses.replace(change, entry=entry)
+    cpu_correct.load_corrected(group, src, dst, undo, redo, change)
+    for number in entry.unique():
+        mine = (entry == number).nonzero().flatten()
+        turns = [Rotation(turn.cos[mine], turn.sin[mine]) for turn in (undo, redo)]
+        own = {"row": change.row[mine], "code": change.code[mine], "entry": entry[mine]}
+        part = dataclasses.replace(change, **own)
+        cpu_correct.load_corrected(apart, src[mine], dst[mine], *turns, part)
+    for one, other in zip(group.layers, apart.layers, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_cpu_without_bf16_products_multiplies_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     if not cpu_load.available():
         pytest.skip("numba cannot compile kernels on this machine")
@@ -156,10 +194,10 @@ def test_a_cpu_without_bf16_products_multiplies_in_fp32(monkeypatch: pytest.Monk
 def test_a_deviation_of_zero_is_rotation_alone() -> None:
     src, dst = make_slots(32)
     undo, redo = (make_rotation(len(src), 64, seed) for seed in (1, 2))
-    zero = torch.zeros(LAYERS, 1, HEADS, 64)
-    index = torch.zeros(len(src), dtype=torch.int32)
+    zero = torch.zeros(1, LAYERS, HEADS, 64)
+    row = torch.zeros(len(src), dtype=torch.int64)
     group, plain = (make_group(torch.float32, 32, 64, 64, False) for _ in range(2))
-    cpu_correct.load_corrected(group, src, dst, undo, redo, MeanMap(zero, zero, index))
+    cpu_correct.load_corrected(group, src, dst, undo, redo, MeanMap(zero, zero, row))
     cpu_load.load(plain, src, dst, undo.then(redo))
     for layer in range(LAYERS):
         assert error(group, plain, layer) < ONE_ROUNDING[torch.float32]

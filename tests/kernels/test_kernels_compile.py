@@ -18,9 +18,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from kernel_inspection.compiled import Compiled, compile_for
 from kernel_inspection.traffic import bytes_per_row, wide_accesses
-from kernel_inspection.variants import Variant, all_variants
+from kernel_inspection.variants import Variant, all_variants, helper_launches
 
 VARIANTS = list(all_variants())
+HELPERS = helper_launches()
 CAPABILITIES = (80, 90, 100)
 
 
@@ -42,6 +43,14 @@ def test_no_register_spills_and_full_width_accesses(
     loads, stores = wide_accesses(variant, code)
     assert code.loads.count(16) >= loads, f"16-byte loads: {code.loads}"
     assert code.stores.count(16) >= stores, f"16-byte stores: {code.stores}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
+@pytest.mark.parametrize("name", HELPERS, ids=lambda name: name.replace(" ", "-"))
+def test_turns_and_codes_are_made_without_register_spills(name: str, capability: int) -> None:
+    code = compile_for(HELPERS[name], capability)
+    assert code.spill_bytes == 0
+    assert code.registers <= 255
 
 
 @pytest.mark.parametrize(

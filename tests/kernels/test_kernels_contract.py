@@ -12,9 +12,9 @@ import pytest
 import torch
 from kernel_caches import Case, deviation, poisoned_group, rotation
 
-from kvcomm_vllm.kernels import collect, correct, distance, load, reference
+from kvcomm_vllm.kernels import codes, collect, correct, distance, load, reference
 from kvcomm_vllm.kernels.contract import ContractError
-from kvcomm_vllm.kernels.deviation import AnchorSum, MeanMap
+from kvcomm_vllm.kernels.deviation import AnchorSum, CodeMaps, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 CASE = Case("bf16", tokens=4)
@@ -108,14 +108,23 @@ def test_deviations_that_do_not_fit_are_refused() -> None:
     assert isinstance(means, MeanMap)
     assert means.code is not None
     assert means.up is not None
+    assert means.entry is not None
     with pytest.raises(ContractError, match="outside an arena"):
         run(dataclasses.replace(anchors, rows=torch.full_like(anchors.rows, 150)))
     with pytest.raises(ContractError, match="deviation arena is"):
         run(dataclasses.replace(anchors, skip_layers=0))
     with pytest.raises(ContractError, match="wk is fp32"):
         run(dataclasses.replace(anchors, wk=anchors.wk[:, :3]))
-    with pytest.raises(ContractError, match="index is int32"):
-        run(dataclasses.replace(means, index=means.index.long()))
+    with pytest.raises(ContractError, match="mean rows is int64"):
+        run(dataclasses.replace(means, row=means.row.int()))
+    with pytest.raises(ContractError, match="mean rows: row 40 is outside"):
+        run(dataclasses.replace(means, row=torch.full_like(means.row, 40)))
+    with pytest.raises(ContractError, match="every token has one"):
+        run(dataclasses.replace(means, row=-means.row - 1))
+    with pytest.raises(ContractError, match="entry is int32"):
+        run(dataclasses.replace(means, entry=means.entry.long()))
+    with pytest.raises(ContractError, match="entry 3 is none of 3"):
+        run(dataclasses.replace(means, entry=torch.full_like(means.entry, 3)))
     with pytest.raises(ContractError, match="code is a contiguous float tensor"):
         run(dataclasses.replace(means, code=means.code[:3]))
     with pytest.raises(ContractError, match="code is a contiguous float tensor"):
@@ -126,14 +135,54 @@ def test_deviations_that_do_not_fit_are_refused() -> None:
         run(dataclasses.replace(means, up=means.up[..., :64].contiguous()))
     with pytest.raises(ContractError, match="up is a contiguous float tensor"):
         run(dataclasses.replace(means, code=means.code[..., :5].contiguous()))
-    for alone in ({"code": None}, {"up": None}):
+    for alone in ({"code": None}, {"up": None}, {"entry": None}):
         with pytest.raises(ContractError, match="given together"):
             run(dataclasses.replace(means, **alone))
-    none = means.code[..., :0].contiguous(), means.up[:, :, :0].contiguous()
+    none = means.code[..., :0].contiguous(), means.up[..., :0, :].contiguous()
     with pytest.raises(ContractError, match="at least one number"):
         run(dataclasses.replace(means, code=none[0], up=none[1]))
     with pytest.raises(ContractError, match="code is on meta"):
         run(dataclasses.replace(means, code=means.code.to("meta")))
+
+
+@pytest.mark.parametrize("module", [codes, reference], ids=["triton", "reference"])
+def test_maps_that_do_not_fit_are_refused(module: ModuleType) -> None:
+    maps = CodeMaps(torch.zeros(3, 20), torch.zeros(3, 8), torch.ones(2), torch.zeros(3, 10, 2, 4))
+    raw, index = torch.zeros(5, 20), torch.zeros(5, dtype=torch.int32)
+
+    def run(raw: torch.Tensor = raw, entry: torch.Tensor = index, **wrong: Any) -> None:
+        module.codes(raw, dataclasses.replace(maps, **wrong), index, entry)
+
+    with pytest.raises(ContractError, match="raw is contiguous fp32"):
+        run(torch.zeros(5, 19))
+    with pytest.raises(ContractError, match="raw is contiguous fp32"):
+        run(torch.zeros(4, 20))
+    with pytest.raises(ContractError, match="offset is contiguous fp32"):
+        run(offset=torch.zeros(3, 8).half())
+    with pytest.raises(ContractError, match="down is a contiguous float tensor"):
+        run(down=torch.zeros(3, 8, 2, 4))
+    with pytest.raises(ContractError, match="entry is int32"):
+        run(entry=index.long())
+    with pytest.raises(ContractError, match="entry 3 is none of 3"):
+        run(entry=index + 3)
+
+
+@pytest.mark.parametrize("module", [collect, reference], ids=["triton", "reference"])
+def test_slots_that_are_only_read_lie_in_the_cache(module: ModuleType) -> None:
+    group, turn, out = poisoned_group(CASE), rotation(CASE), torch.zeros(4, 2, 3, 64)
+    with pytest.raises(ContractError, match="outside a cache"):
+        module.collect(group, torch.tensor([0, 0, 1, 10_000]), turn, out, out)
+    with pytest.raises(ContractError, match="slots are int64"):
+        module.collect(group, SRC.int(), turn, out, out)
+
+
+def test_a_token_may_be_read_several_times() -> None:
+    """As by two requests that quote one text."""
+    group, out = poisoned_group(CASE), torch.zeros(2, 4, 2, 3, 64)
+    still = Rotation(torch.ones(4, 32), torch.zeros(4, 32))
+    reference.collect(group, torch.tensor([5, 7, 5, -1]), still, out[0], out[1])
+    assert out[:, 0].any()
+    assert torch.equal(out[:, 0], out[:, 2])
 
 
 def test_arenas_that_do_not_fit_are_refused() -> None:

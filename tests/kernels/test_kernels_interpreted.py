@@ -24,11 +24,11 @@ from kernel_caches import (
     slot_pairs,
 )
 
-from kvcomm_vllm.kernels import collect, correct, distance, load, reference
-from kvcomm_vllm.kernels.deviation import MeanMap
+from kvcomm_vllm.kernels import codes, collect, correct, distance, load, reference, turns
+from kvcomm_vllm.kernels.deviation import CodeMaps, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
-KINDS = ("token", "mean", "code", "long")
+KINDS = ("token", "mean", "code", "mixed", "long")
 CORRECTED = [
     (kind, case) for i, kind in enumerate(KINDS) for case in matrix(step=len(KINDS))[i % 2 :]
 ]
@@ -127,14 +127,75 @@ def test_layers_that_are_all_left_out_are_only_turned(kind: str) -> None:
     )
     change = deviation(kind, case)
     assert isinstance(change, MeanMap)
-    empty = {"mean_k": change.mean_k[:0], "mean_v": change.mean_v[:0]}
+    empty = {"mean_k": change.mean_k[:, :0], "mean_v": change.mean_v[:, :0]}
     if change.code is not None and change.up is not None:
-        empty |= {"code": change.code[:, :0], "up": change.up[:0]}
+        empty |= {"code": change.code[:, :0], "up": change.up[:, :0]}
     none = dataclasses.replace(change, **empty, skip_layers=case.layers)
     before, want = copy_of(group), copy_of(group)
     correct.load_corrected(group, src, dst, undo, redo, none)
     reference.load_corrected(want, src.cpu(), dst.cpu(), on_cpu(undo), on_cpu(redo), on_cpu(none))
     assert_same_cache(group, want, before, written_by(src, dst), BOUNDS["fp32"])
+
+
+def picked(change: MeanMap, tokens: torch.Tensor) -> MeanMap:
+    """The correction of some of its tokens alone."""
+    assert change.code is not None
+    assert change.entry is not None
+    parts = {"row": change.row, "code": change.code, "entry": change.entry}
+    return dataclasses.replace(change, **{name: part[tokens] for name, part in parts.items()})
+
+
+@pytest.mark.parametrize("case", matrix(("fp32", "bf16"), step=3), ids=str)
+def test_placeholders_in_one_call_are_corrected_as_in_calls_of_their_own(case: Case) -> None:
+    group, (src, dst) = poisoned_group(case), slot_pairs(case)
+    undo, redo, change = rotation(case), rotation(case, seed=5), deviation("mixed", case)
+    assert isinstance(change, MeanMap)
+    assert change.entry is not None
+    before, apart = copy_of(group), poisoned_group(case)
+    correct.load_corrected(group, src, dst, undo, redo, change)
+    for entry in change.entry.unique():
+        mine = (change.entry == entry).nonzero().flatten()
+        turns = [Rotation(turn.cos[mine], turn.sin[mine]) for turn in (undo, redo)]
+        correct.load_corrected(apart, src[mine], dst[mine], *turns, picked(change, mine))
+    assert_same_cache(group, copy_of(apart), before, written_by(src, dst), BOUNDS["fp32"])
+
+
+# The interpreter multiplies the bits of bf16 as if they were integers.
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", *(["bf16"] if DEVICE == "cuda" else [])])
+@pytest.mark.parametrize("tokens", [1, 37, 130])
+def test_codes_agree_with_reference(tokens: int, dtype: str) -> None:
+    """Of tokens of three placeholders in no order, and of none; features that are folded."""
+    rng, entries, raw_width, inputs, layers, rank = generator(4), 3, 100, 36, 2, 12
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=rng).to(DEVICE)
+
+    decays = torch.tensor([8.0, 512.0], device=DEVICE)
+    down = random(entries, inputs + 2, layers, rank).to(DTYPES[dtype])
+    maps = CodeMaps(random(entries, raw_width), random(entries, inputs), decays, down)
+    index = torch.randint(0, 2000, (tokens,), generator=rng).int().to(DEVICE)
+    entry = torch.randint(-1, entries, (tokens,), generator=rng).int().to(DEVICE)
+    raw = random(tokens, raw_width)
+    got = codes.codes(raw, maps, index, entry)
+    want = reference.codes(raw.cpu(), on_cpu(maps), index.cpu(), entry.cpu())
+    assert got.dtype is want.dtype is DTYPES[dtype]
+    assert rms_error(got, want) <= {"fp32": 1e-6, "fp16": 2e-3, "bf16": 2e-2}[dtype]
+    assert not got[entry < 0].any()
+
+
+@pytest.mark.parametrize("half", [0, 5, 64])
+def test_turns_out_of_a_rotary_table_are_its_quotients(half: int) -> None:
+    positions, tokens = 3000, 70
+    angle = torch.rand(positions, half, generator=generator(6)) * 6.28
+    cos, sin = (1.2 * angle.cos()).to(DEVICE), (1.2 * angle.sin()).to(DEVICE)
+    old, new = torch.randint(0, positions, (2, tokens), generator=generator(7)).to(DEVICE)
+    square = cos.square() + sin.square()
+    undo = Rotation((cos / square)[old], (-sin / square)[old])
+    redo = Rotation(cos[new], sin[new])
+    apart, joined = turns.apart(cos, sin, old, new), turns.move(cos, sin, old, new)
+    for got, want in zip((*apart, joined), (undo, redo, undo.then(redo)), strict=True):
+        torch.testing.assert_close(got.cos, want.cos)
+        torch.testing.assert_close(got.sin, want.sin)
 
 
 def test_no_tokens_and_only_skipped_tokens_change_nothing() -> None:

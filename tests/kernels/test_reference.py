@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from kvcomm_vllm.kernels import packing, reference
-from kvcomm_vllm.kernels.deviation import AnchorSum, MeanMap
+from kvcomm_vllm.kernels.deviation import AnchorSum, CodeMaps, MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 
@@ -108,21 +110,42 @@ def test_a_sum_of_anchors_is_the_papers_weighted_sum() -> None:
         torch.testing.assert_close(got_v, torch.einsum("at,athd->thd", wv, dv[:, :, layer]))
 
 
-def test_a_code_adds_its_sum_of_channels_to_the_mean_of_its_tokens_index() -> None:
+def test_a_code_adds_its_sum_of_channels_to_the_mean_of_its_tokens_row() -> None:
     rng = torch.Generator().manual_seed(4)
     layers, heads, dim, tokens, rank = 2, 3, 16, 7, 5
-    mean = torch.randn(2, layers, 4, heads, dim, generator=rng)
-    index = torch.arange(tokens, dtype=torch.int32) + 1
+    mean = torch.randn(2, 4, layers, heads, dim, generator=rng)
+    row = torch.tensor([1, 2, 3, 3, 0, 3, 2])
     code = torch.randn(tokens, layers, rank, generator=rng)
-    up = torch.randn(layers, heads, rank, 2 * dim, generator=rng)
-    change = MeanMap(mean[0], mean[1], index, code, up)
-    assert (change.rank, MeanMap(mean[0], mean[1], index).rank) == (rank, 0)
+    up = torch.randn(2, layers, heads, rank, 2 * dim, generator=rng)
+    entry = torch.tensor([0, 0, 1, -1, 1, 0, 1], dtype=torch.int32)
+    change = MeanMap(mean[0], mean[1], row, code, up, entry)
+    assert (change.rank, MeanMap(mean[0], mean[1], row).rank) == (rank, 0)
     keep = torch.tensor([True, False, True, True, False, True, True])
     for layer in range(layers):
         got = torch.cat(reference.deviate(change, layer, keep), dim=-1)
-        for row, token in zip(got, keep.nonzero().flatten().tolist(), strict=True):
+        for found, token in zip(got, keep.nonzero().flatten().tolist(), strict=True):
             for head in range(heads):
-                want = mean[:, layer, min(token + 1, 3), head].flatten()
-                for r in range(rank):
-                    want = want + code[token, layer, r] * up[layer, head, r]
-                torch.testing.assert_close(row[head], want)
+                want = mean[:, row[token], layer, head].flatten()
+                for r in range(rank if entry[token] >= 0 else 0):
+                    want = want + code[token, layer, r] * up[entry[token], layer, head, r]
+                torch.testing.assert_close(found[head], want)
+
+
+def test_codes_are_each_tokens_folded_features_through_its_own_map() -> None:
+    rng = torch.Generator().manual_seed(5)
+    tokens, inputs, layers, rank = 6, 4, 2, 3
+    factor, offset = torch.randn(2, 10, generator=rng), torch.randn(2, inputs, generator=rng)
+    down = torch.randn(2, inputs + 1, layers, rank, generator=rng)
+    maps = CodeMaps(factor, offset, torch.tensor([16.0]), down)
+    raw, index = torch.randn(tokens, 10, generator=rng), torch.arange(tokens).int()
+    entry = torch.tensor([1, 1, 0, -1, 0, 1], dtype=torch.int32)
+    got = reference.codes(raw, maps, index, entry)
+    assert got.shape == (tokens, layers, rank)
+    for t, e in enumerate(entry.tolist()):
+        if e < 0:
+            assert not got[t].any()
+            continue
+        x = [-offset[e, c] for c in range(inputs)] + [torch.tensor(math.expm1(-t / 16))]
+        for c in range(10):
+            x[c % inputs] = x[c % inputs] + raw[t, c] * factor[e, c]
+        torch.testing.assert_close(got[t], torch.einsum("i,ilr->lr", torch.stack(x), down[e]))

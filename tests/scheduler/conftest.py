@@ -39,6 +39,8 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         "pipeline",
         "placeholders",
         "paper_rows",
+        "compares",
+        "events",
     }
 
     numbers = itertools.count(1)

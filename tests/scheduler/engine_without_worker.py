@@ -14,6 +14,7 @@ from simulated_worker import Served, SimulatedWorker
 from vllm.config import (
     CacheConfig,
     DeviceConfig,
+    KVEventsConfig,
     KVTransferConfig,
     ModelConfig,
     SchedulerConfig,
@@ -30,6 +31,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from kvcomm_vllm.compat.cli import ROLE
 from kvcomm_vllm.connector import KVCommConnector
 from kvcomm_vllm.messages import StepMessage, WorkerFacts
 from kvcomm_vllm.scheduler.half import SchedulerHalf
@@ -70,6 +72,8 @@ class EngineWithoutWorker(SimulatedWorker):
         pipeline: steps in flight; 2 is vLLM's asynchronous scheduling.
         placeholders: placeholders whose anchors fit into the workers' arenas.
         paper_rows: tokens that mode paper can keep there.
+        compares: the model tells which token follows.
+        events: what is in the prefix cache is published, into ``published``.
     """
 
     def __init__(
@@ -84,11 +88,13 @@ class EngineWithoutWorker(SimulatedWorker):
         pipeline: int = 1,
         placeholders: int = 8,
         paper_rows: int = 4096,
+        compares: bool = True,
+        events: bool = False,
     ) -> None:
         super().__init__(num_blocks, block_size)
         transfer = settings is not None and KVTransferConfig(
             kv_connector="kvcomm",
-            kv_role="kv_both",
+            kv_role=ROLE,
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=SETTINGS | settings,
         )
@@ -105,6 +111,7 @@ class EngineWithoutWorker(SimulatedWorker):
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=True),
             device_config=DeviceConfig("cpu"),
             kv_transfer_config=transfer or None,
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         config.scheduler_config.async_scheduling = pipeline > 1
         config.cache_config.num_gpu_blocks = num_blocks
@@ -119,6 +126,10 @@ class EngineWithoutWorker(SimulatedWorker):
             StructuredOutputManager(config),
             block_size=block_size,
         )
+        self.published: list[Any] = []
+        if events:
+            publisher = self.scheduler.kv_event_publisher
+            publisher.publish = lambda batch: self.published.extend(batch.events)
         self.pipeline = pipeline
         self.hasher = get_request_block_hasher(block_size, sha256)
         self.exact_pages: dict[bytes, tuple[Text, int]] = {}  # hash in vLLM's sense -> its content
@@ -130,7 +141,7 @@ class EngineWithoutWorker(SimulatedWorker):
         self.partial_names: set[bytes] = set()
         if self.scheduler.connector is not None:
             rooms = {"anchor": placeholders, "paper": paper_rows}
-            facts = WorkerFacts(None, "", "test", rooms=rooms)
+            facts = WorkerFacts(None, "", "test", rooms=rooms, compares=compares)
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
             self._watch_partial_pages()
 

@@ -8,12 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from simulated_anchors import SimulatedAnchors
 from simulated_memory import Row, SimulatedMemory, Text
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import KVConnectorOutput
 
-from kvcomm_vllm.messages import LessonOp, ProbeOp, RequestOps, StepMessage, StepReport
+from kvcomm_vllm.messages import (
+    CompareOp,
+    Divergence,
+    HoleOp,
+    LessonOp,
+    ProbeOp,
+    RequestOps,
+    StepMessage,
+    StepReport,
+)
 from kvcomm_vllm.scheduler.idle.lesson import Lesson
 
 
@@ -38,8 +48,11 @@ class Served:
 
 class SimulatedWorker:
     """Args:
-    fail, fail_lesson: which operations are to fail.
+    fail, fail_lesson: which operations are to fail, and cannot be repaired.
+    break_load: of which operations the loads fail and the plan is computed instead.
+    settle_pieces: how many each taught span takes to be settled.
     errors: what every lesson reports of every span.
+    divergence: what every comparison reports of a text.
     probe: squared distances; None for a probe that fails.
     """
 
@@ -49,10 +62,14 @@ class SimulatedWorker:
         self.anchors = SimulatedAnchors()
         self.served: dict[str, Served] = {}
         self.fail: Callable[[RequestOps], bool] = lambda ops: False
+        self.break_load: Callable[[RequestOps], bool] = lambda ops: False
         self.fail_lesson: Callable[[LessonOp], bool] = lambda op: False
         self.lessons: list[LessonOp] = []
         self.taught: dict[int, int] = {}  # entry -> with which weights it began
+        self.settle_pieces = 0  # that each span takes behind the one that teaches it
+        self.unsettled = 0
         self.errors = [0.1, 1.0, 0.1, 1.0, 0.2, 0.2]
+        self.divergence: Callable[[Text], Divergence] = lambda text: Divergence(0.01, True)
         self.probes: list[ProbeOp] = []
         # as if the first anchor were the same and all others far
         self.probe: Callable[[ProbeOp], list[list[float]] | None] = lambda op: [
@@ -95,24 +112,33 @@ class SimulatedWorker:
                     for page in ops.block_ids[at:]
                 },
             )
-        for op in (op for ops in requests for op in ops.loads if op.entry >= 0):
-            assert self.taught[op.entry] == self.memory.weights_now, "corrected for old weights"
         texts = {ops.request_id: self.served[ops.request_id].text for ops in requests}
-        self.memory.load(requests, texts)
-        for ops in requests:
+        lost = {ops.request_id for ops in requests if ops.loads and self.break_load(ops)}
+        whole = [ops for ops in requests if ops.request_id not in lost]
+        for op in (op for ops in whole for op in ops.loads if op.entry >= 0):
+            assert self.taught[op.entry] == self.memory.weights_now, "corrected for old weights"
+        self.memory.load(whole, texts)
+        for ops in whole:
             for estimate in ops.estimates:
                 self.anchors.estimate(ops.block_ids, estimate, texts[ops.request_id], self.memory)
         holes = []
         for ops in requests:
             text = texts[ops.request_id]
-            self.served[ops.request_id].loaded.append(ops)
+            if ops.request_id in lost:
+                self.memory.spoil([ops])
+                self.memory.garbage = False  # nothing may be read before it is computed
+                plan = np.frombuffer(ops.tokens, np.int32).tolist()
+                ops.holes = [HoleOp(ops.first_token, plan)]
+            else:
+                self.served[ops.request_id].loaded.append(ops)
             for hole in ops.holes:
                 end = hole.start + len(hole.tokens)
                 assert hole.tokens == text.tokens[hole.start : end].tolist()
                 holes.append(Row(ops.request_id, text, ops.block_ids, hole.start, end))
         self.memory.forward(holes, "side forward")
         return KVConnectorOutput(
-            kv_connector_worker_meta=StepReport(done=ids), finished_recving=arrived
+            kv_connector_worker_meta=StepReport(done=ids - lost, repaired=lost),
+            finished_recving=arrived,
         )
 
     def _probe(self, probes: list[ProbeOp], found: KVConnectorOutput | None) -> KVConnectorOutput:
@@ -143,18 +169,48 @@ class SimulatedWorker:
         )
         report = StepReport(lesson=op.number)
         if self.fail_lesson(op):
-            report.lesson_failed = True
+            report.lesson_failed, self.unsettled = True, 0
             return KVConnectorOutput(kv_connector_worker_meta=report)
+        if op.settles:
+            assert self.unsettled, "nothing was put off"
+            assert op == LessonOp(op.number, [], None, settles=True), "that is all it does"
+            self.unsettled -= 1
         if op.hole is not None:
             end = op.hole.start + len(op.hole.tokens)
             self.memory.forward([Row("lesson", text, op.block_ids, op.hole.start, end)], "lesson")
         self.taught.update(dict.fromkeys(op.fresh, self.memory.weights_now))
+        if op.spans:
+            assert not self.unsettled, "what is judged here was to be settled before"
+            self.unsettled = self.settle_pieces
+        report.unsettled = self.unsettled > 0
         for span in op.spans:
             assert self.taught[span.entry] == self.memory.weights_now, "old anchors are added to"
             self.memory.expect_lesson(op.block_ids, span, text)
             report.errors.append(list(self.errors))
+        if op.comparison is not None:
+            self._compare(op.comparison, op.block_ids, text)
+            report.divergence = self.divergence(text)
         for anchor in op.anchors:
             self.memory.expect_lesson(op.block_ids, anchor.base, text)
             self.anchors.keep(op.block_ids, anchor, text, self.memory)
         self.lessons.append(op)
         return KVConnectorOutput(kv_connector_worker_meta=report)
+
+    def _compare(self, op: CompareOp, true_pages: list[int], text: Text) -> None:
+        """Both tables hold the prompt up to its last token, the first one its true KV; what is
+        written is nobody's.
+        """
+        size, last = self.block_size, op.position // self.block_size
+        assert op.token == text.tokens[op.position]
+        true, served = op.tables
+        assert true[:last] == true_pages[:last]
+        for spare in (true[last], served[last]):
+            assert spare not in {*true_pages, *true[:last], *served[:last]}
+        assert true[last] != served[last]
+        assert bool(op.copies) == bool(op.position % size)
+        for copy_op, table in zip(op.copies, op.tables, strict=False):
+            ops = RequestOps("comparison", table, [copy_op], [])
+            self.memory.load([ops], {"comparison": text})
+        self.memory.expect_true(true, 0, op.position, text)
+        rows = [Row("comparison", text, table, op.position, op.position + 1) for table in op.tables]
+        self.memory.forward(rows, "comparison")

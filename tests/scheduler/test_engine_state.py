@@ -12,7 +12,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import EngineCore, EngineCoreProc, EngineShutdownState
 from vllm.v1.executor import Executor
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.owners import find_engine
 from kvcomm_vllm.scheduler.engine_state import EngineState
 
 
@@ -30,13 +30,13 @@ class Engine:
         self.found = self.make_connector()
 
     def make_connector(self) -> Any:
-        return compat.find_engine()
+        return find_engine()
 
 
 def test_a_connector_finds_the_engine_that_is_just_making_it() -> None:
     engine = Engine()
     assert engine.found is engine
-    assert compat.find_engine() is None
+    assert find_engine() is None
 
 
 @pytest.mark.parametrize("state", list(PauseState))

@@ -12,7 +12,7 @@ from checks import cached_pages, check_idle
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
 
-from kvcomm_vllm.compat import recovers_failed_loads
+from kvcomm_vllm.compat.scheduler import recovers_failed_loads
 
 Make = Callable[..., EngineWithoutWorker]
 
@@ -113,7 +113,9 @@ def test_reuse_goes_on_after_a_failure(make_engine: Make) -> None:
     assert engine.serve("third", [*words("three", 14), *QUESTION, 3]).report["reused"] == 38
 
 
-def test_where_vllm_cannot_compute_again_a_failed_load_ends_its_request(make_engine: Make) -> None:
+def test_where_vllm_cannot_compute_again_a_load_that_cannot_be_repaired_ends_its_request(
+    make_engine: Make,
+) -> None:
     """vLLM 0.32 sets neither steps in flight nor model runner V2's counters back."""
     assert make_engine().scheduler.recompute_kv_load_failures
     assert not make_engine(pipeline=2).scheduler.recompute_kv_load_failures

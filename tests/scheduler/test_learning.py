@@ -13,7 +13,13 @@ from scripts import words
 Make = Callable[..., EngineWithoutWorker]
 
 AGENT = words("agent", 20)
-ANCHOR = {"mode": "anchor", "seam_tokens": 4, "anchor_seam_tokens": 2}
+ANCHOR = {
+    "mode": "anchor",
+    "seam_tokens": 4,
+    "anchor_seam_tokens": 2,
+    "heal": "off",
+    "compares": False,
+}
 
 
 def hear(engine: EngineWithoutWorker, number: int, agent: list[int] = AGENT, **options):
@@ -54,6 +60,20 @@ def test_a_placeholder_whose_map_misleads_is_corrected_by_its_means(make_engine:
     (op,) = hear(engine, 101).loaded[-1].loads
     assert op.entry >= 0
     assert not op.mapped
+
+
+def test_a_text_whose_parts_lie_in_two_requests_is_one_anchor(make_engine: Make) -> None:
+    engine = make_engine(**ANCHOR, num_blocks=200)
+    hear(engine, 0)
+    question = words("question", 80)
+    engine.serve("one", [*words("one", 20), *question[:48], 5])
+    engine.serve("two", [*words("two", 24), *question[16:], 5])
+    served = engine.serve("second", [*AGENT, *question, 7, 8])
+    assert len(served.loaded[-1].loads) == 2
+    assert len(served.report["placeholders"]) == 1
+    engine.idle()
+    assert any(len(op.spans) == 2 for op in engine.lessons)
+    assert engine.half.modes.counts() == (1, 1)
 
 
 def test_an_audit_computes_the_true_kv_in_pieces_and_gives_its_pages_back(
@@ -276,7 +296,7 @@ def test_a_reset_succeeds_between_two_pieces_of_a_lesson(make_engine: Make) -> N
 
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_other_modes_never_learn(make_engine: Make, pipeline: int) -> None:
-    engine = make_engine(mode="seam", pipeline=pipeline)
+    engine = make_engine(mode="seam", heal="off", compares=False, pipeline=pipeline)
     for number in range(3):
         hear(engine, number)
         engine.idle()
@@ -296,7 +316,11 @@ def test_a_learn_hint_is_served_exactly_where_there_is_nothing_to_learn(make_eng
     full = make_engine(**ANCHOR, max_anchors=2)
     warm(full)
     assert hear(full, 9).report["corrected"] > 0
-    for engine in (full, make_engine(mode="seam"), make_engine(**ANCHOR, placeholders=0)):
+    for engine in (
+        full,
+        make_engine(mode="seam", heal="off", compares=False),
+        make_engine(**ANCHOR, placeholders=0),
+    ):
         hear(engine, 10)
         assert hear(engine, 11, hints={"learn": True}).declined == ["learning"]
 

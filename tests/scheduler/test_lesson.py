@@ -17,7 +17,7 @@ SIZE = 4
 def span(start: int, length: int) -> TaughtSpan:
     sequence: Any = SimpleNamespace()
     return TaughtSpan(
-        f"placeholder {start}", start, Source(sequence, 0, start, length, [1], 0, False)
+        f"placeholder {start}", start, (Source(sequence, 0, start, length, [1], 0, False),)
     )
 
 
@@ -32,8 +32,8 @@ class Pages:
         found = Source(match.sequence, 0, start, length, [1], 0, False)
         return [found] if start in self.there else []
 
-    def leading_ids(self, hashes: list[bytes]) -> list[int]:
-        return []
+    def cached(self, hashes: list[bytes]) -> dict[int, int]:
+        return {}
 
     def hold(self, *args: Any, **options: Any) -> bool:
         return True

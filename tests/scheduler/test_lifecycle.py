@@ -84,6 +84,23 @@ def test_an_abort_in_flight_keeps_the_sources_until_the_workers_answer(
     check_idle(engine)
 
 
+def test_pages_of_an_ended_request_are_free_at_once_beside_a_step_in_flight(
+    make_engine: Make,
+) -> None:
+    """For a consumer vLLM would hold them back until that step has ended; what we write is on the
+    stream before what the next step writes there.
+    """
+    engine = make_engine(pipeline=2)
+    assert engine.scheduler.vllm_config.max_concurrent_batches == 2
+    free = engine.pool.get_num_free_blocks()
+    engine.add("one", [*words("one", 20), *QUESTION])
+    engine.schedule()
+    assert engine.pool.get_num_free_blocks() < free
+    engine.abort("one")
+    assert engine.pool.get_num_free_blocks() == free
+    engine.drain()
+
+
 def test_an_abort_of_a_half_filled_prompt_forgets_it(make_engine: Make) -> None:
     engine = make_engine(budget=16)
     engine.add("long", [*words("one", 20), *QUESTION])

@@ -18,6 +18,9 @@ Make = Callable[..., EngineWithoutWorker]
 pytestmark = pytest.mark.slow
 
 
+IDLE_STEPS = 25
+
+
 class Crowd:
     """Agents that quote shared messages, answer, continue conversations, retry, and hang up."""
 
@@ -32,6 +35,7 @@ class Crowd:
         self.count = 0
         if failures:
             engine.fail = lambda ops: self.random.random() < 0.15
+            engine.break_load = lambda ops: self.random.random() < 0.2
 
     def prompt(self) -> list[int]:
         choice = self.random.random()
@@ -66,7 +70,10 @@ class Crowd:
     def act(self) -> None:
         engine = self.engine
         choice = self.random.random()
-        if choice < 0.25 and len(engine.scheduler.requests) < 12:
+        if choice > 0.97:
+            for _ in range(self.random.randint(0, IDLE_STEPS)):  # what was served is healed
+                engine.step()
+        elif choice < 0.25 and len(engine.scheduler.requests) < 12:
             self.arrive()
         elif choice < 0.29 and engine.scheduler.requests:
             engine.abort(self.random.choice(list(engine.scheduler.requests)))
@@ -112,6 +119,8 @@ engines = st.fixed_dictionaries(
         "max_sequences": st.sampled_from([3, 256]),
         "share_inflight_seconds": st.sampled_from([0.0, 60.0]),
         "max_hole_tokens": st.sampled_from([0, 0, 20]),
+        "audit_tokens": st.sampled_from([6, 64]),
+        "fidelity_budget": st.sampled_from([0.0, 0.005]),  # audits find 0.01
     }
 )
 SCARCE: dict[str, object] = {
@@ -124,6 +133,8 @@ SCARCE: dict[str, object] = {
     "max_sequences": 3,
     "share_inflight_seconds": 60.0,
     "max_hole_tokens": 0,
+    "audit_tokens": 64,
+    "fidelity_budget": 0.0,
 }
 # A failing script is not made smaller: that takes minutes, and its seed says all.
 thorough = settings(
@@ -174,3 +185,4 @@ def test_a_pool_with_room_reuses_most_of_what_is_shared(make_engine: Make, seed:
     play(engine, seed, steps=150)
     reports = [served.report for served in engine.served.values() if served.report]
     assert sum(report["reused"] > 0 for report in reports) > len(reports) / 5
+    assert engine.lessons, "some of it was healed"

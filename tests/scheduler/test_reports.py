@@ -16,7 +16,7 @@ from scripts import words
 from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import PrefixCacheStats
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.scheduler import add_reports
 
 Make = Callable[..., EngineWithoutWorker]
 
@@ -123,7 +123,7 @@ def test_a_stop_string_is_seen_late_and_what_was_computed_is_found(
 
 def test_reports_that_fail_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(compat.logger, "exception", said.append)
+    monkeypatch.setattr("kvcomm_vllm.compat.scheduler.logger.exception", said.append)
     answer = SimpleNamespace(request_id="second", kv_transfer_params=None)
 
     def update() -> dict[int, Any]:
@@ -133,7 +133,7 @@ def test_reports_that_fail_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyError(request_id)
 
     scheduler = SimpleNamespace(update_from_output=update)
-    compat.add_reports(scheduler, tell)
+    add_reports(scheduler, tell)
     for _ in range(2):
         assert scheduler.update_from_output()[0].outputs == [answer]
     assert len(said) == 1

@@ -11,6 +11,9 @@ import pytest
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
 
+from kvcomm_vllm.scheduler.origin import LEAD_TOKENS
+from kvcomm_vllm.scheduler.refresh import BEHIND_EDIT
+
 Make = Callable[..., EngineWithoutWorker]
 
 DIGITS = range(1000, 1010)  # one token each, as with most tokenizers
@@ -127,3 +130,29 @@ def test_nothing_about_a_salt_can_be_computed_outside_the_process(make_engine: M
         keys.append(sequence.namespace)
     assert len(set(keys)) == 2
     assert all(len(key) == 16 for key in keys)
+
+
+def words_found(make_server: Callable[[], EngineWithoutWorker], **options: Any) -> set[int]:
+    """Guess which words stand before a known text in an agent's prompt, by prompts of that agent
+    that have one of them there: where it is right, less is computed again.
+    """
+    lead = words("agent", LEAD_TOKENS)
+    known = [token for d in DIGITS for token in (*range(20 * d, 20 * d + 15), d)]
+    known = [*range(3000, 3000 + BEHIND_EDIT), *known]
+    seen = {}
+    for digit in DIGITS:
+        engine = make_server()
+        engine.serve("victim", [*lead, *words("head", 30), *SECRET, *known, 1], **options)
+        prompt = [*lead, *words("mine", 30), digit, *known, 2]
+        served = engine.serve("guess", prompt, hints={"mode": "seam"}, **options)
+        assert served.loaded, "nothing is reused"
+        seen[digit] = sum(len(hole.tokens) for ops in served.loaded for hole in ops.holes)
+    return {digit for digit in DIGITS if seen[digit] < max(seen.values())}
+
+
+def test_words_before_a_known_text_are_told_to_those_with_its_salt_alone(make_engine: Make) -> None:
+    assert words_found(lambda: make_engine(num_blocks=200)) == set(SECRET)  # report: full
+    assert words_found(lambda: make_engine(report="auto", num_blocks=200), salt="same") == set(
+        SECRET
+    )
+    assert words_found(lambda: make_engine(report="auto", num_blocks=200)) == set()

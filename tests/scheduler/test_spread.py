@@ -153,6 +153,92 @@ def test_two_large_plans_share_the_steps_in_order(make_engine: Make) -> None:
     check_idle(engine)
 
 
+# ---- beside other requests -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [2048, 4096, 8192, 16384])
+def test_vllms_default_budgets_leave_room_for_what_agents_compute(budget: int) -> None:
+    """Some 150 tokens of holes, three times over; and no decode feels more than 2,048 of them."""
+    plans = SpreadPlans(budget)
+    assert 3 * 150 < plans.at_once(alone=False) <= min(budget // 4, 2048)
+    assert plans.at_once(alone=True) == budget
+
+
+def with_talker(engine: EngineWithoutWorker) -> EngineWithoutWorker:
+    engine.add("talker", words("talk", 9), words("answer", 60))
+    for _ in range(3):
+        engine.step()
+    return engine
+
+
+def step_sizes(engine: EngineWithoutWorker) -> tuple[int, int]:
+    """Tokens that one step computes in vLLM's forward, and in holes."""
+    loaded = {name: len(served.loaded) for name, served in engine.served.items()}
+    output = engine.step()
+    side = sum(
+        len(hole.tokens)
+        for name, served in engine.served.items()
+        for ops in served.loaded[loaded[name] :]
+        for hole in ops.holes
+    )
+    return output.total_num_scheduled_tokens, side
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_beside_a_running_decode_holes_are_little_on_top_of_the_budget(
+    make_engine: Make, pipeline: int
+) -> None:
+    """A quarter of it at once, an eighth of it as pieces where prefill fills the step."""
+    engine = with_talker(engine_with_source(make_engine, pipeline=pipeline))
+    for number in range(6):
+        engine.add(f"reader{number}", [*words(("own", number), 11), *SHARED, number])
+    engine.add("large", LARGE)
+    for number in range(4):
+        engine.add(f"busy{number}", words(("busy", number), 64))
+    sides = []
+    while len(engine.scheduler.requests) > 1:
+        forward, side = step_sizes(engine)
+        assert forward <= 64
+        assert side <= 16 + 8 or forward + side <= 64
+        sides.append(side)
+    assert sum(sides) == 6 * 13 + 152
+    for number in range(6):
+        assert engine.served[f"reader{number}"].report["reused"] == 78
+    engine.run()
+    check_idle(engine)
+
+
+def test_the_same_holes_of_a_request_that_is_alone_are_computed_in_its_step(
+    make_engine: Make,
+) -> None:
+    reader = [*words("own", 30), *SHARED, 7]
+    engine = engine_with_source(make_engine)
+    engine.add("alone", reader)
+    assert step_sizes(engine) == (1, 32)
+    assert engine.served["alone"].outputs
+    engine.run()
+    engine = with_talker(engine_with_source(make_engine))
+    engine.add("beside", reader)
+    assert step_sizes(engine) == (1, 32)
+    assert step_sizes(engine) == (2, 0)
+    engine.run()
+    assert engine.served["beside"].report["reused"] == 78
+    check_idle(engine)
+
+
+def test_an_agents_usual_holes_cost_no_step_beside_others(make_engine: Make) -> None:
+    engine = make_engine(num_blocks=1024, budget=2048)
+    shared = words("shared", 700)
+    engine.serve("source", [*words("one", 20), *shared])
+    with_talker(engine)
+    for number in range(3):
+        engine.add(f"agent{number}", [*words(("agent", number), 148), *shared, number])
+    assert step_sizes(engine) == (4, 3 * 150)
+    assert all(engine.served[f"agent{number}"].outputs for number in range(3))
+    engine.run()
+    check_idle(engine)
+
+
 holes = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
 
@@ -165,7 +251,7 @@ def test_pieces_are_the_holes_in_order_and_none_is_too_large(
     for length in lengths:
         given_holes.append(HoleOp(at, list(range(at, at + length))))
         at += length + 3
-    plans = SpreadPlans(limit)
+    plans = SpreadPlans(64, limit)
     plans.add(RequestOps("r", [1], [LoadOp([0], 0, 0, 0, 1)], given_holes))
     computed: list[int] = []
     ended = False

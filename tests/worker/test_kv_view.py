@@ -12,7 +12,7 @@ import torch
 from kvcomm_vllm.kernels.pages import Packing
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
-from kvcomm_vllm.worker.kv_view import build_groups, packing_of
+from kvcomm_vllm.worker.kv_view import STRIDED_BACKENDS, build_groups, packing_of
 
 HEAD = 32
 
@@ -37,10 +37,11 @@ class Layer(torch.nn.Module):
         self.kv_cache_dtype = "auto"
         self.kv_cache = torch.zeros(4, 2, 16, 2 * HEAD, dtype=torch.bfloat16, device=device)
         self.impl: Any = SimpleNamespace(do_kv_cache_update=None, alibi_slopes=None)
-        self.attn_backend = SimpleNamespace(get_name=lambda: "FLASH_ATTN")
         self._k_scale, self._v_scale = torch.tensor(0.5), torch.tensor(0.25)
         for name, value in changes.items():
             setattr(self, name, value)
+        backend = "CPU_ATTN" if self.kv_cache.device.type == "cpu" else "FLASH_ATTN"
+        self.attn_backend = changes.get("attn_backend", SimpleNamespace(get_name=lambda: backend))
 
 
 def attention(layer: Layer, rotary: torch.nn.Module | None) -> torch.nn.Module:
@@ -80,7 +81,12 @@ def test_pages_of_an_unknown_instruction_set_are_refused(isa: str) -> None:
     assert f"'{isa}'" in found.detail
 
 
-@pytest.mark.parametrize("backend", ["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"])
+def test_what_a_page_holds_is_said_by_its_backend_not_by_its_device() -> None:
+    strided = SimpleNamespace(get_name=lambda: "TRITON_ATTN")
+    assert packing_of("the layer", Layer("vec", attn_backend=strided)) is Packing.STRIDED
+
+
+@pytest.mark.parametrize("backend", sorted(STRIDED_BACKENDS))
 @pytest.mark.parametrize("kv_dtype", ["auto", "bfloat16", "fp8", "fp8_e5m2"])
 def test_known_gpu_pages_are_read_through_their_strides(backend: str, kv_dtype: str) -> None:
     named = SimpleNamespace(get_name=lambda: backend)
@@ -124,6 +130,14 @@ REFUSED = {
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_understood_is_refused(changes: dict[str, Any], reason: Reason) -> None:
     assert refusal(Layer(**changes)).reason is reason
+
+
+@pytest.mark.parametrize("scale", ["_k_scale", "_v_scale"])
+def test_fp8_with_a_scale_for_each_head_is_refused_by_name(scale: str) -> None:
+    stored = cache(4, 2, 16, 2 * HEAD, dtype=torch.uint8, device="meta")
+    found = refusal(Layer(kv_cache=stored, kv_cache_dtype="fp8", **{scale: torch.ones(2)}))
+    assert found.reason is Reason.KV_QUANTISED
+    assert "a scale for each head" in found.detail
 
 
 def test_layers_alike_share_a_launch() -> None:

@@ -3,15 +3,18 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from kvcomm_vllm.config.estimator import EstimatorConfig
+from kvcomm_vllm.kernels.deviation import MeanMap
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.kernels.reference import deviate
 from kvcomm_vllm.worker.corrections.base import ErrorSums
 from kvcomm_vllm.worker.corrections.residual import (
     ResidualArena,
+    mean_rows,
     placeholder_bytes,
 )
 
@@ -59,15 +62,29 @@ def anchor(tokens: int, seed: int, rank: int = WIDTH) -> Anchor:
 
 
 def teach(a: ResidualArena, entry: int, given: Anchor, judged_from: int = 0) -> ErrorSums:
+    sums = take_in(a, entry, given, judged_from)
+    a.solve(a.layers)
+    return sums
+
+
+def take_in(a: ResidualArena, entry: int, given: Anchor, judged_from: int = 0) -> ErrorSums:
     return a.learn(entry, given.index, given.raw, given.deviations, judged_from)
 
 
 def predict(a: ResidualArena, entry: int, raw: torch.Tensor, layer: int) -> torch.Tensor:
     """``[tokens, heads * 2 * dim]``, by the correction that a load is given."""
-    index = torch.arange(len(raw), dtype=torch.int32)
     keep = torch.ones(len(raw), dtype=torch.bool)
-    correction = a.deviation(entry, index, a.code(entry, index, raw))
-    return torch.cat(deviate(correction, layer, keep), dim=-1).flatten(1)
+    return torch.cat(deviate(correction(a, entry, raw), layer, keep), dim=-1).flatten(1)
+
+
+def correction(a: ResidualArena, entry: int, raw: torch.Tensor, mapped: bool = True) -> MeanMap:
+    """Of tokens 0 .. of a placeholder, in one load."""
+    index = np.arange(len(raw), dtype=np.int32)
+    entries, kinds = np.full_like(index, entry), np.full(len(index), mapped)
+    row = torch.from_numpy(mean_rows(entries, kinds, index, a.settings))
+    whose = torch.from_numpy(entries)
+    code = a.codes(raw, torch.from_numpy(index), whose) if mapped else None
+    return a.correction(row, whose, code)
 
 
 def fit_at_once(a: ResidualArena, anchors: list[Anchor], layer: int, raw: torch.Tensor):
@@ -149,12 +166,35 @@ def test_means_alone_are_judged_beside_the_map_and_can_be_had_alone():
     for seed in range(6):
         sums = teach(a, 0, anchor(40, seed))
     assert sums.k_left < sums.k_means < sums.k_all  # what is to be learned here is a map
-    index = torch.arange(10, dtype=torch.int32)
     raw = anchor(10, 5).raw
-    alone, both = a.deviation(0, index, None), a.deviation(0, index, a.code(0, index, raw))
+    alone, both = (correction(a, 0, raw, mapped) for mapped in (False, True))
     assert alone.code is None
     # a placeholder's mean input is mapped to its mean deviation, whichever way it is written down
-    assert not torch.equal(alone.mean_k, both.mean_k)
+    assert not torch.equal(alone.mean_k[alone.row], both.mean_k[both.row])
+
+
+def test_placeholders_in_one_load_are_corrected_as_if_they_were_loaded_alone():
+    """By map and by means alone, in no order."""
+    a = arena(capacity=3)
+    for entry in range(3):
+        teach(a, entry, anchor(40, entry))
+    draw = np.random.default_rng(0)
+    entry, index = draw.integers(0, 3, 30), draw.integers(0, 60, 30)
+    mapped, raw = draw.integers(0, 2, 30).astype(bool), anchor(30, 9).raw
+
+    def load(tokens: np.ndarray) -> torch.Tensor:
+        rows = mean_rows(entry[tokens], mapped[tokens], index[tokens], SETTINGS)
+        whose = torch.from_numpy(np.where(mapped, entry, -1)[tokens].astype(np.int32))
+        at = torch.from_numpy(index[tokens].astype(np.int32))
+        code = a.codes(raw[tokens], at, whose)
+        change = a.correction(torch.from_numpy(rows), whose, code)
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        layers = [deviate(change, layer, keep) for layer in range(LAYERS - 1)]
+        return torch.stack([torch.cat(layer, dim=-1) for layer in layers], dim=1)
+
+    together = load(np.arange(30))
+    for token in range(30):
+        torch.testing.assert_close(together[token : token + 1], load(np.array([token])))
 
 
 def test_one_placeholder_does_not_touch_another_and_a_reset_forgets_all():

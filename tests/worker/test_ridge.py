@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcomm_vllm.worker.corrections.ridge import about, reduced_rank, row_means
+from kvcomm_vllm.worker.corrections.ridge import about, reduced_rank, row_means, start_directions
+
+CPU = torch.device("cpu")
 
 
 @settings(deadline=None, max_examples=30)
@@ -41,7 +43,7 @@ def test_the_rank_is_spent_on_what_inputs_do_not_on_what_the_map_holds():
         draw = torch.Generator().manual_seed(seed)
         x = torch.randn(400, 24, generator=draw) * torch.logspace(-1.5, 0.5, 24)
         map_ = torch.randn(24, 24, generator=draw)
-        down, up = reduced_rank(map_, x.mT @ x @ map_, 6)
+        down, up = reduced_rank(map_, x.mT @ x @ map_, 6, start_directions(24, 6, CPU))
         whole = x @ map_
         best = torch.linalg.svdvals(whole)[6:].square().sum().sqrt()
         left = (whole - x @ down @ up).norm()
@@ -54,5 +56,5 @@ def test_the_rank_is_spent_on_what_inputs_do_not_on_what_the_map_holds():
 def test_full_rank_loses_nothing():
     draw = torch.Generator().manual_seed(1)
     x, map_ = torch.randn(50, 12, generator=draw), torch.randn(12, 9, generator=draw)
-    down, up = reduced_rank(map_, x.mT @ x @ map_, 9)
+    down, up = reduced_rank(map_, x.mT @ x @ map_, 9, start_directions(9, 9, CPU))
     torch.testing.assert_close(down @ up, map_, rtol=1e-3, atol=1e-4)

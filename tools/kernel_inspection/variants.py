@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kernel_inspection.compiled import Launch
-from kvcomm_vllm.kernels import coded, collect, correct, distance, load
+from kvcomm_vllm.kernels import coded, codes, collect, correct, distance, load, turns
 from kvcomm_vllm.kernels.launch import (
     layers_per_program,
     next_power,
@@ -105,15 +105,15 @@ def _variant(
     of_arena += ("p_out_k", "p_out_v") if name.startswith("collect") else ()
     types = {}
     for argument in kernel.arg_names:
-        if argument in ("p_layers", "p_src", "p_dst", "p_slots", "p_rows"):
+        if argument in ("p_layers", "p_src", "p_dst", "p_slots", "p_rows", "p_row"):
             types[argument] = "*i64"
-        elif argument == "p_index":
+        elif argument in ("p_index", "p_entry"):
             types[argument] = "*i32"
         elif argument in of_arena:
             types[argument] = "*" + TRITON_TYPES[arena]
         elif argument.startswith("p_"):
             types[argument] = "*fp32"
-        elif argument.startswith("stride_") or argument in ("T", "L", "A", "M", "SKIP"):
+        elif argument.startswith("stride_") or argument in ("T", "L", "A", "SKIP"):
             types[argument] = "i32"
     # Strides are products with head_dim; tables come from torch's allocator.
     aligned = frozenset(a for a in kernel.arg_names if a.startswith(("p_", "stride_")))
@@ -232,3 +232,30 @@ def all_variants() -> Iterator[Variant]:
     yield code_variant(shapes[0], arena=FP32)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
         yield distance_variant(shape)
+
+
+def helper_launches() -> dict[str, Launch]:
+    """What makes turns and codes for the others, at the shape of an 8B model."""
+    half, layers, rank, inputs, raw = 64, 31, RANK, 615, 6 * 8 * 256
+    width = inputs + 4
+    row = 16 * -(-width // 16)
+    sizes = {"RAW": raw, "INPUTS": inputs, "WIDTH": width, "ROW": row}
+    fold = {**sizes, "BT": codes.FOLD_TOKENS, "BC": codes.FOLD_INPUTS}
+    code = {"WIDTH": width, "ROW": row, "N": layers * rank}
+    code |= {"BT": codes.CODE_TOKENS, "BN": codes.CODE_NUMBERS, "BK": codes.CODE_INPUTS}
+    turn = {"HALF": half, "HALF_P": next_power(half), "BT": turns.BLOCK // next_power(half)}
+    return {
+        "turns, joined": _helper(turns.turns_kernel, {**turn, "JOINED": True}),
+        "turns, apart": _helper(turns.turns_kernel, {**turn, "JOINED": False}),
+        "fold": _helper(codes.fold_kernel, fold, p_x="*bf16"),
+        "code": _helper(codes.code_kernel, code, p_x="*bf16", p_down="*bf16", p_code="*bf16"),
+        "code in fp32": _helper(codes.code_kernel, code),
+    }
+
+
+def _helper(kernel: Any, constants: dict[str, Any], **types: str) -> Launch:
+    known = {"p_old": "*i64", "p_new": "*i64", "p_index": "*i32", "p_entry": "*i32", "T": "i32"}
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: (known | types).get(name, "*fp32") for name in names}
+    aligned = frozenset(name for name in names if name.startswith("p_"))
+    return Launch(kernel, signature, constants, aligned, num_warps=4)

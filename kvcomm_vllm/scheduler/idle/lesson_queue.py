@@ -49,6 +49,7 @@ class LessonQueue:
         self._numbers = itertools.count()
         self._waiting: deque[Lesson] = deque()
         self._active: Lesson | None = None
+        self._learned: StepReport | None = None  # of a span that is not settled yet
         self._in_flight = False
         self._interrupted = False
         self._idle_since: float | None = None
@@ -106,7 +107,10 @@ class LessonQueue:
             self._start()
         if self._active is None:
             return None
-        self._in_flight, self._interrupted, self._sent_at = True, False, now
+        self._in_flight, self._sent_at = True, now
+        if self._learned is not None:
+            return LessonOp(self._active.number, [], None, settles=True)
+        self._interrupted = False
         return self._active.next_op(self.config.audit_tokens)
 
     def _rest(self, seconds: float) -> None:
@@ -118,22 +122,30 @@ class LessonQueue:
     def _start(self) -> None:
         while self._waiting:
             lesson = self._waiting.pop()  # the newest: its pages are the likeliest to be left
-            if lesson.start(self.pages):
+            if not lesson.start(self.pages):
+                self.stats.count_lesson("dropped")
+            elif lesson.finished:
+                self._count_finished(lesson)
+            else:
                 self._active = lesson
                 return
-            self.stats.count_lesson("dropped")
+
+    def _count_finished(self, lesson: Lesson) -> None:
+        done = "audited" if lesson.healing is None else "healed"
+        self.stats.count_lesson("learned" if lesson.has_taught else done)
 
     def _interrupt(self) -> None:
         """A request has come, or an operator wants the engine to rest: when that is over, the quiet
         time begins anew, and the lesson from its beginning.
 
         A piece that is under way (asynchronous scheduling) is waited for: it may be the last one.
+        So is a span that workers have taken in: it is settled first, as soon as all is quiet again.
         """
         self._idle_since = None
         if self.alarm:
             self.alarm.stop()
         self._interrupted = True
-        if not self._in_flight:
+        if not self._in_flight and self._learned is None:
             self._put_back()
 
     def _put_back(self) -> None:
@@ -152,13 +164,20 @@ class LessonQueue:
         lesson = self._active
         if lesson is None or lesson.number != report.lesson:
             return
+        learned, self._learned = self._learned, None
         if report.lesson_failed:
             self._active = None
             self.stats.count_lesson("failed")
-            lesson.teacher.failed(lesson)
-        elif lesson.done(report):
+            if lesson.teacher is not None:
+                lesson.teacher.failed(lesson)
+            return
+        if report.unsettled:
+            self._learned = learned or report
+            return
+        lesson.done(learned or report, undisturbed=not self._interrupted)
+        if lesson.finished:
             self._active = None
-            self.stats.count_lesson("learned")
+            self._count_finished(lesson)
         elif self._interrupted:
             self._put_back()
 
@@ -166,5 +185,5 @@ class LessonQueue:
         """Weights or caches were reset: what waits is about KV that is gone."""
         for _ in range(len(self._waiting) + (self._active is not None)):
             self.stats.count_lesson("dropped")
-        self._active = None
+        self._active = self._learned = None
         self._waiting.clear()

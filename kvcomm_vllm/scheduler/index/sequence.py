@@ -4,9 +4,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+Births: TypeAlias = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Of tokens in a row, where their KV was computed and what it saw there.
+
+    Args:
+        repeats: what of them was repeated there (:mod:`~kvcomm_vllm.scheduler.repeats`): uint8
+            ``[n]``.
+        born: ids of the sequences that computed them (:mod:`~kvcomm_vllm.scheduler.origin`): int32
+            ``[n]``.
+    """
+
+    repeats: NDArray[np.uint8]
+    born: Births
+
+    def __getitem__(self, part: slice) -> Origin:
+        return Origin(self.repeats[part], self.born[part])
 
 
 @dataclass(eq=False, slots=True)
@@ -23,9 +44,8 @@ class Sequence:
             exact.
         generation: how many copies lie between that KV and exact one: 1 = copied from exact KV, or
             computed behind such a copy; 0 while all of it is exact.
-        repeats: which tokens were repetitions when their KV was computed (see
-            :mod:`~kvcomm_vllm.scheduler.repeats`), of the first ones or of all; None as long as
-            nobody asked, or all of it was computed where it stands.
+        origin: of the first tokens or of all; None as long as nobody asked, or all of them were
+            computed where they stand.
         ready: False while the prefill that writes the KV is running.
         owner: request id.
     """
@@ -39,7 +59,7 @@ class Sequence:
     ready: bool
     owner: str
     generation: int = 0
-    repeats: NDArray[np.bool_] | None = None
+    origin: Origin | None = None
 
     @property
     def exact_tokens(self) -> int:

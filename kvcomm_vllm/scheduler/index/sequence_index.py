@@ -149,6 +149,18 @@ class SequenceIndex:
         sequence.ready = True
         self.version += 1
 
+    def heal(self, sequence: Sequence, block_hashes: Listing[bytes], exact_tokens: int) -> None:
+        """The KV of a sequence's first tokens is exact now, in blocks of these hashes.
+
+        Of what is left nothing is known but that it is no older than it was.
+        """
+        sequence.block_hashes[: len(block_hashes)] = block_hashes
+        if exact_tokens < len(sequence.tokens):
+            sequence.first_approximate = max(exact_tokens, sequence.first_approximate or 0)
+        else:
+            sequence.first_approximate, sequence.generation, sequence.origin = None, 0, None
+        self.version += 1
+
     def touch(self, sequence: Sequence) -> None:
         """Make a sequence the most recently used one."""
         if sequence in self:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 
 from kvcomm_vllm.messages import LessonOp, StepReport, WorkerFacts
 from kvcomm_vllm.reasons import Reason
@@ -57,20 +60,29 @@ class AnchorMode(PlainMode):
             return False
         must = state.hints.learn
         taught = []
-        for placeholder, span in zip(placeholders, plan.spans, strict=True):
-            if span.source.same_context or not self._may_teach(span.source):
-                continue
+        for placeholder, sources in self._teaching(placeholders, plan):
             record = self.table.get(placeholder.key)
             seen, anchors = (record.seen, record.anchors) if record else (0, 0)
             must = must or seen < self.config.bootstrap_requests
             if anchors < self.config.max_anchors and (must or seen):
-                taught.append(TaughtSpan(placeholder.key, placeholder.start, span.source))
+                taught.append(TaughtSpan(placeholder.key, placeholder.start, sources))
         if taught and (must or self.config.audits):
-            end = max(span.source.end for span in taught)
+            end = max(span.end for span in taught)
             hashes = state.taint.exact_hashes(-(-end // self.pages.block_size))
             number = self.lessons.number()
             state.lesson = Lesson(self, number, tokens[:end].copy(), hashes, taught)
         return must and state.lesson is not None
+
+    def _teaching(
+        self, placeholders: list[Placeholder], plan: Plan
+    ) -> Iterator[tuple[Placeholder, tuple[Source, ...]]]:
+        """Placeholders whose text has moved, each with all sources of that text."""
+        spans = zip(placeholders, plan.spans, strict=True)
+        for placeholder, group in groupby(spans, key=itemgetter(0)):
+            sources = (span.source for _, span in group)
+            moved = tuple(s for s in sources if not s.same_context and self._may_teach(s))
+            if moved:
+                yield placeholder, moved
 
     def _may_teach(self, source: Source) -> bool:
         return not source.approximate_tokens or self.config.learn_from_approximate
@@ -97,6 +109,7 @@ class AnchorMode(PlainMode):
 
     def admitted(self, state: RequestState, plan: Plan | None) -> None:
         """Its placeholders have occurred once more."""
+        super().admitted(state, plan)
         if self.table.capacity:
             for key in state.planned_placeholders:
                 self.table.see(key).seen += 1
@@ -112,10 +125,11 @@ class AnchorMode(PlainMode):
 
     def learned(self, lesson: Lesson, report: StepReport) -> None:
         record = self.table.get(lesson.taught[0][0].key)
-        for (_, part), errors in zip(lesson.taught, report.errors, strict=True):
-            if record is not None:
-                self.table.learned(record, errors)
-                self.lessons.stats.count_taught(approximate=part.approximate_tokens > 0)
+        if record is not None:
+            errors = [sum(of_parts) for of_parts in zip(*report.errors, strict=True)]
+            self.table.learned(record, errors)
+            approximate = any(part.approximate_tokens for _, part in lesson.taught)
+            self.lessons.stats.count_taught(approximate=approximate)
 
     def failed(self, lesson: Lesson) -> None:
         for span in lesson.spans:
@@ -126,4 +140,5 @@ class AnchorMode(PlainMode):
 
     def clear(self) -> None:
         """Weights or caches were reset: nothing learned holds any more."""
+        super().clear()
         self.table.clear()

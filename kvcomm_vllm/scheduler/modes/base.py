@@ -11,6 +11,7 @@ from typing import Protocol
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import ProbeOp, WorkerFacts
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.fidelity import Ledger
 from kvcomm_vllm.scheduler.idle.lesson_queue import LessonQueue
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import Limits, StaleShare, UnseenShare
@@ -36,6 +37,7 @@ class Parts:
     config: KVCommConfig
     lessons: LessonQueue
     pages: SourcePages
+    ledger: Ledger
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from kvcomm_vllm.scheduler.origin import LEAD_TOKENS
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 
 EDGE_TOKENS = 2
-# The prompt's first ones tell agents apart; more would reach into what they are told.
-LEAD_TOKENS = 32
 # Of the text before a placeholder only the last ones are surely template: a source's last page may
 # be gone, so the tail of one message may be computed in front of "the other said".
 GAP_TOKENS = 4
@@ -121,7 +120,7 @@ def _goes_on(before: ReuseSpan, span: ReuseSpan) -> bool:
     """Whether both are parts of one text, from two sources or with a few tokens between them that
     differ.
     """
-    if span.continues and span.start == before.end:
+    if span.goes_on_from(before):
         return True
     if before.source.sequence is not span.source.sequence:
         return False

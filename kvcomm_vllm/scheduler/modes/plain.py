@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 
 from kvcomm_vllm.messages import ProbeOp, WorkerFacts
 from kvcomm_vllm.reasons import Reason
+from kvcomm_vllm.scheduler.fidelity import Level
 from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
+from kvcomm_vllm.scheduler.modes.limited import uses_of, with_longer_seams, without_computed
 from kvcomm_vllm.scheduler.modes.placeholders import Placeholder, placeholders
 from kvcomm_vllm.scheduler.planner import make_plan
 from kvcomm_vllm.scheduler.spans import Plan
@@ -21,6 +24,7 @@ class PlainMode:
         self.config = parts.config
         self.lessons = parts.lessons
         self.pages = parts.pages
+        self.ledger = parts.ledger
 
     def set_capacity(self, facts: Listing[WorkerFacts]) -> None:
         """Nothing is kept."""
@@ -33,8 +37,21 @@ class PlainMode:
         if isinstance(plan, Reason):
             return plan
         there = placeholders(plan, state.tokens(), state.namespace, self.known)
-        state.planned_placeholders = [one.key for one in there]
-        return self.corrected(state, plan, there)
+        state.planned_placeholders = _keys(there)
+        uses = uses_of(self.ledger, plan, there)
+        state.uses = [use for use in dict.fromkeys(uses) if use.key]
+        left = without_computed(plan, there, uses, found, total)
+        if isinstance(left, Reason):
+            return left
+        plan, there, uses = left
+        made = self.corrected(state, plan, there)
+        if not isinstance(made, Reason):
+            made = with_longer_seams(made, there, uses, self.config.seam_tokens, found, total)
+        if not isinstance(made, Reason):
+            ends = {span.end for span in made.spans}
+            rows = zip(plan.spans, there, strict=True)
+            state.planned_placeholders = _keys(one for span, one in rows if span.end in ends)
+        return made
 
     def known(self, key: str) -> bool:
         """Whether something was learned for a placeholder."""
@@ -47,7 +64,13 @@ class PlainMode:
         return Reason.LEARNING if state.hints.learn else plan
 
     def admitted(self, state: RequestState, plan: Plan | None) -> None:
-        """Nothing is counted."""
+        """Its placeholders have occurred once more."""
+        self.ledger.served(use.key for use in state.uses)
+        state.reused_uses = []
+        if plan is not None:
+            reused = set(state.planned_placeholders)
+            left = (use for use in state.uses if use.key in reused)
+            state.reused_uses = [use for use in left if use.level is not Level.COMPUTED]
 
     def take_probes(self) -> list[ProbeOp]:
         return []
@@ -61,4 +84,10 @@ class PlainMode:
         return 0, 0
 
     def clear(self) -> None:
-        """Nothing was learned."""
+        """Nothing was learned but what audits have found."""
+        self.ledger.clear()
+
+
+def _keys(there: Iterable[Placeholder]) -> list[str]:
+    """One for each place, however many spans its text has."""
+    return [placeholder.key for placeholder in dict.fromkeys(there)]

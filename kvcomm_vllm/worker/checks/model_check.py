@@ -67,7 +67,7 @@ def _unrotated(group: LayerGroup, block_size: int, kernel: LoadKernel, new: int)
                 detail = f"{layer.layer_name}: keys do not turn as the rotary embedding says"
                 raise Unsupported(Reason.SELF_CHECK_FAILED, detail)
             found.add(str(layer.layer_name))
-        packing.write(group.pages, index, slots, torch.zeros_like(keys), torch.zeros_like(values))
+        packing.clear(group.pages, index, slots)
     return found
 
 

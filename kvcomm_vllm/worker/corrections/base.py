@@ -19,7 +19,7 @@ class Ground:
     Args:
         alone: no other engine takes part in this one's forwards (data parallelism).
         single: this rank has all KV heads.
-        memory: whether memory may be taken; without it nothing is kept.
+        limit: bytes that may be taken; None takes what the configuration says.
     """
 
     groups: list[LayerGroup]
@@ -27,7 +27,19 @@ class Ground:
     block_size: int
     alone: bool
     single: bool
-    memory: bool = True
+    limit: int | None = None
+
+    def granted(self, megabytes: int) -> int:
+        """Bytes that may be taken of so many MiB."""
+        asked = megabytes * 2**20
+        return asked if self.limit is None else min(asked, self.limit)
+
+
+def shrunk(megabytes: int, granted: int) -> str:
+    """For the start line: how much of the memory that was asked for there is, if not all."""
+    if granted >= megabytes * 2**20:
+        return ""
+    return f"anchors {granted // 2**20} of {megabytes} MiB, no more is free on the device: "
 
 
 @dataclass(frozen=True)
@@ -71,5 +83,12 @@ class Correction(Protocol):
 
     def learn(self, lesson: LessonOp) -> list[list[float]]:
         """Take in a lesson's last piece; the :class:`ErrorSums` of each span as a list, if the mode
-        has them.
+        has them. What takes longer than a request should wait for is put off.
         """
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether :meth:`learn` has put something off. The same on all ranks."""
+
+    def settle(self) -> None:
+        """Do the next piece of that, in an idle step. Loads are as before until all is done."""

@@ -17,6 +17,7 @@ from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.messages import LoadOp
 from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.load import slots_of
+from kvcomm_vllm.worker.upload import upload
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,19 @@ class Lying:
     undo: Rotation
 
 
-def base_of(group: LayerGroup, span: LoadOp, block_size: int) -> Lying:
-    """Where a span's base KV lies."""
-    slots = slots_of(span.source_blocks, span.source_offset, span.length, block_size)
-    return _lying(group, slots, span.source_start)
+def base_of(group: LayerGroup, parts: list[LoadOp], block_size: int) -> Lying:
+    """Where a text's base KV lies, part by part."""
+    slots = [
+        slots_of(part.source_blocks, part.source_offset, part.length, block_size) for part in parts
+    ]
+    starts = [part.source_start for part in parts]
+    return _lying(group, slots, starts)
 
 
-def true_of(group: LayerGroup, span: LoadOp, block_ids: list[int], block_size: int) -> Lying:
+def true_of(group: LayerGroup, parts: list[LoadOp], block_ids: list[int], block_size: int) -> Lying:
     """Where its true KV lies, in the lesson's pages ``block_ids``."""
-    slots = slots_of(block_ids, span.prompt_start, span.length, block_size)
-    return _lying(group, slots, span.prompt_start)
+    slots = [slots_of(block_ids, part.prompt_start, part.length, block_size) for part in parts]
+    return _lying(group, slots, [part.prompt_start for part in parts])
 
 
 def deviations(
@@ -53,7 +57,10 @@ def deviations(
         yield found[1] - found[0]
 
 
-def _lying(group: LayerGroup, slots: np.ndarray, start: int) -> Lying:
-    device = group.pages.layers[0].device
-    here = torch.from_numpy(slots).to(device)
-    return Lying(here, group.rope.undo(start + torch.arange(len(here), device=device)))
+def _lying(group: LayerGroup, slots: list[np.ndarray], starts: list[int]) -> Lying:
+    pairs = zip(starts, slots, strict=True)
+    positions = [np.arange(start, start + len(part), dtype=np.int64) for start, part in pairs]
+    here, at = upload(
+        [np.concatenate(slots), np.concatenate(positions)], group.pages.layers[0].device
+    )
+    return Lying(here, group.rope.undo(at))

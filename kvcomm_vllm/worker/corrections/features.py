@@ -13,6 +13,8 @@ import dataclasses
 import torch
 
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
+from kvcomm_vllm.kernels.reference import fold, inputs_of
+from kvcomm_vllm.worker import accelerator
 
 _LAYERS = 6
 _LEAST = 0.01  # of the mean spread of an anchor's numbers: none counts as more even than that
@@ -44,7 +46,7 @@ class Features:
         draw = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (self.raw_width,), generator=draw) * 2.0 - 1.0
         self._signs = (signs if self.folds > 1 else torch.ones_like(signs)).to(device)
-        self._decays = torch.tensor(_DECAYS, device=device)
+        self.decays = torch.tensor(_DECAYS, device=device)
 
     @property
     def width(self) -> int:
@@ -61,10 +63,10 @@ class Features:
         shape = (len(slots), len(pages.layers), pages.kv_heads, 2 * pages.head_dim)
         found = torch.empty(shape, device=slots.device)
         k, v = found[..., : pages.head_dim], found[..., pages.head_dim :]
-        if slots.device.type == "cpu":
-            from kvcomm_vllm.kernels.reference import collect
-        else:
+        if accelerator.accelerated(slots.device):
             from kvcomm_vllm.kernels.collect import collect
+        else:
+            from kvcomm_vllm.kernels.reference import collect
         collect(pages, slots, undo, k, v)
         return found.flatten(1)
 
@@ -75,9 +77,9 @@ class Features:
         centre = raw.mean(0)
         deviation = (raw - centre).square().mean(0).sqrt()
         # Of few tokens some numbers are equal by chance; they must not outweigh all others later.
-        deviation = deviation.clamp(min=float(deviation.mean()) * _LEAST + 1e-6)
+        deviation = deviation.clamp(min=deviation.mean() * _LEAST + 1e-6)
         factor = self._signs / (deviation * self.folds**0.5)
-        return factor, self._folded(centre[None], factor)[0]
+        return factor, fold(centre[None], factor, self.inputs)[0]
 
     def of(
         self, raw: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor, index: torch.Tensor
@@ -87,12 +89,4 @@ class Features:
         Args:
             factor, offset: from :meth:`spread`; ``index``: ``[tokens]``, each token's index.
         """
-        fading = torch.expm1(-index[:, None] / self._decays)
-        return torch.cat((self._folded(raw, factor) - offset, fading), dim=-1)
-
-    def _folded(self, raw: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        folded = torch.zeros(len(raw), self.inputs, device=raw.device)
-        pieces = zip(raw.split(self.inputs, dim=1), factor.split(self.inputs), strict=True)
-        for piece, weights in pieces:
-            folded[:, : len(weights)].addcmul_(piece, weights)
-        return folded
+        return inputs_of(raw, factor, offset, self.decays, index)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from kvcomm_vllm.kernels import packing
@@ -26,7 +27,7 @@ from kvcomm_vllm.messages import (
     ProbeOp,
     RequestOps,
 )
-from kvcomm_vllm.worker.corrections.base import Ground
+from kvcomm_vllm.worker.corrections.base import Ground, shrunk
 from kvcomm_vllm.worker.corrections.paper_formulas import (
     channel_distances,
     softmax_weights,
@@ -41,6 +42,7 @@ from kvcomm_vllm.worker.load import (
     slots_of,
     token_moves,
 )
+from kvcomm_vllm.worker.upload import upload
 
 
 class GroupArena:
@@ -96,8 +98,8 @@ class PaperArena:
         self.row_bytes = sum(
             _row_bytes(group.pages, skip) for group, skip in zip(groups, skips, strict=True)
         )
-        memory = config.paper.memory_mb * 2**20 if ground.single and ground.memory else 0
-        self.room = memory // self.row_bytes
+        self.memory = ground.granted(config.paper.memory_mb)
+        self.room = self.memory // self.row_bytes if ground.single else 0
         self.parts = [
             GroupArena(group, self.room, skip) for group, skip in zip(groups, skips, strict=True)
         ]
@@ -108,13 +110,17 @@ class PaperArena:
         self.distance: DistanceKernel | None = None
         self.correct: CorrectKernel | None = None
         if self.room:
-            self.distance = distance_kernel([(p.group.pages, p.base.dtype) for p in self.parts])
+            near = [p.base.chunk(2, dim=-1) for p in self.parts]
+            self.distance = distance_kernel(
+                [(page, k, v) for page, (k, v) in zip(pages, near, strict=True)]
+            )
             self.correct = correct_kernel([(p.group.pages, _example(p)) for p in self.parts])
 
     def describe(self) -> str:
         if not self.config.paper.memory_mb:
             return ""
-        return f"; anchors of mode paper: {self.room} tokens"
+        less = shrunk(self.config.paper.memory_mb, self.memory)
+        return f"; mode paper: {less or 'anchors of '}{self.room} tokens"
 
     def load(self, requests: Sequence[RequestOps]) -> None:
         """Messages and the text behind them, one after another."""
@@ -130,6 +136,13 @@ class PaperArena:
         for op in lesson.anchors:
             self.keep(lesson.block_ids, op)
         return []
+
+    @property
+    def unsettled(self) -> bool:
+        return False
+
+    def settle(self) -> None:
+        """Nothing is put off: anchors are kept as they are."""
 
     @property
     def layers(self) -> Iterator[Layer]:
@@ -247,14 +260,15 @@ class PaperArena:
 
     def _rows(self, anchors: Sequence[AnchorRows], tokens: int) -> torch.Tensor:
         """Rows of the anchors' first tokens: int64 ``[anchors, tokens]``."""
-        first = torch.tensor([rows.start for rows in anchors], dtype=torch.int64)
-        return (first[:, None] + torch.arange(tokens)).to(self.device)
+        first = np.array([rows.start for rows in anchors], dtype=np.int64)
+        return upload([first[:, None] + np.arange(tokens)], self.device)[0]
 
     def _source(self, load: LoadOp) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots and positions of a load's source, int64 ``[tokens]`` each."""
         slots = slots_of(load.source_blocks, load.source_offset, load.length, self.block_size)
-        positions = load.source_start + torch.arange(load.length, device=self.device)
-        return torch.from_numpy(slots).to(self.device), positions
+        positions = load.source_start + np.arange(load.length, dtype=np.int64)
+        there, at = upload([slots, positions], self.device)
+        return there, at
 
     def _base(self, load: LoadOp) -> Iterator[tuple[Layer, torch.Tensor, torch.Tensor]]:
         """Per layer unrotated K and V at a load's source: fp32 ``[tokens, kv_heads, head_dim]``."""
@@ -268,10 +282,12 @@ class PaperArena:
     def _write(self, layer: Layer, block_ids: list[int], start: int, both: torch.Tensor) -> None:
         """``both`` is unrotated K and V ``[tokens, kv_heads, 2 * head_dim]``; from ``start`` on."""
         slots = slots_of(block_ids, start, len(both), self.block_size)
-        positions = start + torch.arange(len(both), device=self.device)
+        there, positions = upload(
+            [slots, start + np.arange(len(both), dtype=np.int64)], self.device
+        )
         pages, (k, v) = layer.group.pages, both.chunk(2, dim=-1)
         turned = turn_keys(k, layer.group.rope.redo(positions), pages.interleaved)
-        packing.write(pages, layer.number, torch.from_numpy(slots).to(self.device), turned, v)
+        packing.write(pages, layer.number, there, turned, v)
 
 
 def _example(part: GroupArena) -> AnchorSum:

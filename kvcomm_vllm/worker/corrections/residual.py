@@ -10,21 +10,32 @@ Streaming: it keeps sums, not anchors, so its memory does not grow with the numb
 rank looks at its own heads alone, so tensor-parallel ranks need no word from each other. W is
 stored as two factors of low rank, the first of which gives each token a short *code* per layer:
 corrected loads are given the code and multiply it by the second.
+
+To solve for W takes as long as a prefill. It is done a few layers at a time, beside the means and
+maps the placeholder has, which all of the new ones replace together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvcomm_vllm.config.estimator import EstimatorConfig
-from kvcomm_vllm.kernels.deviation import MeanMap
+from kvcomm_vllm.kernels.deviation import CodeMaps, MeanMap
 from kvcomm_vllm.kernels.pages import PageGroup
-from kvcomm_vllm.kernels.reference import deviate
+from kvcomm_vllm.worker import accelerator
 from kvcomm_vllm.worker.corrections.base import ErrorSums
 from kvcomm_vllm.worker.corrections.features import Features
-from kvcomm_vllm.worker.corrections.ridge import about, reduced_rank, row_means
+from kvcomm_vllm.worker.corrections.ridge import (
+    about,
+    reduced_rank,
+    row_means,
+    start_directions,
+)
+from kvcomm_vllm.worker.load import codes_on
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -44,10 +55,9 @@ def _shapes(
         "sum_d": (layers, rows, outputs),
         "square": (width, width),
         "cross": (layers, width, outputs),
-        "mean_k": (layers, rows, heads, dim),
-        "mean_v": (layers, rows, heads, dim),
-        "alone_k": (layers, rows, heads, dim),
-        "alone_v": (layers, rows, heads, dim),
+        # by means alone, and by means beside the map
+        "mean_k": (2, rows, layers, heads, dim),
+        "mean_v": (2, rows, layers, heads, dim),
     }
     shapes: Shapes = {name: (shape, torch.float32) for name, shape in single.items()}
     down, up = _factor_dtypes(group)
@@ -61,7 +71,7 @@ def _factor_dtypes(group: PageGroup) -> tuple[torch.dtype, torch.dtype]:
     that is fast.
     """
     cache = group.layers[0]
-    if cache.device.type != "cpu":
+    if accelerator.accelerated(cache.device):
         fast = cache.dtype if cache.dtype.itemsize > 1 else torch.bfloat16
         return fast, fast
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -73,6 +83,39 @@ def placeholder_bytes(group: PageGroup, skip_layers: int, settings: EstimatorCon
     """Bytes of one placeholder. Nearly all of them are the sums that lead to the map."""
     shapes = _shapes(group, Features(group, settings.map_inputs), skip_layers, settings)
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
+
+
+def mean_rows(
+    entry: np.ndarray, mapped: np.ndarray, index: np.ndarray, settings: EstimatorConfig
+) -> np.ndarray:
+    """Where tokens' means lie in every arena: int64 ``[tokens]``, from their placeholders' entries,
+    whether a map goes with the mean, and their indices in the placeholder.
+    """
+    rows = settings.head_tokens + 1
+    kind = 2 * entry.astype(np.int64) + mapped
+    found: np.ndarray = kind * rows + np.minimum(index, rows - 1)
+    return found
+
+
+_SUMS = frozenset({"count", "factor", "offset", "sum_x", "sum_d", "square", "cross"})
+
+
+@dataclass
+class _Solution:
+    """What becomes of a placeholder's sums.
+
+    Attributes:
+        entry: whose they are.
+        found: its new means and maps, up to ``layer``; named and shaped as those it has.
+        mean_x, scale: of the inputs; ``lower``: Cholesky factor of their second moment.
+    """
+
+    entry: int
+    found: dict[str, torch.Tensor]
+    mean_x: torch.Tensor
+    scale: torch.Tensor
+    lower: torch.Tensor
+    layer: int = 0
 
 
 class ResidualArena:
@@ -98,32 +141,46 @@ class ResidualArena:
             for name, (shape, dtype) in _shapes(group, self.features, skip_layers, settings).items()
         }
         self.layers, _, self.rank, _ = self._parts["up"].shape[1:]
+        parts = self._parts
+        self._maps = CodeMaps(parts["factor"], parts["offset"], self.features.decays, parts["down"])
+        outputs = self.heads * 2 * self.dim
+        self._start = start_directions(outputs, self.rank, self.device)
+        self._taught: set[int] = set()
+        self._unsolved: int | None = None
+        self._solution: _Solution | None = None
 
     def reset(self, entry: int) -> None:
         """The entry is given to another placeholder."""
         for part in self._parts.values():
             part[entry].zero_()
+        self._taught.discard(entry)
+        if self._unsolved == entry:
+            self._unsolved = self._solution = None
 
-    def code(self, entry: int, index: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-        """What the map makes of tokens: ``[tokens, layers, rank]`` in the first factor's dtype.
+    def codes(self, raw: torch.Tensor, index: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
+        """What the maps of their placeholders make of tokens: ``[tokens, layers, rank]`` in the
+        first factor's dtype.
 
         Args:
-            index: ``[tokens]``, each token's index in the placeholder.
             raw: ``[tokens, raw_width]``, from ``features.raw``.
+            index, entry: int32 ``[tokens]``, each token's index in its placeholder and the entry of
+                that; negative = it is corrected by means alone, its code is 0.
         """
-        part = self._of(entry)
-        return self._code(part, self.features.of(raw, part["factor"], part["offset"], index))
+        return codes_on(self.device)(raw, self._maps, index, entry)
 
-    def deviation(self, entry: int, index: torch.Tensor, code: torch.Tensor | None) -> MeanMap:
-        """The correction of one placeholder for its tokens ``index`` (int32 ``[tokens]``), by means
-        and map; without their ``code`` by the means alone.
+    def correction(
+        self, row: torch.Tensor, entry: torch.Tensor, code: torch.Tensor | None
+    ) -> MeanMap:
+        """The correction of tokens of any placeholders, by means and map; without their ``code`` by
+        means alone.
+
+        Args:
+            row: int64 ``[tokens]``, from :func:`mean_rows`; ``entry``: as in :meth:`codes`.
         """
-        part = self._of(entry)
+        k, v = (self._parts[name].flatten(0, 2) for name in ("mean_k", "mean_v"))
         if code is None:
-            alone = part["alone_k"], part["alone_v"]
-            return MeanMap(*alone, index, skip_layers=self.skip_layers)
-        means = part["mean_k"], part["mean_v"]
-        return MeanMap(*means, index, code, part["up"], skip_layers=self.skip_layers)
+            return MeanMap(k, v, row, skip_layers=self.skip_layers)
+        return MeanMap(k, v, row, code, self._parts["up"], entry, self.skip_layers)
 
     def learn(
         self,
@@ -133,7 +190,7 @@ class ResidualArena:
         deviations: Iterable[torch.Tensor],
         judged_from: int,
     ) -> ErrorSums:
-        """Take one more anchor in, layer by layer, and solve again.
+        """Take one more anchor in, layer by layer; what it changes is seen once it is solved.
 
         Args:
             index: int64 ``[tokens]``, each token's index in the placeholder.
@@ -142,42 +199,86 @@ class ResidualArena:
             judged_from: index of the first token whose prediction is judged (those before are
                 computed anyway).
         """
+        if self.unsolved:  # whoever was to ask for it has forgotten it
+            self.solve(self.layers)
         part, row = self._of(entry), index.clamp(max=self.settings.head_tokens)
-        if not bool(part["count"].any()):
+        if entry not in self._taught:
+            self._taught.add(entry)
             for name, value in zip(("factor", "offset"), self.features.spread(raw), strict=True):
                 part[name].copy_(value)
         x = self.features.of(raw, part["factor"], part["offset"], index)
-        judged = index >= judged_from
-        both = self.deviation(entry, index, self._code(part, x))
-        alone = self.deviation(entry, index, None)
+        # a weight and no choice: a device would be waited for to say how many there are
+        judged = (index >= judged_from)[:, None, None].float()
+        down = part["down"].flatten(1)
+        code = (x.to(down.dtype) @ down).view(len(x), self.layers, self.rank).float()
+        known = part["mean_k"], part["mean_v"]
         left, means, whole = torch.zeros(3, 2, device=index.device)
         for layer, d in enumerate(deviations):
-            rest = d[judged]
-            whole += self._squares(rest)
-            means += self._squares(rest - torch.cat(deviate(alone, layer, judged), dim=-1))
-            left += self._squares(rest - torch.cat(deviate(both, layer, judged), dim=-1))
+            whole += self._squares(d * judged)
+            alone, beside = (
+                torch.cat([mean[kind, row, layer] for mean in known], dim=-1) for kind in (0, 1)
+            )
+            means += self._squares((d - alone) * judged)
+            mapped = torch.einsum("tr,hrj->thj", code[:, layer], part["up"][layer].float())
+            left += self._squares((d - beside - mapped) * judged)
             part["sum_d"][layer].index_add_(0, row, d.flatten(1))
             part["cross"][layer].addmm_(x.mT, d.flatten(1))
         part["sum_x"].index_add_(0, row, x)
         part["square"].addmm_(x.mT, x)
         part["count"].index_add_(0, row, torch.ones_like(row, dtype=torch.float32))
-        self._solve(part)
-        (k_left, v_left), (k_all, v_all) = left.tolist(), whole.tolist()
-        return ErrorSums(k_left, k_all, v_left, v_all, *means.tolist())
+        self._unsolved = entry
+        sums = torch.stack((left, whole, means)).tolist()
+        (k_left, v_left), (k_all, v_all), of_means = sums
+        return ErrorSums(k_left, k_all, v_left, v_all, *of_means)
+
+    @property
+    def unsolved(self) -> bool:
+        """Whether :meth:`learn` has taken in what no correction knows of yet."""
+        return self._unsolved is not None
+
+    def solve(self, layers: int) -> None:
+        """Means and maps of the next ``layers`` layers of what is unsolved. They are used once all
+        layers' are there.
+
+        Raises:
+            RuntimeError: there is no solution; nothing is unsolved any more.
+        """
+        assert self._unsolved is not None
+        solution, entry = self._solution, self._unsolved
+        self._unsolved = self._solution = None
+        solution = solution or self._begin(entry)
+        stop = min(solution.layer + layers, self.layers)
+        for layer in range(solution.layer, stop):
+            self._solve_layer(solution, layer)
+        solution.layer = stop
+        if stop < self.layers:
+            self._unsolved, self._solution = entry, solution
+            return
+        part = self._of(entry)
+        for name, found in solution.found.items():
+            part[name].copy_(found)
+
+    def warm_up(self) -> None:
+        """All of a lesson once: what a device's libraries make at their first call takes longer
+        than a lesson does. Nothing may have been learned yet.
+        """
+        index = torch.zeros(1, dtype=torch.int64, device=self.device)
+        raw = torch.zeros(1, self.features.raw_width, device=self.device)
+        none = torch.zeros(1, self.heads, 2 * self.dim, device=self.device)
+        self.learn(0, index, raw, [none] * self.layers, judged_from=0)
+        self.solve(self.layers)
+        self.reset(0)
 
     def _of(self, entry: int) -> dict[str, torch.Tensor]:
         return {name: part[entry] for name, part in self._parts.items()}
-
-    def _code(self, part: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        down = part["down"].flatten(1)
-        return (x.to(down.dtype) @ down).view(len(x), self.layers, self.rank)
 
     def _squares(self, d: torch.Tensor) -> torch.Tensor:
         squares: torch.Tensor = d.square().unflatten(-1, (2, self.dim))
         return squares.sum((0, 1, 3))
 
-    def _solve(self, part: dict[str, torch.Tensor]) -> None:
-        """Means and maps of all layers from their sums; Cholesky, since the matrix is positive."""
+    def _begin(self, entry: int) -> _Solution:
+        """What all layers have in common; Cholesky, since the matrix is positive."""
+        part = self._of(entry)
         s, count, sum_x = self.settings, part["count"], part["sum_x"]
         tokens = count.sum()
         mean_x = row_means(sum_x, count, s.mean_prior)
@@ -187,20 +288,21 @@ class ResidualArena:
         square = square * scale[:, None] * scale
         square.diagonal().add_(s.ridge * (tokens + s.ridge_tokens))
         lower = torch.linalg.cholesky(square)
-        for layer in range(self.layers):
-            sum_d = part["sum_d"][layer]
-            mean_d = row_means(sum_d, count, s.mean_prior)
-            cross = part["cross"][layer] - about(sum_x, mean_x, sum_d, mean_d, count)
-            cross = cross * scale[:, None]
-            down, up = reduced_rank(torch.cholesky_solve(cross, lower), cross, self.rank)
-            part["down"][:, layer] = down * scale[:, None]
-            part["up"][layer] = up.view(self.rank, self.heads, -1).transpose(0, 1)
-            self._put(part, "alone", layer, mean_d)
-            mapped = mean_x @ part["down"][:, layer].float() @ up  # as it is stored
-            self._put(part, "mean", layer, mean_d - mapped)
+        found = {name: torch.empty_like(old) for name, old in part.items() if name not in _SUMS}
+        return _Solution(entry, found, mean_x, scale, lower)
 
-    def _put(
-        self, part: dict[str, torch.Tensor], name: str, layer: int, means: torch.Tensor
-    ) -> None:
-        k, v = means.view(-1, self.heads, 2, self.dim).unbind(2)
-        part[f"{name}_k"][layer], part[f"{name}_v"][layer] = k, v
+    def _solve_layer(self, solution: _Solution, layer: int) -> None:
+        part, found = self._of(solution.entry), solution.found
+        count, mean_x, scale = part["count"], solution.mean_x, solution.scale
+        sum_d = part["sum_d"][layer]
+        mean_d = row_means(sum_d, count, self.settings.mean_prior)
+        cross = part["cross"][layer] - about(part["sum_x"], mean_x, sum_d, mean_d, count)
+        cross = cross * scale[:, None]
+        solved = torch.cholesky_solve(cross, solution.lower)
+        down, up = reduced_rank(solved, cross, self.rank, self._start)
+        found["down"][:, layer] = down * scale[:, None]
+        found["up"][layer] = up.view(self.rank, self.heads, -1).transpose(0, 1)
+        mapped = mean_x @ found["down"][:, layer].float() @ up  # as it is stored
+        for kind, means in enumerate((mean_d, mean_d - mapped)):
+            k, v = means.view(-1, self.heads, 2, self.dim).unbind(2)
+            found["mean_k"][kind, :, layer], found["mean_v"][kind, :, layer] = k, v

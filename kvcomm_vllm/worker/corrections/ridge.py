@@ -31,19 +31,23 @@ def about(
     return sum_a.mT @ mean_b + mean_a.mT @ (sum_b - count[:, None] * mean_b)
 
 
+def start_directions(outputs: int, rank: int, device: torch.device) -> torch.Tensor:
+    """Where :func:`reduced_rank` starts: ``[outputs, rank and some]``, the same in every run."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(outputs, min(outputs, rank + _SPARE), generator=draw).to(device)
+
+
 def reduced_rank(
-    solved: torch.Tensor, cross: torch.Tensor, rank: int
+    solved: torch.Tensor, cross: torch.Tensor, rank: int, start: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors ``[inputs, rank]`` and ``[rank, outputs]`` of the map of this rank that predicts most
     like W = ``solved`` = S^-1 ``cross``, S the inputs' second moment with its penalty.
 
     What a direction v of the output contributes is |L^T W v|^2 = v^T W^T cross v with S = L L^T, so
     the largest eigenvectors V of that matrix are kept: W V V^T. They are found by subspace
-    iteration from a fixed start, which never forms the matrix.
+    iteration from a fixed ``start``, which never forms the matrix.
     """
-    outputs = solved.shape[1]
-    draw = torch.Generator().manual_seed(0)
-    basis = torch.randn(outputs, min(outputs, rank + _SPARE), generator=draw).to(solved)
+    basis = start
 
     def explained(directions: torch.Tensor) -> torch.Tensor:
         return solved.mT @ (cross @ directions)

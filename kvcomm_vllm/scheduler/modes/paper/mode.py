@@ -252,7 +252,7 @@ class PaperMode:
 
     def _lesson(self, state: RequestState, messages: list[Message]) -> Lesson:
         tokens = state.tokens()
-        taught = [TaughtSpan(m.key, m.span.start, m.span.source, m.behind_end) for m in messages]
+        taught = [TaughtSpan(m.key, m.span.start, (m.span.source,), m.behind_end) for m in messages]
         hashes = state.taint.exact_hashes(-(-len(tokens) // self.pages.block_size))
         return Lesson(self, self.lessons.number(), tokens.copy(), hashes, taught)
 
@@ -270,7 +270,7 @@ class PaperMode:
 
     def assign(self, lesson: Lesson, op: LessonOp) -> None:
         for taught, part in lesson.taught:
-            if (part.prompt_start, part.end) != (taught.placeholder_start, taught.source.end):
+            if (part.prompt_start, part.end) != (taught.placeholder_start, taught.end):
                 continue  # a page of it is gone
             message = _digest(lesson.tokens[taught.placeholder_start : part.end])
             behind = lesson.tokens[part.end : taught.stop].copy()

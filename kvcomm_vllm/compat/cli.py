@@ -27,12 +27,16 @@ from kvcomm_vllm.config.file import load_file
 from kvcomm_vllm.front import late_reports
 from kvcomm_vllm.front.carried_hints import with_carried_hints
 from kvcomm_vllm.front.hints_http import MIDDLEWARE
-from kvcomm_vllm.guards.model import unsupported_engine, unsupported_model
+from kvcomm_vllm.guards.arguments import unsupported_arguments
+from kvcomm_vllm.guards.model import unsupported_model
 
 # Only loggers below "vllm" have a handler.
 logger = init_logger("vllm.kvcomm")
 
 NAMES = ("kvcomm", "KVCommConnector")
+# To vLLM a consumer is sent KV by other engines: for one (``kv_both`` is one) it accepts embeddings
+# and holds freed pages back. A producer differs from it in nothing else that it does.
+ROLE = "kv_producer"
 _EXTRA = "kv_connector_extra_config"
 _BOTH = (
     "--kv-transfer-config and --kv-connector/--kvcomm-config both say which KV connector to use; "
@@ -168,7 +172,7 @@ def transfer_config(path: str | None) -> KVTransferConfig:
     config = KVCommConfig() if path is None else load_file(path)
     return KVTransferConfig(
         kv_connector="kvcomm",
-        kv_role="kv_both",
+        kv_role=ROLE,
         kv_load_failure_policy="recompute",
         kv_connector_extra_config=config.to_mapping(as_given=True),
     )
@@ -178,18 +182,22 @@ def checked(config: KVTransferConfig) -> KVCommConfig:
     """Our configuration inside a ``KVTransferConfig`` that selects us.
 
     Raises:
-        ConfigError: a key or value is refused, or the role is not ``kv_both``.
+        ConfigError: a key or value is refused, or the role is ``kv_consumer``.
     """
-    if config.kv_role != "kv_both":
-        raise ConfigError(f"kv_role: {config.kv_role!r} is not allowed; kvcomm needs 'kv_both'")
+    if config.kv_role not in (ROLE, "kv_both"):
+        raise ConfigError(
+            f"kv_role: {config.kv_role!r} is not allowed; allowed: {ROLE}, kv_both (which is taken "
+            f"for {ROLE})"
+        )
     return KVCommConfig.from_mapping(config.kv_connector_extra_config, _EXTRA)
 
 
 def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     """Validate our configuration in ``args``; drop it, with one warning, if reuse cannot work.
 
-    A load that fails is computed again where vLLM can (the connector sees to the others): vLLM's
-    default is to answer such a request with an error, and a default cannot be told from a wish.
+    Whatever was asked for, the role becomes the one that changes nothing for clients, and a load
+    that fails is computed again where vLLM can (the connector sees to the others): vLLM's default
+    is to answer such a request with an error, and a default cannot be told from a wish.
 
     Raises:
         ConfigError: see :func:`checked`.
@@ -202,7 +210,7 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     config = checked(transfer)
     # With several API servers their parent (rank -1) has already said it.
     quiet = args._api_process_count > 1 and args._api_process_rank >= 0
-    reason = unsupported_model(model) or unsupported_engine(args, model)
+    reason = unsupported_model(model) or unsupported_arguments(args, transfer, model)
     if reason is not None:
         args.kv_transfer_config = None
         if not quiet:
@@ -215,10 +223,11 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     if args.disable_hybrid_kv_cache_manager is False:
         # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
         args.disable_hybrid_kv_cache_manager = None
-    if transfer.kv_load_failure_policy != "recompute":
-        args.kv_transfer_config = dataclasses.replace(transfer, kv_load_failure_policy="recompute")
-        if not quiet:
-            logger.info("kv_load_failure_policy is set: failed loads are computed where vLLM can")
+    if transfer.kv_load_failure_policy != "recompute" and not quiet:
+        logger.info("kv_load_failure_policy is set: failed loads are computed where vLLM can")
+    args.kv_transfer_config = dataclasses.replace(
+        transfer, kv_role=ROLE, kv_load_failure_policy="recompute"
+    )
     if not quiet:
         for warning in config.warnings():
             logger.warning("%s", warning)

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 
-from kvcomm_vllm import compat
+from kvcomm_vllm.compat.owners import find_wake_up
 
 
 class Engine:
@@ -18,7 +18,7 @@ class Engine:
         self.wake = self.make_connector()
 
     def make_connector(self) -> Any:
-        return compat.find_wake_up()
+        return find_wake_up()
 
 
 def test_the_engine_is_woken_with_a_message_that_asks_for_nothing() -> None:
@@ -30,4 +30,4 @@ def test_the_engine_is_woken_with_a_message_that_asks_for_nothing() -> None:
 
 
 def test_without_such_an_engine_there_is_nobody_to_wake() -> None:
-    assert compat.find_wake_up() is None
+    assert find_wake_up() is None

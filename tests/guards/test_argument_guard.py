@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine arguments beside which nothing can be reused cost nothing: vLLM never sees the connector,
+and one warning says why.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engine_arguments import MakeArgs
+
+from kvcomm_vllm.compat import rules
+from kvcomm_vllm.guards import arguments
+from kvcomm_vllm.reasons import Reason
+
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+SETTINGS: list[tuple[dict[str, Any], Reason]] = [
+    ({"kv_cache_dtype": "int8_per_token_head"}, Reason.KV_QUANTISED),
+    ({"kv_offloading_size": 1.0}, Reason.KV_OFFLOADING),
+    ({"enable_prefix_caching": False}, Reason.PREFIX_CACHING_OFF),
+    ({"pipeline_parallel_size": 2}, Reason.PIPELINE_PARALLEL),
+    ({"decode_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
+    ({"prefill_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
+    ({"enable_lora": True}, Reason.LORA_ENABLED),
+    ({"speculative_config": DRAFTS}, Reason.SPEC_DECODE),
+    ({"spec_method": "ngram"}, Reason.SPEC_DECODE),
+    ({"spec_tokens": 2}, Reason.SPEC_DECODE),
+]
+
+
+@pytest.mark.parametrize(("setting", "reason"), SETTINGS, ids=lambda part: str(part)[:40])
+def test_a_setting_that_rules_reuse_out_drops_the_connector_with_one_warning(
+    args_for: MakeArgs, said: list[str], setting: dict[str, Any], reason: Reason
+) -> None:
+    args = args_for("LlamaForCausalLM", **setting)
+    args.create_model_config()
+    assert args.kv_transfer_config is None
+    assert said == [
+        f"KV reuse is off ({reason}): {reason.explanation} "
+        "The engine starts without kvcomm and serves exactly."
+    ]
+
+
+def test_experts_over_data_parallel_ranks_drop_the_connector_however_many_say_so(
+    args_for: MakeArgs, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = args_for("MixtralForCausalLM")
+    alone.create_model_config()
+    assert alone.kv_transfer_config is not None
+    args = args_for("MixtralForCausalLM", data_parallel_size=2)
+    args.create_model_config()
+    assert args.kv_transfer_config is None
+    monkeypatch.setenv("VLLM_DP_SIZE", "2")  # as vLLM's offline examples do
+    by_environment = args_for("MixtralForCausalLM")
+    by_environment.create_model_config()
+    assert by_environment.kv_transfer_config is None
+    dense = args_for("LlamaForCausalLM", data_parallel_size=2)
+    dense.create_model_config()
+    assert dense.kv_transfer_config is not None
+    assert [Reason.EXPERTS_DATA_PARALLEL in line for line in said] == [True, True]
+
+
+def test_pages_that_the_checkpoint_wants_packed_count_as_if_asked_for(args_for: MakeArgs) -> None:
+    algorithm = {"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}
+    model: Any = SimpleNamespace(hf_config=SimpleNamespace(quantization_config=algorithm))
+    args = args_for("LlamaForCausalLM")
+    found = rules.kv_cache_dtype(args, model)
+    assert found == "nvfp4"
+    assert found not in arguments._PLAIN_KV
+    args.kv_cache_dtype = "bfloat16"
+    assert rules.kv_cache_dtype(args, model) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"enable_prefix_caching": False}, {"enable_lora": True}], ids=str
+)
+def test_without_reuse_windowed_models_keep_the_hybrid_allocator(
+    args_for: MakeArgs, setting: dict[str, Any]
+) -> None:
+    """Beside a connector that is of no use, their KV would take several times the memory."""
+    config = args_for("Gemma3ForCausalLM", **setting).create_engine_config()
+    assert config.kv_transfer_config is None
+    assert not config.scheduler_config.disable_hybrid_kv_cache_manager
+
+
+def test_a_forced_hybrid_allocator_drops_the_connector_only_where_it_would_drop_pages(
+    args_for: MakeArgs, said: list[str]
+) -> None:
+    windowed = args_for("Gemma3ForCausalLM", disable_hybrid_kv_cache_manager=False)
+    windowed.create_model_config()
+    assert windowed.kv_transfer_config is None
+    assert Reason.SLIDING_WINDOW_HYBRID.explanation in said[0]
+    uniform = args_for("LlamaForCausalLM", disable_hybrid_kv_cache_manager=False)
+    uniform.create_model_config()
+    assert uniform.kv_transfer_config is not None
+    assert uniform.disable_hybrid_kv_cache_manager is None  # false would be refused by vLLM
