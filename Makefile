@@ -10,6 +10,9 @@ QWEN    := models/Qwen2.5-Coder-0.5B-Instruct
 QWEN_L  := models/Qwen2.5-Coder-1.5B-Instruct
 MODEL   ?= $(SMOLLM2)
 ARGS    ?=
+# How many processes run the tests; each may hold a vLLM server, some 8 GB.
+JOBS    ?= 2
+SHARED  := -n $(JOBS) --no-loadscope-reorder
 # Of `make soak`: how long, and which script; empty for the default.
 SECONDS ?=
 SEED    ?=
@@ -63,10 +66,10 @@ demo: $(READY) $(MODEL_FILES) ## five agents on one question, with kvcomm and as
 	$(BIN)/kvcomm demo --model $(MODEL) $(ARGS)
 
 test: $(READY) $(SMOLLM2)/config.json ## the whole test suite
-	$(BIN)/python -m pytest --durations=10 $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) --durations=10 $(ARGS)
 
 test-fast: $(READY) ## what needs no engine and no server
-	$(BIN)/python -m pytest -m 'not engine and not http and not slow and not soak' --durations=10 $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m 'not engine and not http and not slow and not soak' --durations=10 $(ARGS)
 
 gpu: $(READY) $(SMOLLM2)/config.json ## proves the CUDA path on this machine's GPU, in 30 minutes
 	$(BIN)/python tools/prove_gpu.py --model $(SMOLLM2) $(ARGS)

@@ -16,6 +16,7 @@ DEV = [
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "setuptools>=70.1",
     "types-PyYAML",

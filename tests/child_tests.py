@@ -13,6 +13,15 @@ from pathlib import Path
 
 import pytest
 
+INTERPRETED_FILES, MOCKED_FILES = "_interpreted.py", "_mocked_cuda.py"
+
+
+def scope_of(nodeid: str) -> str:
+    """What of a test must run in one process: its file, or all files of its child."""
+    file = nodeid.split("::", 1)[0]
+    children = (INTERPRETED_FILES, MOCKED_FILES)
+    return next((child for child in children if file.endswith(child)), file)
+
 
 class ChildTests:
     """The tests of files whose names end in ``suffix``; its methods are hooks of a conftest.

@@ -1,18 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of several folders ask for by name: models, and what audits have found."""
+"""What tests of several folders ask for by name: models, and what audits have found; and how tests
+are shared out where several processes run them.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
+    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores, 1)))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+from child_tests import scope_of
 from tiny_model import save_tiny_llama
 
 if TYPE_CHECKING:
     from kvcomm_vllm.messages import Divergence
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays in one process, with its engines and servers; so do those of one child."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

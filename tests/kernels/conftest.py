@@ -12,10 +12,10 @@ import os
 from pathlib import Path
 
 import pytest
-from child_tests import ChildTests
+from child_tests import INTERPRETED_FILES, ChildTests
 
 INTERPRETED = ChildTests(
-    "_interpreted.py",
+    INTERPRETED_FILES,
     "KVCOMM_INTERPRETED_RESULTS",
     # One thread: blocks of a few kilobytes are not worth waking a pool for.
     {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

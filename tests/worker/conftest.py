@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 
-from child_tests import ChildTests
+from child_tests import MOCKED_FILES, ChildTests
 
 MOCKED = ChildTests(
-    "_mocked_cuda.py",
+    MOCKED_FILES,
     "KVCOMM_MOCKED_CUDA_RESULTS",
     {"VLLM_HAS_FLASHINFER_CUBIN": "1"},  # do not look for FlashInfer's kernels in the network
 )
