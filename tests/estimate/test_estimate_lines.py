@@ -55,7 +55,9 @@ def test_a_packed_log_is_unpacked(tmp_path: Path) -> None:
     assert read(tmp_path / "log.gz", gzip.compress(b"1\n2\n")) == [(1, 1), (2, 2)]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"1\n" * 9999)[:-20]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b"1\n" * 9999)[:-20]], ids=["none", "cut off"]
+)
 def test_a_packed_log_that_is_broken_is_an_error_of_one_line(
     tmp_path: Path, content: bytes
 ) -> None:
