@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines shared by the tests of a module; one engine at a time lives in this process.
 
-The tests in ``test_strided.py`` and ``test_*_strided.py`` run in one child process, where vLLM and the plugin take Triton's
-interpreter for a device that Triton works on.
+The tests in ``test_strided.py`` run in one child process, where vLLM has Triton on a CPU.
 """
 
 import gc
@@ -10,29 +9,20 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from child_tests import ChildTests
-
-STRIDED = ChildTests(
-    "_strided.py",
-    "KVCOMM_STRIDED_RESULTS",
-    # model runner V1 has torch compile a line of its own, which asks Triton for its device
-    {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-)
-pytest_runtest_setup = STRIDED.pytest_runtest_setup
-pytest_pyfunc_call = STRIDED.pytest_pyfunc_call
-pytest_runtest_logreport = STRIDED.pytest_runtest_logreport
-
-if STRIDED.name in os.environ:
-    import strided_platform
-
-    strided_platform.install()
+from strided_platform import STRIDED, install
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+if STRIDED.name in os.environ:
+    install()
 
 from engines import make_engine
 from vllm import LLM
+
+pytest_runtest_setup = STRIDED.pytest_runtest_setup
+pytest_pyfunc_call = STRIDED.pytest_pyfunc_call
+pytest_runtest_logreport = STRIDED.pytest_runtest_logreport
 
 
 @pytest.fixture(scope="module")

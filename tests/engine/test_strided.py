@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -40,6 +40,7 @@ OFF = {"mode": "off"}
 
 # Pages for PROMPTS and their source, but not for four such with 60 tokens more.
 OPTIONS: dict[str, Any] = {"num_gpu_blocks_override": 41, "max_model_len": 704, "dtype": "float32"}
+PAPER_SETTINGS = {"memory_mb": 8, "gamma": 1.0}
 LEARNS = {
     "mode": "anchor",
     "audit_idle_seconds": 0,
@@ -51,16 +52,21 @@ LEARNS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What kind of engine: vLLM's runner, its name for the layout of pages, and its strides of a
-    page of 16 tokens, by tokens and by heads.
+    """What kind of engine: vLLM's runner, its name for the layout of pages, tokens of the pages
+    that attention reads (block tables name pages of 32), and what is set.
     """
 
     runner: int
     layout: str
-    tokens_first: bool
+    page: int
+    plugin: dict[str, Any] = field(default_factory=lambda: LEARNS)
+    dtype: str = "float32"
 
 
-KINDS = {"v2-nhd": Kind(2, "LBNHC", True), "v1-hnd": Kind(1, "LBHNC", False)}
+KINDS = {"v2-nhd": Kind(2, "LBNHC", 16), "v1-hnd": Kind(1, "LBHNC", 16)}
+# As KINDS, but in a GPU's usual type, with the layers side by side in each page.
+PAPER = Kind(2, "BLHNC", 32, LEARNS | {"mode": "paper", "paper": PAPER_SETTINGS}, "bfloat16")
+on_paper = pytest.mark.parametrize("kind", [PAPER], ids=["paper"], indirect=True)
 
 
 def reset(llm: LLM) -> None:
@@ -119,15 +125,15 @@ def dense(ordinary: Ordinary) -> list[list[int]]:
     return ordinary.dense
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
-    return KINDS[request.param]
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def strided(tiny_llama: str, ordinary: Ordinary, kind: Kind) -> Iterator[LLM]:
-    with as_on_a_gpu(kind.layout, 16, kind.runner):
-        llm = make_engine(tiny_llama, plugin=LEARNS, **OPTIONS)
+    with as_on_a_gpu(kind.layout, kind.page, kind.runner):
+        llm = make_engine(tiny_llama, plugin=kind.plugin, **OPTIONS | {"dtype": kind.dtype})
         yield llm
         ended(llm)
 
@@ -159,7 +165,7 @@ def test_the_engine_works_as_on_a_gpu(llm: LLM, worker: WorkerHalf, kind: Kind) 
     assert pages.packing.value == "strided"
     assert pages.layers[0].shape[1:] == (2, 16, 64), "half of the block tables' pages"
     _, head, token, _ = pages.layers[0].stride()
-    assert (token > head) is kind.tokens_first
+    assert (token > head) is (kind.layout == "LBNHC")
 
 
 def test_holes_alone_give_exactly_the_dense_answer(
@@ -266,8 +272,6 @@ def test_a_load_that_cannot_be_computed_either_ends_its_request_and_is_named(
 
 
 def break_part(worker: WorkerHalf, part: str, patch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     ready = worker.equipment
     run = ready.side_forward.run
 
@@ -285,7 +289,7 @@ def break_part(worker: WorkerHalf, part: str, patch: pytest.MonkeyPatch) -> None
 def test_a_forward_waits_for_all_loads_of_its_step(
     llm: LLM, worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for pieces of a request that waits, beside others, of which vLLM itself knows nothing."""
+    """Also for pieces of a request that waits, beside others: vLLM itself knows nothing of them."""
     for most in ("_beside", "max_tokens"):
         monkeypatch.setattr(connector(llm)._scheduler.spread, most, 64)
     steps: list[list[str]] = []
@@ -317,42 +321,29 @@ def test_a_forward_waits_for_all_loads_of_its_step(
     assert all(step.index("loads") < step.index("forward") for step in both)
 
 
-# ---- another engine: bf16, layers side by side in each page, and the paper's own estimator ---------
-
-
-@pytest.fixture(scope="module")
-def paper(tiny_llama: str, ordinary: Ordinary) -> Iterator[LLM]:
-    plugin = LEARNS | {"mode": "paper", "paper": {"memory_mb": 8, "gamma": 1.0}}
-    with as_on_a_gpu("BLHNC", 32, runner=2):
-        llm = make_engine(tiny_llama, plugin=plugin, **{**OPTIONS, "dtype": "bfloat16"})
-        yield llm
-        ended(llm)
-
-
-def test_pages_that_are_not_dense_in_memory_give_the_dense_answer(
-    paper: LLM, monkeypatch: pytest.MonkeyPatch
+@on_paper
+def test_pages_with_other_layers_between_them_give_the_dense_answer(
+    llm: LLM, worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pages = get_kv_transfer_group()._worker.equipment.groups[0].pages.layers[0]
-    assert pages.shape[1:] == (2, 32, 64)
-    assert pages.stride(0) == 3 * 2 * 32 * 64, "the other layers' pages lie between"
-    ask(paper, SOURCE, hints=OFF)
-    truth = ask(paper, *PROMPTS, tokens=12, hints=OFF)
-    reset(paper)
-    ask(paper, SOURCE)
+    pages = worker.equipment.groups[0].pages.layers[0]
+    assert (pages.shape[1:], pages.stride(0)) == ((2, 32, 64), 3 * 2 * 32 * 64)
+    truth = ask(llm, *PROMPTS, tokens=12, hints=OFF)
+    reset(llm)
+    ask(llm, SOURCE)
     monkeypatch.setattr(plain_mode, "make_plan", holes_only)
-    answers = ask(paper, *PROMPTS, tokens=12, hints={"mode": "seam"})
+    answers = ask(llm, *PROMPTS, tokens=12, hints={"mode": "seam"})
     assert all(answer.report["gap"] > 200 for answer in answers)
-    assert [answer.tokens for answer in answers] == [answer.tokens for answer in truth]
+    assert [answer.tokens for answer in answers] == [dense.tokens for dense in truth]
 
 
-def test_mode_paper_estimates_once_anchors_cover_a_message(paper: LLM) -> None:
-    reset(paper)
+@on_paper
+def test_mode_paper_estimates_once_anchors_cover_a_message(llm: LLM) -> None:
     told = []
     for number in range(3):
         question = text(700 + number, 120)
-        ask(paper, OTHER + question + TAIL, tokens=1)
-        told += ask(paper, AGENT + question + TAIL, hints={"mode": "paper"})
-        settle(paper)
+        ask(llm, OTHER + question + TAIL, tokens=1)
+        told += ask(llm, AGENT + question + TAIL, hints={"mode": "paper"})
+        settle(llm)
     assert [answer.report["declined"] for answer in told] == [{"learning": 1}] * 2 + [{}]
     report = told[-1].report
     # all of the question, and its tail but for the last token, which yields the next one
