@@ -21,6 +21,10 @@ STRIDED = ChildTests(
     {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
 )
 
+# Layout, page and runner of engines with several ranks: their workers have imported vLLM before
+# anything of ours, and runner V2 needs ``install``.
+OF_RANKS = ("LBNHC", 16, 1)
+
 
 def install() -> None:
     """Before anything of vLLM is imported: it uses Triton on a CPU only where Triton has a backend
