@@ -162,7 +162,7 @@ class KVCommConnector(KVConnectorBase_V1):
 
     def _hear(self, report: object) -> None:
         if isinstance(report, StepReport):
-            self._scheduler.hear_repairs(report)
+            self._scheduler.hear_losses(report)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         report = connector_output.kv_connector_worker_meta

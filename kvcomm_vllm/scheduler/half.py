@@ -287,10 +287,14 @@ class SchedulerHalf:
         """
         return self.off is None and not self.states and self.lessons.due()
 
-    def hear_repairs(self, report: StepReport) -> None:
-        """What was computed instead of loaded, before vLLM ends requests of that step and asks what
-        became of them.
+    def hear_losses(self, report: StepReport) -> None:
+        """What was not loaded, before vLLM ends requests of that step and asks what became of them:
+        it ends those whose KV is not there at all, where it cannot compute it.
         """
+        for request_id in report.failed:
+            state = self.states.get(request_id)
+            if state is not None:
+                state.decline(Reason.LOAD_FAILED)
         for request_id in report.repaired:
             state = self.states.get(request_id)
             if state is not None:

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines shared by the tests of a module; one engine at a time lives in this process."""
+"""Engines shared by the tests of a module; one engine at a time lives in this process.
+
+The tests in ``test_strided.py`` run in one child process, where vLLM has Triton on a CPU.
+"""
 
 import gc
 import os
 from collections.abc import Iterator
 
 import pytest
+from strided_platform import STRIDED, install
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+if STRIDED.name in os.environ:
+    install()
 
 from engines import make_engine
 from vllm import LLM
+
+pytest_runtest_setup = STRIDED.pytest_runtest_setup
+pytest_pyfunc_call = STRIDED.pytest_pyfunc_call
+pytest_runtest_logreport = STRIDED.pytest_runtest_logreport
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def settle(llm: LLM) -> None:
     for _ in range(500):
         if not core(llm).scheduler.has_requests():
             return
-        core(llm).step()
+        core(llm).step_fn()
     raise AssertionError("learning does not come to an end")
 
 

@@ -82,6 +82,23 @@ def test_a_failed_load_is_in_the_first_report(make_engine: Make) -> None:
     assert first == last
 
 
+@pytest.mark.parametrize("budget", [256, 64], ids=["in one step", "in pieces"])
+def test_a_load_that_ends_its_request_is_what_its_report_names(
+    make_engine: Make, budget: int
+) -> None:
+    """With steps in flight vLLM computes nothing again, and asks for the report before it passes
+    the workers' word on.
+    """
+    engine = make_engine(pipeline=2, num_blocks=256, budget=budget)
+    engine.serve("source", SOURCE)
+    engine.fail = lambda ops: True
+    prompt = [*words("instructions", 150), *READER]
+    second = engine.serve("second", prompt, [1])  # no step in flight reads what was not written
+    assert [output.finish_reason for output in second.outputs] == [FinishReason.ERROR]
+    assert (second.report["reused"], second.declined) == (0, ["load_failed"])
+    check_idle(engine)
+
+
 @pytest.mark.parametrize("steps", [1, 6], ids=["before its first output", "later"])
 def test_a_request_that_ends_with_an_error_has_its_report(make_engine: Make, steps: int) -> None:
     """vLLM ends it by itself, and gives the connector's word to nobody."""

@@ -11,7 +11,8 @@ from typing import Any
 import mocked_cuda
 import pytest
 import torch
-from strided_layers import group_of, write_flash
+from strided_layers import group_of
+from strided_writes import write_flash
 
 from kvcomm_vllm.compat.layers import write_kv
 from kvcomm_vllm.kernels import packing

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from strided_layers import Write, group_of, layer, write_pages
+from strided_layers import Write, group_of, layer
+from strided_writes import write_pages
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 

@@ -67,7 +67,7 @@ class Anchors:
                 ResidualArena(group, self.room, config.estimator, skip)
                 for group, skip in zip(pages, skips, strict=True)
             ]
-            if self.device.type != "cpu":
+            if accelerator.accelerated(self.device):
                 for arena in self.arenas:
                     arena.warm_up()
             self.kernel = correct_kernel(
