@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from kvcomm_vllm.scheduler.modes import plain as plain_mode
+from kvcomm_vllm.scheduler.modes.anchor_table import Record
 from kvcomm_vllm.worker.half import WorkerHalf
 
 pytestmark = [
@@ -47,6 +48,7 @@ LEARNS = {
     "audit_share": 1,
     "heal": "off",
     "max_anchor_error": 1.0,
+    "estimator": {"ridge_tokens": 0},  # maps say much at once
 }
 
 
@@ -80,7 +82,7 @@ def ended(llm: LLM) -> None:
 
 
 def story(llm: LLM) -> list[Answer]:
-    """Two agents read the same in each mode."""
+    """Two agents read the same in each mode; maps are used, though few texts teach means better."""
     reset(llm)
     ask(llm, SOURCE)
     found = [
@@ -91,7 +93,9 @@ def story(llm: LLM) -> list[Answer]:
         question = text(600 + number, 80)
         ask(llm, OTHER + question + TAIL, tokens=1)
         hints = {"mode": "anchor"}
-        found += ask(llm, AGENT + question + TAIL, tokens=4, hints=hints, logprobs=1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Record, "mapped", True)
+            found += ask(llm, AGENT + question + TAIL, tokens=4, hints=hints, logprobs=1)
         settle(llm)
     return found
 
@@ -188,7 +192,7 @@ def test_each_mode_serves_as_on_packed_pages(llm: LLM, ordinary: Ordinary) -> No
         assert answer.report == same.report
         assert answer.tokens == same.tokens
         for step, other in zip(answer.logprobs, same.logprobs, strict=True):
-            assert step == pytest.approx(other, abs=0.01)
+            assert step == pytest.approx(other, abs=0.002)
 
 
 def test_an_exact_request_gets_only_exact_pages_after_reuse(
