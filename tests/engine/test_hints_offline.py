@@ -117,8 +117,12 @@ def test_an_answer_that_a_stop_string_ends_has_its_report_and_its_text_is_reused
     """The engine hears of it only afterwards."""
     asked = prompt(8000)
     (free,) = ask(reusing, asked, tokens=80, hints={"mode": "off"})
-    length = max(map(free.tokens.index, free.tokens)) + 1  # to the last token that is a new one
-    stop = f"w{free.tokens[length - 1]}"
+    said = [f"w{token}" for token in free.tokens]
+    # to the last word that nothing before begins with: "w3" would end an answer at "w31"
+    new = [
+        n for n, word in enumerate(said) if not any(before.startswith(word) for before in said[:n])
+    ]
+    length, stop = new[-1] + 1, said[new[-1]]
     reusing.reset_prefix_cache(reset_connector=True)
     params = SamplingParams(
         **{**END, "max_tokens": 80}, stop=[stop], include_stop_str_in_output=True, extra_args=OFF

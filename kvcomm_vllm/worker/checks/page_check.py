@@ -23,6 +23,8 @@ from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.side_forward import Row, SideForward
 
 TAIL = 8  # tokens on the second page
+# Values that no token has: attention to them is seen even in a model of random small weights.
+LOUD = 100.0
 
 
 def check_page_sizes(
@@ -50,7 +52,7 @@ def page_fault(groups: list[LayerGroup], block_size: int, side_forward: SideForw
 
     A sequence over two pages is computed in one row, then in two, in the same pages the other way
     round: the second page's values must not change. Then the last token of the first page is
-    replaced: they must. Pages are left empty.
+    replaced, and then its values are made loud: they must. Pages are left empty.
 
     Said, not raised: under tensor parallelism every rank must make every forward.
     """
@@ -72,19 +74,23 @@ def page_fault(groups: list[LayerGroup], block_size: int, side_forward: SideForw
     again = values(tail)
     side_forward.run([Row(back, HoleOp(block_size - 1, [other]))], eager=True)
     replaced = values(tail)
+    _make_loud(groups, back[0] * block_size + block_size - 1)
+    loud = values(tail)
     _clear(groups, block_size)
-    return _verdict(groups, one, two, again, replaced)
+    return _verdict(groups, one, two, again, replaced, loud)
 
 
 def _verdict(groups: list[LayerGroup], *runs: list[torch.Tensor]) -> str | None:
-    """``runs``: values in one row, in two, of the second alone, behind another token; per layer."""
+    """``runs``: values in one row, in two, of the second alone, behind another token, behind loud
+    values; per layer.
+    """
     layers = [
         (layer.layer_name, TOLERANCE[pages.element_size()])
         for group in groups
         for layer, pages in zip(group.layers, group.pages.layers, strict=True)
     ]
     seen = len(layers) == 1  # the first layer's values depend on their own token alone
-    for (name, tolerance), one, two, again, replaced in zip(layers, *runs, strict=True):
+    for (name, tolerance), one, two, again, replaced, loud in zip(layers, *runs, strict=True):
         noise = max(_difference(one, two), _difference(one, again))
         change = _difference(again, replaced)
         if not noise <= max(tolerance, change / 2):
@@ -92,7 +98,7 @@ def _verdict(groups: list[LayerGroup], *runs: list[torch.Tensor]) -> str | None:
                 f"{name}: a token attends to other KV in two rows than in one "
                 f"(relative difference {noise:.2g})"
             )
-        seen |= change > 4 * noise
+        seen |= max(change, _difference(again, loud)) > 4 * noise
     return None if seen else "no token attends to the page before its own"
 
 
@@ -121,6 +127,14 @@ def _values(groups: list[LayerGroup], slots: torch.Tensor) -> list[torch.Tensor]
         for group in groups
         for index in range(len(group.layers))
     ]
+
+
+def _make_loud(groups: list[LayerGroup], slot: int) -> None:
+    slots = torch.tensor([slot], device=groups[0].pages.layers[0].device)
+    for group in groups:
+        for index in range(len(group.layers)):
+            key, value = packing.read(group.pages, index, slots)
+            packing.write(group.pages, index, slots, key, torch.full_like(value, LOUD))
 
 
 def _clear(groups: list[LayerGroup], block_size: int) -> None:
