@@ -52,7 +52,7 @@ def pack_kernel(dim: int, rank: int) -> Any:
             for c in range(0, row, LINE):
                 write_pairs(words + c, read(first + c), read(first + row + c))
 
-    return compile_kernel(body, JOB)
+    return compile_kernel(body, JOB, "pack", dim, rank)
 
 
 def _code_row(kind: str, rank: int) -> int:
@@ -312,4 +312,4 @@ def coded_kernel(kind: str, code_kind: str, dim: int, rank: int) -> Any:
                             )
                     one_head(job, layer, head, lo, hi, ahead, keys, words)
 
-    return compile_kernel(body, JOB)
+    return compile_kernel(body, JOB, "coded", kind, code_kind, dim, rank, paired(kind))

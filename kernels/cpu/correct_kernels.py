@@ -192,4 +192,4 @@ def finish_kernel(kind: str, arena_kind: str | None) -> Any:
                         deviate(job, base, layer, head, u, ahead, rows, others)
                     finish(job, base, t, u, ahead, keys, others)
 
-    return compile_kernel(body, JOB)
+    return compile_kernel(body, JOB, "finish", kind, arena_kind)

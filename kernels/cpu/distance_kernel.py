@@ -107,4 +107,4 @@ def distance_kernel(kind: str, arena_kind: str) -> Any:
                                 job.sums + (token * job.anchors + anchor) * 3 * LINE,
                             )
 
-    return compile_kernel(body, JOB)
+    return compile_kernel(body, JOB, "distance", kind, arena_kind)

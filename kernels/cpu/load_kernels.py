@@ -219,4 +219,4 @@ def load_kernel(kind: str, packing: Packing, adjacent: bool) -> Any:
                 for r in range(value_bounds[group, 0], value_bounds[group + 1, 0]):
                     move(job, base, values, r, ahead)
 
-    return compile_kernel(body, JOB)
+    return compile_kernel(body, JOB, "load", kind, packing, adjacent)

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, from_dtype, njit, types
 from numba.extending import intrinsic
+
+from kvcomm_vllm.kernels.cpu.stored import compile_stored
 
 Job = np.dtype[Any]
 
@@ -33,10 +35,13 @@ def job_type(*fields: str) -> Job:
     return np.dtype([(name, np.int64) for name in ("next", "items", *fields)])
 
 
-def compile_kernel(body: Any, job: Job) -> Any:
+def compile_kernel(body: Any, job: Job, *form: object) -> Any:
     """``body(job, item)``, a numba function, as a C function that takes items until none is left.
 
     Items are handed out one by one, so a thread the system holds up delays nobody else's share.
+
+    Args:
+        form: the kernel's name, and what its code depends on besides its source.
     """
     record = from_dtype(job)
 
@@ -48,7 +53,7 @@ def compile_kernel(body: Any, job: Job) -> Any:
             item = take(pointer)
         publish(pointer)
 
-    return cfunc(types.void(types.CPointer(record)))(kernel)
+    return compile_stored(kernel, types.void(types.CPointer(record)), form)
 
 
 def share(groups: int, layers: int) -> int:
