@@ -27,7 +27,9 @@ from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source, texts
 LEAST_LOAD = 4
 # The tokens right behind an edit of an agent's prompt; its text goes on from what is not there.
 BEHIND_EDIT = 24
-# At most so much of an agent's prompt is computed again for its age behind one edit.
+# Text that was computed within so many last turns is not computed again for its age.
+YOUNG_TURNS = 8
+# At most so much of an agent's prompt is, behind one edit.
 ROLLING_SHARE = 0.02
 
 
@@ -118,8 +120,10 @@ class Refresh:
         return Plan(plan.local, tuple(spans), tuple(refreshed))
 
     def _oldest(self, spans: Listing[ReuseSpan]) -> Bools:
-        """Of the agent's own copies those that are computed again for their age, by positions: as
-        many as are stale for a phrase, up to a share of the prompt.
+        """Of the agent's own copies those that are computed again for their age, by positions: of
+        the oldest as many as are stale for a phrase, up to a share of the prompt.
+
+        Each turn computes something that stays, so turns are counted by what is there of them.
         """
         births = np.full(len(self._prompt), OWN, np.int32)
         count = 0
@@ -132,6 +136,10 @@ class Refresh:
                 found = born(source, self._prompt, span.start, span.end)
                 births[span.start : span.end] = np.where(stale, OWN, found)
         chosen = np.zeros(len(births), np.bool_)
+        turns = np.unique(births[births < OWN])
+        if len(turns) <= YOUNG_TURNS:
+            return chosen
+        births[births >= turns[-YOUNG_TURNS]] = OWN
         count = min(count, int(ROLLING_SHARE * len(births)))
         first = np.argsort(births, kind="stable")[:count]
         chosen[first[births[first] < OWN]] = True

@@ -14,7 +14,13 @@ from kvcomm_vllm.scheduler.cover import cover, true_runs
 from kvcomm_vllm.scheduler.index import Origin, Sequence
 from kvcomm_vllm.scheduler.origin import ELSEWHERE, LEAD_TOKENS, OWN, numbered, origin, origin_by
 from kvcomm_vllm.scheduler.planner import make_plan
-from kvcomm_vllm.scheduler.refresh import BEHIND_EDIT, LEAST_LOAD, ROLLING_SHARE, Refresh
+from kvcomm_vllm.scheduler.refresh import (
+    BEHIND_EDIT,
+    LEAST_LOAD,
+    ROLLING_SHARE,
+    YOUNG_TURNS,
+    Refresh,
+)
 from kvcomm_vllm.scheduler.repeats import GRAM, PHRASE, WORD, precedents, repeats
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source
 
@@ -251,7 +257,7 @@ def test_what_an_agent_copied_of_another_is_computed_for_phrases_alone() -> None
 
 @pytest.mark.parametrize("repeated", [5, 30])
 def test_behind_an_edit_the_oldest_of_what_an_agent_copies_is_computed_again(repeated: int) -> None:
-    born = [7] * 100 + [5] * 150 + [6] * 150
+    born = [99] * 100 + [5] * 150 + [6] * 100 + list(range(6, 6 + YOUNG_TURNS)) * 5
     refresh, plan = session(born, repeated=repeated)
     share = min(repeated - GRAM + 1, int(ROLLING_SHARE * (len(LEAD) + 1 + len(born) + 1)))
     first = len(LEAD) + 1 + 100
@@ -263,13 +269,21 @@ def test_behind_an_edit_the_oldest_of_what_an_agent_copies_is_computed_again(rep
     assert found[first + share] == 5
 
 
+def test_what_was_computed_a_few_turns_ago_is_not_computed_again_for_its_age() -> None:
+    newest = [4 + YOUNG_TURNS] * 100
+    young = newest + [5] * 260 + list(range(5, 5 + YOUNG_TURNS)) * 5
+    old = newest + [4] * 260 + young[360:]
+    (_, few), (_, more) = (session(born, repeated=30) for born in (young, old))
+    assert more.refreshed_tokens == few.refreshed_tokens + int(ROLLING_SHARE * (len(young) + 34))
+
+
 def test_what_an_edit_does_not_move_is_not_computed_again_for_its_age() -> None:
-    _, plan = session([5] * 400, edit=False)
+    _, plan = session(list(range(5, 105)) * 4, edit=False)
     assert plan.refreshed == ()
 
 
 def test_another_agents_text_is_not_computed_again_for_its_age() -> None:
-    _, plan = session([5] * 400, lead=[*LEAD[:-1], 1])
+    _, plan = session(list(range(5, 105)) * 4, lead=[*LEAD[:-1], 1])
     assert len(plan.refreshed) == 1  # what repeated the turn that is gone
     assert plan.refreshed_tokens == 1
 
