@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CPU kernel that has been compiled is not compiled again, and nothing depends on that."""
+"""A CPU kernel that has been compiled is not compiled again, and nothing depends on that.
+
+numba is imported by tests, not with them: engines of the same process have to come first.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +11,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
-from numba import njit
-from numba.core.caching import CompileResultCacheImpl
-
-from kvcomm_vllm.kernels.cpu.threads import compile_kernel, job_type, run, table
-
-JOB = job_type("cells", "count")
 
 
 def adder(step: int) -> Any:
+    from numba import njit
+
+    from kvcomm_vllm.kernels.cpu.threads import compile_kernel, table
+
     @njit
     def body(job, item):  # type: ignore[no-untyped-def]
         cells = table(job.cells, job.count, 1)
         cells[item, 0] += step
 
-    return compile_kernel(body, JOB, "adder", step)
+    return compile_kernel(body, _job(), "adder", step)
+
+
+def _job() -> Any:
+    from kvcomm_vllm.kernels.cpu.threads import job_type
+
+    return job_type("cells", "count")
 
 
 def added(kernel: Any) -> list[int]:
+    from kvcomm_vllm.kernels.cpu.threads import run
+
     cells = np.arange(4)
-    run(kernel, JOB, 4, work_bytes=0, cells=cells.ctypes.data, count=4)
+    run(kernel, _job(), 4, work_bytes=0, cells=cells.ctypes.data, count=4)
     return [int(cell) for cell in cells]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
     return tmp_path
 
 
@@ -78,6 +86,6 @@ def test_a_broken_file_is_compiled_again(folder: Path) -> None:
 
 
 def test_without_a_place_to_keep_it_a_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
+    monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
     assert [adder(3).cache_hits for _ in range(2)] == [0, 0]
     assert added(adder(3)) == [3, 4, 5, 6]
