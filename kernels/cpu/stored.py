@@ -35,7 +35,7 @@ def _not_compiled(function: Any, signature: Any) -> Any:
     return CFunc(function, (signature.args, signature.return_type), locals={}, options={})
 
 
-class _Stored(FunctionCache):  # type: ignore[misc]
+class _Stored(FunctionCache):
     """numba tells closures apart by pickling what they hold, which for compiled functions is
     another one in every process.
     """
