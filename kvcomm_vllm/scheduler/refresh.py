@@ -125,22 +125,24 @@ class Refresh:
 
         Each turn computes something that stays, so turns are counted by what is there of them.
         """
+        own = [
+            span
+            for span in spans
+            if same_agent(span.source.sequence.tokens, self._prompt)
+            and not span.source.same_context
+        ]
         births = np.full(len(self._prompt), OWN, np.int32)
-        count = 0
-        for span in spans:
-            source = span.source
-            if same_agent(source.sequence.tokens, self._prompt) and not source.same_context:
-                stale = self._stale_of(span)
-                changed = self._changed(source, span.start, span.end)
-                count += int(np.count_nonzero(changed & PHRASE))
-                found = born(source, self._prompt, span.start, span.end)
-                births[span.start : span.end] = np.where(stale, OWN, found)
+        for span in own:
+            found = born(span.source, self._prompt, span.start, span.end)
+            births[span.start : span.end] = np.where(self._stale_of(span), OWN, found)
         chosen = np.zeros(len(births), np.bool_)
         turns = np.unique(births[births < OWN])
         if len(turns) <= YOUNG_TURNS:
             return chosen
         births[births >= turns[-YOUNG_TURNS]] = OWN
-        count = min(count, int(ROLLING_SHARE * len(births)))
+        changed = (self._changed(span.source, span.start, span.end) for span in own)
+        phrases = sum(int(np.count_nonzero(marks & PHRASE)) for marks in changed)
+        count = min(phrases, int(ROLLING_SHARE * len(births)))
         first = np.argsort(births, kind="stable")[:count]
         chosen[first[births[first] < OWN]] = True
         return chosen

@@ -2,11 +2,11 @@
 """Memory pressure, failures and aborts cost time, never an answer."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
-from engines import ask, connector, core, make_engine, text
-from vllm import LLM, SamplingParams
+from accidents import abort_after, assert_nothing_is_held, break_part
+from engines import ask, core, make_engine, text
+from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvcomm_vllm.worker.half import WorkerHalf
@@ -28,13 +28,6 @@ def small(tiny_llama: str) -> Iterator[LLM]:
 @pytest.fixture
 def worker() -> WorkerHalf:
     return get_kv_transfer_group()._worker  # type: ignore[no-any-return]
-
-
-def assert_nothing_is_held(llm: LLM) -> None:
-    scheduler = connector(llm)._scheduler
-    assert scheduler.pages.held == 0
-    assert not scheduler.states
-    assert core(llm).scheduler.reset_prefix_cache(reset_connector=True), "pages are still in use"
 
 
 def test_preempted_requests_finish_and_leave_no_approximate_page(small: LLM, plain: LLM) -> None:
@@ -66,19 +59,9 @@ def test_a_failed_load_is_computed_and_gives_the_dense_answer(
     small: LLM, plain: LLM, worker: WorkerHalf, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within its step, or, where the repair fails as well, by vLLM."""
-    run = worker.equipment.side_forward.run
-
-    def fail(*_: object) -> None:
-        if broken.startswith("first"):
-            monkeypatch.setattr(worker.equipment.side_forward, "run", run)
-        raise RuntimeError("page lost")
-
     ask(small, text(230, 40) + SHARED + TAIL)
     prompt = text(231, 40) + SHARED + TAIL
-    if broken == "kernel":
-        monkeypatch.setattr(worker, "ready", replace(worker.equipment, kernel=fail))
-    else:
-        monkeypatch.setattr(worker.equipment.side_forward, "run", fail)
+    break_part(worker, broken, monkeypatch)
     answer = ask(small, prompt)[0]
     reason = "load_failed" if broken.startswith("every") else "load_repaired"
     assert answer.report["declined"] == {reason: 1}
@@ -90,17 +73,8 @@ def test_a_failed_load_is_computed_and_gives_the_dense_answer(
 
 def test_a_request_aborted_in_flight_leaves_the_engine_whole(small: LLM, plain: LLM) -> None:
     ask(small, text(240, 40) + SHARED + TAIL)
-    engine = small.llm_engine
-    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     for steps in (0, 1, 2):
-        name = f"doomed-{steps}"
-        prompt = text(241 + steps, 40) + SHARED + TAIL
-        engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        for _ in range(steps):
-            engine.step()
-        engine.abort_request([name])
-        while engine.has_unfinished_requests():
-            engine.step()
+        abort_after(small, text(241 + steps, 40) + SHARED + TAIL, steps)
     prompt = text(245, 40) + SHARED + TAIL
     assert ask(small, prompt)[0].report["reused"] > 0
     exact = ask(small, prompt, hints={"mode": "off"})[0]

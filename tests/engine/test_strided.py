@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from accidents import abort_after, assert_nothing_is_held, break_part
 from engines import Answer, ask, connector, core, make_engine, settle, text
 from strided_attention import StridedAttention
 from strided_platform import as_on_a_gpu
 from test_exactness import holes_only
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -149,10 +150,7 @@ def llm(strided: LLM) -> Iterator[LLM]:
     reset(strided)
     yield strided
     settle(strided)
-    scheduler = connector(strided)._scheduler
-    assert scheduler.pages.held == 0
-    assert not scheduler.states
-    reset(strided)
+    assert_nothing_is_held(strided)
 
 
 @pytest.fixture
@@ -232,16 +230,8 @@ def test_a_request_aborted_in_flight_leaves_the_engine_whole(
     llm: LLM, dense: list[list[int]]
 ) -> None:
     ask(llm, SOURCE)
-    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     for steps in range(4):
-        engine, name = llm.llm_engine, f"doomed-{steps}"
-        prompt = text(530 + steps, 40) + SHARED + TAIL
-        engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        for _ in range(steps):
-            engine.step()
-        engine.abort_request([name])
-        while engine.has_unfinished_requests():
-            engine.step()
+        abort_after(llm, text(530 + steps, 40) + SHARED + TAIL, steps)
     assert ask(llm, PROMPTS[0], tokens=12)[0].report["reused"] > 150
     assert ask(llm, PROMPTS[0], tokens=12, hints=OFF)[0].tokens == dense[0]
 
@@ -274,21 +264,6 @@ def test_a_load_that_cannot_be_computed_either_ends_its_request_and_is_named(
     assert (answer.report["reused"], answer.report["declined"]) == (0, {"load_failed": 1})
     assert ask(llm, PROMPTS[0], tokens=12, hints=OFF)[0].tokens == dense[0]
     assert ask(llm, PROMPTS[1])[0].report["reused"] > 150
-
-
-def break_part(worker: WorkerHalf, part: str, patch: pytest.MonkeyPatch) -> None:
-    ready = worker.equipment
-    run = ready.side_forward.run
-
-    def fail(*_: object) -> None:
-        if part.startswith("first"):
-            patch.setattr(ready.side_forward, "run", run)
-        raise RuntimeError("page lost")
-
-    if part == "kernel":
-        patch.setattr(worker, "ready", replace(ready, kernel=fail))
-    else:
-        patch.setattr(ready.side_forward, "run", fail)
 
 
 def test_a_forward_waits_for_all_loads_of_its_step(

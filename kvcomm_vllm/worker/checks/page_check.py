@@ -7,6 +7,7 @@ tokens' KV, and neither reading pages back nor tokens alone in their sequence wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from kvcomm_vllm.compat.metadata import MetadataBuilder
 from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.model_check import PAGES
@@ -122,25 +124,23 @@ def _values(groups: list[LayerGroup], slots: torch.Tensor) -> list[torch.Tensor]
     bias.
     """
     slots = slots.to(groups[0].pages.layers[0].device)
-    return [
-        packing.read(group.pages, index, slots)[1]
-        for group in groups
-        for index in range(len(group.layers))
-    ]
+    return [packing.read(pages, index, slots)[1] for pages, index in _layers(groups)]
 
 
 def _make_loud(groups: list[LayerGroup], slot: int) -> None:
     slots = torch.tensor([slot], device=groups[0].pages.layers[0].device)
-    for group in groups:
-        for index in range(len(group.layers)):
-            key, value = packing.read(group.pages, index, slots)
-            packing.write(group.pages, index, slots, key, torch.full_like(value, LOUD))
+    for pages, index in _layers(groups):
+        key, value = packing.read(pages, index, slots)
+        packing.write(pages, index, slots, key, torch.full_like(value, LOUD))
 
 
 def _clear(groups: list[LayerGroup], block_size: int) -> None:
     device = groups[0].pages.layers[0].device
     slots = torch.cat([torch.arange(p * block_size, (p + 1) * block_size) for p in PAGES])
     slots = slots.to(device)
-    for group in groups:
-        for index in range(len(group.layers)):
-            packing.clear(group.pages, index, slots)
+    for pages, index in _layers(groups):
+        packing.clear(pages, index, slots)
+
+
+def _layers(groups: list[LayerGroup]) -> Iterator[tuple[PageGroup, int]]:
+    return ((group.pages, index) for group in groups for index in range(len(group.layers)))
