@@ -20,10 +20,11 @@ import torch
 from numba import carray, from_dtype, njit, types
 from numba.extending import intrinsic
 
-from kvcomm_vllm.kernels.cpu.stored import compile_stored
+from kvcomm_vllm.kernels.cpu.stored import Kernel, compile_stored
 
 Job = np.dtype[Any]
 
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _BYTES_PER_THREAD = 256 << 10  # moved in about 20 us, what it takes to wake a team
 
 
@@ -35,7 +36,7 @@ def job_type(*fields: str) -> Job:
     return np.dtype([(name, np.int64) for name in ("next", "items", *fields)])
 
 
-def compile_kernel(body: Any, job: Job, *form: object) -> Any:
+def compile_kernel(body: Any, job: Job, *form: object) -> Kernel:
     """``body(job, item)``, a numba function, as a C function that takes items until none is left.
 
     Items are handed out one by one, so a thread the system holds up delays nobody else's share.
@@ -62,7 +63,7 @@ def share(groups: int, layers: int) -> int:
     return -(-layers // parts)
 
 
-def run(kernel: Any, job: Job, items: int, *, work_bytes: int, **fields: int) -> None:
+def run(kernel: Kernel, job: Job, items: int, *, work_bytes: int, **fields: int) -> None:
     """Call a compiled kernel once per thread of torch's pool; returns when all items are done.
 
     Args:
@@ -73,7 +74,7 @@ def run(kernel: Any, job: Job, items: int, *, work_bytes: int, **fields: int) ->
     enough = -(-work_bytes // _BYTES_PER_THREAD)
     threads, team = min(torch.get_num_threads(), items, enough), _team()
     if threads <= 1 or team is None:
-        kernel.ctypes(record.ctypes.data)
+        _FUNCTION(kernel.address)(record.ctypes.data)
     else:
         team(kernel.address, record.ctypes.data, threads, 0)
 

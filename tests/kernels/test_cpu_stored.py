@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_kernel_is_compiled_once() -> None:
     first, again = adder(3), adder(3)
-    assert (first.cache_hits, again.cache_hits) == (0, 1)
+    assert (first.stored, again.stored) == (False, True)
     assert added(first) == added(again) == [3, 4, 5, 6]
 
 
@@ -58,9 +58,13 @@ def test_kernels_of_one_source_are_told_apart() -> None:
     assert [added(adder(step)) for step in (3, 5, 3, 5)] == [[3, 4, 5, 6], [5, 6, 7, 8]] * 2
 
 
-def test_another_process_has_it_too(folder: Path) -> None:
-    adder(3)
-    script = "import test_cpu_stored as t; k = t.adder(3); print(k.cache_hits, t.added(k))"
+def elsewhere(folder: Path, steps: list[int]) -> str:
+    """What another process prints that makes these kernels, in this order, and runs them all."""
+    script = f"""
+import test_cpu_stored as t
+kernels = [t.adder(step) for step in {steps}]
+print([kernel.stored for kernel in kernels], [t.added(kernel)[0] for kernel in kernels])
+"""
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parent,
@@ -68,24 +72,64 @@ def test_another_process_has_it_too(folder: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip() == "1 [3, 4, 5, 6]", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
-def test_a_changed_source_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_has_it_too(folder: Path) -> None:
+    adder(3)
+    assert elsewhere(folder, [3]) == "[True] [3]"
+
+
+def test_kernels_of_several_processes_do_not_mix(folder: Path) -> None:
+    """The compiler numbers functions anew in every process, and tells symbols apart by that."""
+    assert elsewhere(folder, [3]) == "[False] [3]"
+    assert elsewhere(folder, [5]) == "[False] [5]"
+    assert elsewhere(folder, [3, 7, 5]) == "[True, False, True] [3, 7, 5]"
+    assert elsewhere(folder, [7, 9, 5, 3]) == "[True, False, True, True] [7, 9, 5, 3]"
+
+
+def test_a_changed_source_is_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adder(3)
     monkeypatch.setattr("kvcomm_vllm.kernels.cpu.stored._sources", lambda: "changed")
-    assert adder(3).cache_hits == 0
+    (older,) = folder.rglob("*.kernel")
+    assert not adder(3).stored
+    assert adder(3).stored
+    assert list(folder.rglob("*.kernel")) != [older]
+    assert not older.exists()
 
 
-def test_a_broken_file_is_compiled_again(folder: Path) -> None:
+def broken(content: bytes) -> dict[str, bytes]:
+    middle = len(content) // 2
+    flipped = bytes([content[middle] ^ 1])
+    return {
+        "empty": b"",
+        "cut off": content[:-1],
+        "one bit": content[:middle] + flipped + content[middle + 1 :],
+    }
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "one bit"])
+def test_a_broken_file_is_compiled_again(folder: Path, how: str) -> None:
     adder(3)
-    (file,) = folder.rglob("*.nbc")
-    file.write_bytes(file.read_bytes()[:100])
+    (file,) = folder.rglob("*.kernel")
+    file.write_bytes(broken(file.read_bytes())[how])
     kernel = adder(3)
-    assert (kernel.cache_hits, added(kernel)) == (0, [3, 4, 5, 6])
+    assert (kernel.stored, added(kernel)) == (False, [3, 4, 5, 6])
+    assert adder(3).stored
+
+
+def test_code_of_another_kernel_is_never_run(folder: Path) -> None:
+    adder(3)
+    (three,) = folder.rglob("*.kernel")
+    adder(5)
+    (five,) = set(folder.rglob("*.kernel")) - {three}
+    five.write_bytes(three.read_bytes())
+    kernel = adder(5)
+    assert (kernel.stored, added(kernel)) == (False, [5, 6, 7, 8])
 
 
 def test_without_a_place_to_keep_it_a_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
-    assert [adder(3).cache_hits for _ in range(2)] == [0, 0]
+    assert not any(adder(3).stored for _ in range(2))
     assert added(adder(3)) == [3, 4, 5, 6]
