@@ -4,7 +4,7 @@
 Fixed order on one stream: loads, then one side forward for all holes. Nothing raises into the
 engine: of requests whose loads fail the side forward computes the whole plan, exactly as vLLM
 would. If that fails as well, it is reported by block id, and vLLM computes those blocks again where
-it can.
+it can. Only among several ranks a side forward that fails ends the engine (``RanksApartError``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kvcomm_vllm.worker.clock import Clock, HostClock, clock_of
 from kvcomm_vllm.worker.compare import compare
 from kvcomm_vllm.worker.equipment import Equipment, equip
 from kvcomm_vllm.worker.load import run_loads, token_moves
-from kvcomm_vllm.worker.side_forward import Row
+from kvcomm_vllm.worker.side_forward import RanksApartError, Row
 
 logger = init_logger("vllm.kvcomm.worker")
 
@@ -131,6 +131,8 @@ class WorkerHalf:
     def _succeeds(self, name: str, work: Callable[..., None], *given: Any) -> bool:
         try:
             work(*given)
+        except RanksApartError:
+            raise
         except Exception:
             logger.exception("kvcomm: %s failed", name)
             return False
@@ -189,6 +191,8 @@ class WorkerHalf:
                     elif correction.unsettled:
                         correction.settle()
                     report.unsettled |= correction.unsettled
+        except RanksApartError:
+            raise
         except Exception:
             logger.exception("kvcomm: a lesson failed, its placeholders start anew")
             report.lesson_failed = True

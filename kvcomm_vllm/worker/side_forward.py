@@ -8,6 +8,8 @@ one's fresh KV of the same layer, and the result equals dense prefill, token for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,12 @@ from kvcomm_vllm.compat.model import (
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.worker.load import slots_of
 from kvcomm_vllm.worker.upload import upload
+
+
+class RanksApartError(RuntimeError):
+    """A forward failed on this rank, and others may be in the middle of it. Whatever this rank sent
+    next they would take for their own forward's sums, so the engine ends as with vLLM's forwards.
+    """
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class SideForward:
     Args:
         runner: vLLM's model runner.
         block_size: tokens per page of the block tables.
+
+    All its methods raise :class:`RanksApartError` for whatever fails where there are several ranks.
     """
 
     def __init__(self, runner: Any, block_size: int) -> None:
@@ -82,6 +92,7 @@ class SideForward:
         self.always_eager = embeds and keeps_embeddings(runner.model)
         self.embeds = embeds and not self.always_eager
         self.builders = metadata_builders(runner)
+        self.single = runner.vllm_config.parallel_config.tensor_parallel_size == 1
 
     def run(self, rows: list[Row], eager: bool = False) -> None:
         """Writes the rows' K and V into their pages; ``eager`` leaves the compiled model alone."""
@@ -96,11 +107,24 @@ class SideForward:
             not told them all.
         """
         ends = [self._forward([row], self.always_eager)[-1:].clone() for row in rows]
-        with torch.inference_mode():
+        with self._together(), torch.inference_mode():
             logits: torch.Tensor | None = self.runner.model.compute_logits(torch.cat(ends))
         return logits
 
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.single:
+                raise
+            raise RanksApartError("a forward beside vLLM's failed on a rank") from error
+
     def _forward(self, rows: list[Row], eager: bool) -> torch.Tensor:
+        with self._together():
+            return self._forward_of(rows, eager)
+
+    def _forward_of(self, rows: list[Row], eager: bool) -> torch.Tensor:
         """Returns the model's last hidden states: ``[tokens, width]``."""
         lengths = np.array([len(row.hole.tokens) for row in rows], dtype=np.int32)
         ends = np.array([row.end for row in rows], dtype=np.int32)

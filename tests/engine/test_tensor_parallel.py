@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from engines import ask, make_engine, text
 from vllm import LLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 pytestmark = [
     pytest.mark.engine,
@@ -117,3 +118,14 @@ def test_a_load_that_fails_on_one_rank_is_computed_by_all_in_the_same_step(
     assert answer.tokens == dense[0]
     assert ask(both, prompts[1])[0].report["reused"] > 150
     assert ask(both, prompts[1], hints=OFF)[0].tokens == dense[1]
+
+
+def test_a_side_forward_that_fails_on_one_rank_ends_the_engine_like_vllm_s_own(
+    both: LLM, prompts: list[list[int]]
+) -> None:
+    """The other rank waits in the middle of it: it would take a repair's sums for its own."""
+    assert both.reset_prefix_cache(reset_connector=True)
+    ask(both, text(423, 70) + SHARED + TAIL)
+    both.collective_rpc("break_side_forward", args=(1,))
+    with pytest.raises(EngineDeadError):
+        ask(both, prompts[0])

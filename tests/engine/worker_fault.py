@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed into vLLM's workers (``worker_extension_cls``): breaks and mends the load of one rank."""
+"""Mixed into vLLM's workers (``worker_extension_cls``): breaks and mends what one rank does."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ class FaultyLoad:
     def mend_load(self) -> None:
         half = self._half()
         half.ready = getattr(half, "whole", half.ready)
+
+    def break_side_forward(self, rank: int) -> None:
+        """The next forward fails in the middle of the model, and none behind it."""
+        if self.rank == rank:
+            part = self._half().runner.model.model.layers[1].mlp
+
+            def fail_once(*_: object) -> None:
+                del part.forward
+                raise RuntimeError("no memory")
+
+            part.forward = fail_once
 
     def load_facts(self) -> tuple[str | None, str]:
         """Why reuse is off on this rank, if it is, and what its pages look like."""

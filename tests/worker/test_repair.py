@@ -13,9 +13,9 @@ import torch
 
 from kvcomm_vllm.compat.device import any_rank
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.messages import HoleOp, LoadOp, RequestOps, StepMessage, StepReport
+from kvcomm_vllm.messages import HoleOp, LessonOp, LoadOp, RequestOps, StepMessage, StepReport
 from kvcomm_vllm.worker.half import WorkerHalf
-from kvcomm_vllm.worker.side_forward import Row
+from kvcomm_vllm.worker.side_forward import RanksApartError, Row
 
 PAGE = 4
 
@@ -37,15 +37,16 @@ def ops(name: str, first_page: int, **fields: Any) -> RequestOps:
 class SideForward:
     """Notes what it computes; the first ``failures`` times it fails."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception) -> None:
         self.rows: list[Row] = []
         self.eager = False
         self.failures = 0
+        self.error = error
 
     def run(self, rows: list[Row], eager: bool = False) -> None:
         if self.failures:
             self.failures -= 1
-            raise RuntimeError("no memory")
+            raise self.error
         self.rows, self.eager = rows, eager
 
     @property
@@ -60,7 +61,7 @@ class Worker(WorkerHalf):
     def __init__(self, ranks: int = 1) -> None:
         parallel = SimpleNamespace(rank=0, tensor_parallel_size=ranks)
         super().__init__(KVCommConfig(), SimpleNamespace(parallel_config=parallel), PAGE)
-        self.forward = SideForward()
+        self.forward = SideForward(RuntimeError("no memory") if ranks == 1 else RanksApartError())
         equipment: Any = SimpleNamespace(side_forward=self.forward)
         self.ready = equipment
         self.broken: set[str] = set()
@@ -164,6 +165,21 @@ def test_all_ranks_compute_what_one_of_them_has_not_loaded(
     assert asked == [[False, mine]]
     assert worker.forward.computed == [*HOLES, (20, 4, 20)]
     assert (report.done, report.repaired) == ({"a"}, {"b"})
+
+
+@pytest.mark.parametrize("work", ["holes", "lesson"])
+def test_a_side_forward_that_fails_on_one_of_several_ranks_ends_the_engine(
+    monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    """Others wait in the middle of it, and would take a repair's sums for its own."""
+    monkeypatch.setattr("kvcomm_vllm.worker.half.any_rank", lambda flags: flags)
+    worker = Worker(ranks=2)
+    worker.forward.failures = 1
+    lesson = LessonOp(1, [3], HoleOp(0, [1, 2]))
+    message = StepMessage([ops("a", 10)]) if work == "holes" else StepMessage(lesson=lesson)
+    with pytest.raises(RanksApartError):
+        worker.run(message)
+    assert worker.forward.rows == []
 
 
 def test_one_rank_asks_nobody_and_a_step_without_operations_neither(
