@@ -146,6 +146,7 @@ def test_what_cannot_be_used_has_a_name(line: object, kind: Flaw) -> None:
     assert flaw(line) is kind
 
 
+@pytest.mark.slow
 @given(LINES)
 @settings(max_examples=400, deadline=None)
 def test_nothing_breaks_the_reading(line: object) -> None:

@@ -151,6 +151,7 @@ def test_broken_lines_are_counted_and_the_others_are_estimated(tmp_path: Path, m
     assert numbers(tmp_path / "log", model, "--served", "all")["total"]["requests"] >= 3
 
 
+@pytest.mark.slow
 @given(st.lists(LINES, max_size=6))
 @settings(max_examples=150, deadline=None)
 def test_no_line_breaks_an_estimate(shared_run: Run, lines: list[object]) -> None:

@@ -16,6 +16,7 @@ from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.estimate.server import Prompt, ServerInThought
 
 Make = Callable[..., EngineWithoutWorker]
+SLOW = pytest.mark.slow
 
 # what a product's user has, in the tokens of a test
 PLANNED = {"min_reuse_share": 0.3, "private_price": 0.25, "max_unseen_share": 0.7}
@@ -44,7 +45,7 @@ def script(seed: int, requests: int) -> list[tuple[list[int], list[int], str | N
     return made
 
 
-@pytest.mark.parametrize("blocks", [64, 90, 512])
+@pytest.mark.parametrize("blocks", [64, *(pytest.param(n, marks=SLOW) for n in (90, 512))])
 @pytest.mark.parametrize(
     "changes",
     [

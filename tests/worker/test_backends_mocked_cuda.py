@@ -24,6 +24,10 @@ from kvcomm_vllm.worker.kv_view import STRIDED_BACKENDS, packing_of
 HOPPER = [9, 0]
 NOT_FP8 = {"FLEX_ATTENTION"}  # takes no quantised KV
 SCALES = (0.5, 0.02)
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.slow) if "FLASHINFER" in name else name  # to import it
+    for name in sorted(STRIDED_BACKENDS)
+]
 BLOCK, PAGES = 64, 3
 numbers = itertools.count()
 
@@ -100,7 +104,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-@pytest.mark.parametrize("name", sorted(STRIDED_BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_accepted_backends_write_where_we_read(make: Any, name: str, kv_dtype: str) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 

@@ -45,6 +45,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Any:
             model_config=SimpleNamespace(
                 enable_prompt_embeds=prompts, supports_multimodal_inputs=multimodal
             ),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )
         runner = SimpleNamespace(
             model=model, vllm_config=config, device=torch.device("cpu"), attn_groups=[]

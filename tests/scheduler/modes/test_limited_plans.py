@@ -51,6 +51,7 @@ def test_it_gets_longer_seams_and_then_is_computed(make_engine: Make, mode: str)
     check_idle(engine)
 
 
+@pytest.mark.slow
 @modes
 def test_what_is_computed_is_tried_again_and_recovers(make_engine: Make, mode: str) -> None:
     engine = misled(make_engine(mode=mode, **BUDGET))
