@@ -135,7 +135,7 @@ def test_the_demo_takes_one_server_unless_asked_for_more(tmp_path: Path) -> None
     assert names["kvcomm"].hints is None, "served as the configuration says"
     salts = [column.salt(number) for column in names.values() for number in (0, 1)]
     assert len(set(salts)) == 4, "the columns with a cache have one each, the other none"
-    assert (len(quick.tasks), quick.answer_tokens) == (1, 48)
+    assert (len(quick.tasks), quick.answer_tokens) == (1, 40)
     assert (len(full.tasks), full.answer_tokens) == (2, 128)
     assert not full.bench.config.audits
     assert "two things" in refused("demo", "--model", "m", "--quick", "--full")
