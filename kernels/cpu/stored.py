@@ -110,14 +110,14 @@ def _load(file: Path) -> Kernel:
 
 def _save(file: Path, compiled: CFunc) -> None:
     """In place of what older sources left; where nothing can be written, nothing is."""
-    _, _, (code, _) = compiled._library.serialize_using_object_code()
-    content = compiled.native_name.encode() + b"\0" + code
     part = file.with_suffix(f".{uuid4().hex}")
     try:
+        _, _, (code, _) = compiled._library.serialize_using_object_code()
+        content = compiled.native_name.encode() + b"\0" + code
         part.write_bytes(_seal(file, content) + content)
         part.replace(file)
         for older in file.parent.glob(f"{file.name.split('.')[0]}.*.kernel"):
             if older != file:
                 older.unlink(missing_ok=True)
-    except OSError:
+    except Exception:  # the kernel is there, the next start compiles it again
         part.unlink(missing_ok=True)
