@@ -22,6 +22,9 @@ class MeanCorrection:
     def describe(self) -> str:
         return f"; means of {self.room} placeholders"
 
+    def check(self) -> None:
+        """It loads with the reference."""
+
     def load(self, requests: list[RequestOps]) -> None:
         pairs = [(ops.block_ids, load) for ops in requests for load in ops.loads]
         for pages, load in (pair for pair in pairs if pair[1].entry >= 0):

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from kvcomm_vllm.kernels.deviation import MeanMap
+from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.messages import LessonOp, LoadOp, ProbeOp, RequestOps
 from kvcomm_vllm.worker import accelerator
+from kvcomm_vllm.worker.checks.kernel_check import check_corrections
 from kvcomm_vllm.worker.corrections.base import ErrorSums, Ground, shrunk
 from kvcomm_vllm.worker.corrections.deviations import base_of, deviations, true_of
 from kvcomm_vllm.worker.corrections.residual import (
@@ -70,13 +72,19 @@ class Anchors:
             if accelerator.accelerated(self.device):
                 for arena in self.arenas:
                     arena.warm_up()
-            self.kernel = correct_kernel(
-                [
-                    (group.pages, example)
-                    for group, arena in zip(groups, self.arenas, strict=True)
-                    for example in _examples(group, arena)
-                ]
-            )
+            self.kernel = correct_kernel(self._loads())
+
+    def _loads(self) -> list[tuple[PageGroup, MeanMap]]:
+        """One of each kind."""
+        return [
+            (group.pages, example)
+            for group, arena in zip(self.groups, self.arenas, strict=True)
+            for example in _examples(group, arena)
+        ]
+
+    def check(self) -> None:
+        if self.kernel is not None:
+            check_corrections(self._loads(), self.kernel)
 
     def describe(self) -> str:
         if self.config.mode != "anchor":

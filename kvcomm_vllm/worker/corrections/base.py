@@ -71,6 +71,13 @@ class Correction(Protocol):
     def describe(self) -> str:
         """For the start line; empty where the configuration does not ask for it."""
 
+    def check(self) -> None:
+        """Whether its kernels do here what they should; before anything is served.
+
+        Raises:
+            Unsupported: they do not.
+        """
+
     def load(self, requests: Listing[RequestOps]) -> None:
         """Load, and correct, what is its own of a step's work.
 

@@ -27,6 +27,7 @@ from kvcomm_vllm.messages import (
     ProbeOp,
     RequestOps,
 )
+from kvcomm_vllm.worker.checks.kernel_check import check_corrections
 from kvcomm_vllm.worker.corrections.base import Ground, shrunk
 from kvcomm_vllm.worker.corrections.paper_formulas import (
     channel_distances,
@@ -114,7 +115,14 @@ class PaperArena:
             self.distance = distance_kernel(
                 [(page, k, v) for page, (k, v) in zip(pages, near, strict=True)]
             )
-            self.correct = correct_kernel([(p.group.pages, _example(p)) for p in self.parts])
+            self.correct = correct_kernel(self._loads())
+
+    def _loads(self) -> list[tuple[PageGroup, AnchorSum]]:
+        return [(part.group.pages, _example(part)) for part in self.parts]
+
+    def check(self) -> None:
+        if self.correct is not None:
+            check_corrections(self._loads(), self.correct)
 
     def describe(self) -> str:
         if not self.config.paper.memory_mb:
