@@ -162,7 +162,7 @@ class Reason(enum.StrEnum):
     SELF_CHECK_FAILED = (
         "self_check_failed",
         Scope.ENGINE,
-        "The check at start read back something else than it had written or rotated.",
+        "The check at start read back something else than it had written, rotated or corrected.",
     )
 
     DISABLED_AT_START = (

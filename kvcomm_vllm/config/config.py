@@ -230,7 +230,8 @@ class KVCommConfig:
     )
     self_check: bool = key(
         True,
-        "Check at start that KV is read, written and rotated correctly; reuse is off if it is not.",
+        "Check at start that KV is read, written, rotated and corrected as it should be; reuse is "
+        "off if it is not.",
     )
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     paper: PaperConfig = field(default_factory=PaperConfig)
