@@ -81,8 +81,9 @@ def equip(
         warm_up_loads(groups, kernel)
         single = alone and parallel.tensor_parallel_size == 1
         corrections, said = reserve(Ground(groups, config, block_size, alone, single))
-        for correction in corrections.values() if config.self_check else ():
-            correction.check()
+        if config.self_check:
+            for correction in corrections.values():
+                correction.check()
     rooms = {mode: correction.room for mode, correction in corrections.items()}
     compares = tells_tokens(runner)
     if not compares:

@@ -96,8 +96,9 @@ class SideForward:
 
     def run(self, rows: list[Row], eager: bool = False) -> None:
         """Writes the rows' K and V into their pages; ``eager`` leaves the compiled model alone."""
-        for batch in batches(rows, self.max_tokens, self.max_rows):
-            self._forward(batch, eager or self.always_eager)
+        with self._together():
+            for batch in batches(rows, self.max_tokens, self.max_rows):
+                self._forward(batch, eager or self.always_eager)
 
     def last_logits(self, rows: list[Row]) -> torch.Tensor | None:
         """Writes the rows like :meth:`run`, each in a forward of its own.
@@ -106,8 +107,8 @@ class SideForward:
             The logits behind each row's last token: ``[rows, vocabulary]``; None on a rank that is
             not told them all.
         """
-        ends = [self._forward([row], self.always_eager)[-1:].clone() for row in rows]
         with self._together(), torch.inference_mode():
+            ends = [self._forward([row], self.always_eager)[-1:].clone() for row in rows]
             logits: torch.Tensor | None = self.runner.model.compute_logits(torch.cat(ends))
         return logits
 
@@ -121,10 +122,6 @@ class SideForward:
             raise RanksApartError("a forward beside vLLM's failed on a rank") from error
 
     def _forward(self, rows: list[Row], eager: bool) -> torch.Tensor:
-        with self._together():
-            return self._forward_of(rows, eager)
-
-    def _forward_of(self, rows: list[Row], eager: bool) -> torch.Tensor:
         """Returns the model's last hidden states: ``[tokens, width]``."""
         lengths = np.array([len(row.hole.tokens) for row in rows], dtype=np.int32)
         ends = np.array([row.end for row in rows], dtype=np.int32)

@@ -16,9 +16,7 @@ import torch
 from kvcomm_vllm.kernels import packing, reference
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
-from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.worker.checks.self_check import SHIFT, TOLERANCE
-from kvcomm_vllm.worker.checks.unsupported import Unsupported
+from kvcomm_vllm.worker.checks.self_check import SHIFT, require_close
 from kvcomm_vllm.worker.load import CorrectKernel
 
 ANCHORS = 3
@@ -47,11 +45,10 @@ def check_corrections(
         for load in (kernel, reference.load_corrected):
             load(pages, source, target, undo, redo, deviation)
             found.append([packing.read(pages, n, target) for n in range(len(pages.layers))])
-            for index in range(len(pages.layers)):
-                packing.clear(pages, index, target)
-        for index in range(len(pages.layers)):
-            packing.clear(pages, index, source)
-            _compare(pages, index, *(layers[index] for layers in found))
+        for index, (got, want) in enumerate(zip(*found, strict=True)):
+            packing.clear(pages, index, torch.cat((source, target)))
+            name = f"corrected layer {index} of a group"
+            require_close(pages, index, name, got, want, "are not those of the reference")
 
 
 class _Noise:
@@ -95,17 +92,3 @@ class _Noise:
 
     def _rows(self, like: torch.Tensor, count: int) -> torch.Tensor:
         return self.of(count, *like.shape[1:]).to(like.dtype)
-
-
-def _compare(
-    pages: PageGroup,
-    index: int,
-    got: tuple[torch.Tensor, torch.Tensor],
-    want: tuple[torch.Tensor, torch.Tensor],
-) -> None:
-    tolerance = TOLERANCE[pages.layers[index].element_size()]
-    for what, read, right in zip(("keys", "values"), got, want, strict=True):
-        error = float((read - right).norm() / right.norm())
-        if not error <= tolerance:
-            detail = f"corrected {what} of layer {index} of a group differ by {error:.2g}"
-            raise Unsupported(Reason.SELF_CHECK_FAILED, detail)

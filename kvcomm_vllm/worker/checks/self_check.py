@@ -13,6 +13,7 @@ import torch
 
 from kvcomm_vllm.compat.layers import write_kv
 from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.kv_view import LayerGroup
@@ -88,12 +89,26 @@ def _compare(
     values: torch.Tensor,
     complaint: str,
 ) -> None:
-    """K and V apart: where their scales differ, the larger one would hide the other's errors."""
+    name = group.layers[index].layer_name
     got = packing.read(group.pages, index, slots)
-    tolerance = TOLERANCE[group.pages.layers[index].element_size()]
-    for what, read, want in zip(("keys", "values"), got, (keys, values), strict=True):
-        error = float((read - want.float()).norm() / want.float().norm())
+    require_close(group.pages, index, name, got, (keys, values), complaint)
+
+
+def require_close(
+    pages: PageGroup,
+    index: int,
+    name: str,
+    got: tuple[torch.Tensor, torch.Tensor],
+    want: tuple[torch.Tensor, torch.Tensor],
+    complaint: str,
+) -> None:
+    """Raises ``Unsupported`` where K or V of a layer is farther off than its dtype rounds.
+
+    Each by itself: where their scales differ, the larger one would hide the other's errors.
+    """
+    tolerance = TOLERANCE[pages.layers[index].element_size()]
+    for what, read, right in zip(("keys", "values"), got, want, strict=True):
+        error = float((read - right.float()).norm() / right.float().norm())
         if not error <= tolerance:
-            name = group.layers[index].layer_name
             detail = f"{name}: {what} that were read {complaint} (relative error {error:.2g})"
             raise Unsupported(Reason.SELF_CHECK_FAILED, detail)
