@@ -35,7 +35,7 @@ def demo(
     answer_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Length of every answer (agents: 48, 128 with --full, at least 8; edit: 8)."
+            min=1, help="Length of every answer (agents: 40, 128 with --full, at least 8; edit: 8)."
         ),
     ] = None,
     config: Annotated[

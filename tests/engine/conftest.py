@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 if STRIDED.name in os.environ:
     install()
 
-from engines import make_engine
+from engines import IN_ONE_PROCESS, make_engine
 from vllm import LLM
 
 pytest_runtest_setup = STRIDED.pytest_runtest_setup
@@ -25,14 +25,14 @@ pytest_pyfunc_call = STRIDED.pytest_pyfunc_call
 pytest_runtest_logreport = STRIDED.pytest_runtest_logreport
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain(tiny_llama: str) -> Iterator[LLM]:
     """Plain vLLM without prefix caching: the truth. In a process of its own, as vLLM's connector is
-    global.
+    global; it keeps nothing of one test for the next, and so serves those of all files.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        llm = make_engine(tiny_llama, enable_prefix_caching=False)
+        llm = make_engine(tiny_llama, enable_prefix_caching=False, **IN_ONE_PROCESS)
     yield from _running(llm)
 
 

@@ -23,6 +23,11 @@ SETTINGS = {
     "report": "full",
 }
 
+# vLLM has a process for the worker, too, where it is not told by name to do without.
+IN_ONE_PROCESS = {
+    "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+}
+
 
 def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any) -> LLM:
     """An eager engine with pages of 32 tokens; ``plugin`` holds settings of ours, None is plain
