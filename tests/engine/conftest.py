@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 if STRIDED.name in os.environ:
     install()
 
-from engines import IN_ONE_PROCESS, make_engine
+from engines import IN_ONE_PROCESS, elsewhere, make_engine
 from vllm import LLM
 
 pytest_runtest_setup = STRIDED.pytest_runtest_setup
@@ -30,8 +30,7 @@ def plain(tiny_llama: str) -> Iterator[LLM]:
     """Plain vLLM without prefix caching: the truth. In a process of its own, as vLLM's connector is
     global; it keeps nothing of one test for the next, and so serves those of all files.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with elsewhere():
         llm = make_engine(tiny_llama, enable_prefix_caching=False, **IN_ONE_PROCESS)
     yield from _running(llm)
 

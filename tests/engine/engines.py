@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm import LLM, SamplingParams
+import pytest
+from vllm import LLM, SamplingParams, envs
 from vllm.config import KVTransferConfig
 
 SETTINGS = {
@@ -27,6 +30,18 @@ SETTINGS = {
 IN_ONE_PROCESS = {
     "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 }
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Engines that start inside have a process of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        envs.disable_envs_cache()  # an engine that started here has filled it
+        try:
+            yield
+        finally:
+            envs.disable_envs_cache()
 
 
 def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any) -> LLM:
@@ -48,8 +63,8 @@ def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any
         "enable_prefix_caching": True,
         "disable_log_stats": True,
     }
-    elsewhere = json.loads(os.environ.get("KVCOMM_TEST_ENGINE", "{}"))
-    return LLM(model=model, kv_transfer_config=transfer, **{**defaults, **elsewhere, **options})
+    given = json.loads(os.environ.get("KVCOMM_TEST_ENGINE", "{}"))
+    return LLM(model=model, kv_transfer_config=transfer, **{**defaults, **given, **options})
 
 
 def connector(llm: LLM) -> Any:

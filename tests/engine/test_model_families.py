@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Answer, ask, core, make_engine, text
+from engines import IN_ONE_PROCESS, Answer, ask, core, elsewhere, make_engine, text
 from stored_kv import first_layer, start_log
 from tiny_families import FAMILIES, Family, save_family
 
@@ -102,9 +102,8 @@ def plain_gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Gemma 3 as plain vLLM serves it: window layers in pages of their own (hybrid allocator)."""
     folder: Path = tmp_path_factory.mktemp("gemma")
     save_family(FAMILIES["gemma3 two ropes"], folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        llm = make_engine(str(folder))
+    with elsewhere():
+        llm = make_engine(str(folder), **IN_ONE_PROCESS)
     yield llm
     llm.llm_engine.engine_core.shutdown()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ask, make_engine, text
+from engines import ask, elsewhere, make_engine, text
 from vllm import LLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -30,8 +30,7 @@ OFF = {"mode": "off"}
 
 def two_ranks(model: str, **options: Any) -> Iterator[LLM]:
     cores = sorted(os.sched_getaffinity(0))[:2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with elsewhere(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         llm = make_engine(model, tensor_parallel_size=2, **options)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Answer, ask, core, make_engine, text
+from engines import Answer, ask, core, elsewhere, make_engine, text
 from stored_kv import start_log
 from vllm import LLM
 from vllm.model_executor.models.llama import LlamaAttention
@@ -156,8 +156,7 @@ def test_quantised_pages_on_cpu_are_served_exactly(tiny_llama: str) -> None:
     said = [line for line in run.log if "reuse is" in line]
     assert len(said) == 1
     assert "kv_quantised" in said[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    with elsewhere():
         truth = make_engine(tiny_llama, kv_cache_dtype="fp8", enable_prefix_caching=False)
     try:
         assert [a.tokens for a in run.answers] == [ask(truth, p)[0].tokens for p in PROMPTS]
