@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from child_tests import scope_of
+from short_model import save_short
 from tiny_model import save_tiny_llama
 
 if TYPE_CHECKING:
@@ -41,6 +42,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct (bf16), or skip."""
     return made_by("make model", "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of SmolLM2's first layers, with its tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("short") / Path(smollm2).name
+    save_short(Path(smollm2), folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

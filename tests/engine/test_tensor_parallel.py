@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ TAIL = text(402, 5)
 OFF = {"mode": "off"}
 
 
-def two_ranks(model: str, **options: Any) -> Iterator[LLM]:
+def two_ranks(model: str, apart: bool = True, **options: Any) -> Iterator[LLM]:
+    """``apart``: the scheduler has a process of its own, too."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    with elsewhere(), pytest.MonkeyPatch.context() as patch:
+    with elsewhere() if apart else nullcontext(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         llm = make_engine(model, tensor_parallel_size=2, **options)
@@ -46,7 +48,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def dense(tiny_llama: str, prompts: list[list[int]]) -> list[list[int]]:
     """What plain vLLM answers with two ranks; its engine ends before ours starts."""
-    engine = two_ranks(tiny_llama, enable_prefix_caching=False)
+    engine = two_ranks(tiny_llama, apart=False, enable_prefix_caching=False)
     answers = [answer.tokens for answer in ask(next(engine), *prompts)]
     assert next(engine, None) is None
     return answers

@@ -22,6 +22,9 @@ WORDS = [
 ]
 QUIET = "audits: false\nheal: off\n"  # the server does nothing that no test has asked for
 PATIENCE_SECONDS = 60.0
+# On one GPU vLLM's worker has no process of its own; told by name a server has none on a CPU
+# either, and starts a third sooner.
+AS_ON_ONE_GPU = "--distributed-executor-backend=vllm.v1.executor.uniproc_executor.UniProcExecutor"
 OURS = "vllm:kvcomm_"
 VLLM_LABELS = ("model_name", "engine")
 

@@ -21,6 +21,8 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
 pytest.importorskip("openai", reason="the bench extra is not installed")
 
+from serving import AS_ON_ONE_GPU  # noqa: E402
+
 from kvcomm_vllm.evaluation.bench.records import VARYING  # noqa: E402
 
 TIMEOUT_SECONDS = 900
@@ -73,7 +75,7 @@ def command(model: str, out: Path) -> list[str]:
     return [
         *[*BENCH, "--model", model, "--workload", "synthetic"],
         *["--tasks", str(TASKS), "--stream", str(STREAM), "--columns", ",".join(COLUMNS)],
-        *["--config", str(config), "--out", str(out)],
+        *["--config", str(config), "--out", str(out), f"--server-arg={AS_ON_ONE_GPU}"],
         *(part for name, size in SIZES.items() for part in (f"--{name}", str(size))),
     ]
 

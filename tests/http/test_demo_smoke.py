@@ -13,6 +13,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
 pytest.importorskip("openai", reason="the bench extra is not installed")
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 
+from serving import AS_ON_ONE_GPU  # noqa: E402
+
 ANSWER_TOKENS = 40
 TIMEOUT_SECONDS = 1500
 
@@ -20,7 +22,7 @@ TIMEOUT_SECONDS = 1500
 def shown(model: str, out: Path, *options: str) -> dict[str, Any]:
     """The report of a demo that has printed its table, drawn its picture and stopped its server."""
     command = [sys.executable, "-m", "kvcomm_vllm.cli.main", "demo", "--model", model]
-    command += ["--quick", "--out", str(out), *options]
+    command += ["--quick", "--out", str(out), f"--server-arg={AS_ON_ONE_GPU}", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Time to first token" in done.stdout
@@ -56,9 +58,9 @@ def test_the_demo_shows_reuse_from_the_second_agent_on(smollm2: str, tmp_path: P
 
 
 def test_behind_an_edit_most_of_the_prompt_is_reused_and_plain_vllm_computes_it(
-    smollm2: str, tmp_path: Path
+    short_smollm2: str, tmp_path: Path
 ) -> None:
-    report = shown(smollm2, tmp_path, "--scene", "edit", "--answer-tokens", "1")
+    report = shown(short_smollm2, tmp_path, "--scene", "edit", "--answer-tokens", "1")
     first, *edits = report["edits"]
     assert first["computed_kvcomm"] == first["computed_plain"] == first["prompt_tokens"]
     assert len(edits) == 8

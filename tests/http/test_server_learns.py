@@ -10,7 +10,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="the demo extra is not installed")
 psutil = pytest.importorskip("psutil", reason="vLLM brings it along")
 
-from serving import Agents, report, story, wait_until  # noqa: E402
+from serving import AS_ON_ONE_GPU, Agents, report, story, wait_until  # noqa: E402
 
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
 from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
 def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_path: Path) -> None:
     config = tmp_path / "kvcomm.yaml"
     config.write_text("mode: anchor\naudit_idle_seconds: 0.1\nreport: full\n")
-    port = free_port()
-    command = serve_command(smollm2, port, on_gpu=False, connector=True, config=config, extra=[])
+    port, extra = free_port(), [AS_ON_ONE_GPU]
+    command = serve_command(smollm2, port, on_gpu=False, connector=True, config=config, extra=extra)
     env = serve_env(smollm2, on_gpu=False)
     with running("test", command, port, env, tmp_path / "server.log") as server:
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)

@@ -16,7 +16,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="the demo extra is not installed")
 openai = pytest.importorskip("openai", reason="the demo extra is not installed")
 
-from serving import QUIET, Agents, story, wait_until  # noqa: E402
+from serving import AS_ON_ONE_GPU, QUIET, Agents, story, wait_until  # noqa: E402
 
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
 from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
@@ -41,7 +41,7 @@ def agents(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     folder, port = tmp_path_factory.mktemp("server"), free_port()
     config = folder / "kvcomm.yaml"
     config.write_text(f"mode: seam\nreport: full\n{QUIET}")
-    extra = ["--dtype", "float32", "--enable-scale-out"]
+    extra = ["--dtype", "float32", "--enable-scale-out", AS_ON_ONE_GPU]
     command = serve_command(smollm2, port, on_gpu=False, connector=True, config=config, extra=extra)
     env = serve_env(smollm2, on_gpu=False)
     env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
