@@ -34,6 +34,8 @@ def two_ranks(model: str, apart: bool = True, **options: Any) -> Iterator[LLM]:
     cores = sorted(os.sched_getaffinity(0))[:2]
     with elsewhere() if apart else nullcontext(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+        # the last test waits for so long: vLLM waits for the rank that waits for the other one
+        patch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "30")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         llm = make_engine(model, tensor_parallel_size=2, **options)
     yield llm

@@ -187,19 +187,19 @@ class SimulatedMemory:
         shape = (len(pages), size)
         cells = np.array([claim.page for claim in pages])[:, None] * size + np.arange(size)
         positions = np.array([claim.index for claim in pages])[:, None] * size + np.arange(size)
-        begins = [claim.index * size for claim in pages]
-        texts = [claim.text for claim in pages]
-        ends = [(0, size)]  # the text may end in the last page
-        tokens = [np.pad(t.tokens, ends)[b : b + size] for t, b in zip(texts, begins, strict=True)]
-        context = [
-            np.pad(t.contexts, ends)[b : b + size] for t, b in zip(texts, begins, strict=True)
-        ]
+        tokens, context = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for row, claim in enumerate(pages):
+            begin = claim.index * size
+            piece = claim.text.tokens[begin : begin + size]
+            # the text may end in the last page
+            tokens[row, : len(piece)] = piece
+            context[row, : len(piece)] = claim.text.contexts[begin : begin + size]
         must = positions < np.array([claim.exact_to for claim in pages])[:, None]
         beyond = positions >= np.array([claim.end for claim in pages])[:, None]
-        exact = self.exact[cells] & (self.context[cells] == np.array(context).reshape(shape))
+        exact = self.exact[cells] & (self.context[cells] == context)
         checks = {
             "has unwritten slots": self.written[cells],
-            "holds other tokens": self.token[cells] == np.array(tokens).reshape(shape),
+            "holds other tokens": self.token[cells] == tokens,
             "holds other positions": self.position[cells] == positions,
             "is not exact": exact | ~must,
         }

@@ -12,7 +12,7 @@ from engine_without_worker import EngineWithoutWorker
 from scripts import words
 
 from kvcomm_vllm.scheduler.origin import LEAD_TOKENS
-from kvcomm_vllm.scheduler.refresh import BEHIND_EDIT
+from kvcomm_vllm.scheduler.refresh import BEHIND_EDIT, WORDS_BEHIND_EDIT
 
 Make = Callable[..., EngineWithoutWorker]
 
@@ -137,8 +137,9 @@ def words_found(make_server: Callable[[], EngineWithoutWorker], **options: Any) 
     that have one of them there: where it is right, less is computed again.
     """
     lead = words("agent", LEAD_TOKENS)
-    known = [token for d in DIGITS for token in (*range(20 * d, 20 * d + 15), d)]
+    known = [token for d in DIGITS for token in (*range(20 * d, 20 * d + 9), d)]
     known = [*range(3000, 3000 + BEHIND_EDIT), *known]
+    assert len(known) <= WORDS_BEHIND_EDIT
     seen = {}
     for digit in DIGITS:
         engine = make_server()
