@@ -27,6 +27,8 @@ from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source, texts
 LEAST_LOAD = 4
 # The tokens right behind an edit of an agent's prompt; its text goes on from what is not there.
 BEHIND_EDIT = 24
+# Within so many, single words that are said for the first time now, or not any more, count, too.
+WORDS_BEHIND_EDIT = 128
 # Text that was computed within so many last turns is not computed again for its age.
 YOUNG_TURNS = 8
 # At most so much of an agent's prompt is, behind one edit.
@@ -80,12 +82,15 @@ class Refresh:
 
     def _behind_edit(self, changed: Marks, lead: int) -> Bools:
         """What is stale of text that stayed where other text of the same prompt did not: its first
-        tokens, words said for the first time now or not any more, and the token behind each.
+        tokens, and near them words said for the first time now or not any more, and the token
+        behind each.
 
         Args:
             lead: how many tokens right before have stayed, too.
         """
-        stale = with_the_next((changed != 0) & self._trusted)
+        words = (changed != 0) & self._trusted
+        words[max(0, WORDS_BEHIND_EDIT - lead) :] = False
+        stale = with_the_next(words)
         stale[: max(0, BEHIND_EDIT - lead)] = True
         return stale
 
