@@ -14,9 +14,6 @@ def about_tokens(text: str) -> int:
     """Tokens of English, JSON, tables and code in SmolLM2's vocabulary, which has each digit alone;
     within a tenth.
     """
-    return sum(map(_tokens, _PIECES.finditer(text)))
-
-
-def _tokens(piece: re.Match[str]) -> int:
-    word = piece[1] or ""
-    return 1 + (len(word) - 1) // (NAME if word.istitle() else WORD) if word else 1
+    words = _PIECES.findall(text)  # "" for what is none
+    long = (word for word in words if len(word) > NAME)
+    return len(words) + sum((len(word) - 1) // (NAME if word.istitle() else WORD) for word in long)
