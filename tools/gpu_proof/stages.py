@@ -75,8 +75,9 @@ def _compile(setting: Setting) -> Stage:
 
 
 def _speed(setting: Setting) -> Stage:
-    shapes = ("8b", "8b-fp8", "70b-tp4") if setting.gpu else ("smollm2",)
-    command = (PYTHON, str(ROOT / "benchmarks/kernels.py"), "--shapes", *shapes, "--json")
+    tiny = ("--shapes", "smollm2", "--tokens", "256", "--repeats", "2")
+    work = ("--shapes", "8b", "8b-fp8", "70b-tp4") if setting.gpu else tiny
+    command = (PYTHON, str(ROOT / "benchmarks/kernels.py"), *work, "--json")
     return Stage("speed", "How fast are kernels beside a copy?", command, 300, readers.kernels)
 
 
