@@ -65,7 +65,7 @@ def stale(served: Served) -> np.ndarray:
 
 
 def words(served: Served) -> np.ndarray:
-    """These, single words, and the token behind each."""
+    """These, single words however far behind the edit, and the token behind each."""
     return with_the_next(repeats(served.ids) != served.saw)
 
 
@@ -115,7 +115,7 @@ RULES = (
     Rule("both", more=both),
     Rule("both, seam of 4", seam=4, more=both),
     Rule("both, and words", more=defaults),
-    Rule("both, and words, seam of 24", seam=BEHIND_EDIT, more=defaults),
+    Rule(f"both, and words, seam of {BEHIND_EDIT}", seam=BEHIND_EDIT, more=defaults),
     Rule("the 15% moved most", more=moved_most(0.15)),
 )
 

@@ -132,7 +132,7 @@ RULES: dict[str, tuple[int, More | None]] = {
     "phrases": (16, PHRASES),
     "phrases, seam of 24": (24, PHRASES),
     "phrases and words": (16, DEFAULTS),
-    "defaults: phrases and words, seam of 24": (BEHIND_EDIT, DEFAULTS),
+    f"defaults: phrases and words, seam of {BEHIND_EDIT}": (BEHIND_EDIT, DEFAULTS),
     "last 64 of it": (16, last(64)),
     "last 128 of it": (16, last(128)),
     "lines like the edited one": (16, EDITED),

@@ -26,9 +26,9 @@ from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, Source, texts
 # A load of fewer tokens is not worth an operation: they are computed with their neighbours.
 LEAST_LOAD = 4
 # The tokens right behind an edit of an agent's prompt; its text goes on from what is not there.
-BEHIND_EDIT = 24
+BEHIND_EDIT = 32
 # Within so many, single words that are said for the first time now, or not any more, count, too.
-WORDS_BEHIND_EDIT = 512
+WORDS_BEHIND_EDIT = 128
 # Text that was computed within so many last turns is not computed again for its age.
 YOUNG_TURNS = 8
 # At most so much of an agent's prompt is, behind one edit.
