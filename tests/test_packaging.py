@@ -30,7 +30,10 @@ def python(code: str, cwd: Path, path: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module", params=["with the symlinks", "symlinks lost on the way"])
+CHECKOUTS = ["with the symlinks", "symlinks lost on the way"]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(c, marks=pytest.mark.slow) for c in CHECKOUTS])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the checkout; archives may drop the symlinks in kvcomm_vllm."""
     copy = tmp_path_factory.mktemp("checkout") / "kvcomm"
@@ -95,6 +98,7 @@ def test_metadata_states_the_one_version_and_requires_no_vllm(wheel: Path) -> No
     assert "kvcomm = kvcomm_vllm.plugin:register" in entry_points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "tests"], ids=["root", "tests"])
 def test_transformers_does_not_take_our_kernels_for_the_package_of_that_name(folder: Path) -> None:
     try:

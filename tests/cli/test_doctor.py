@@ -77,6 +77,7 @@ def test_a_server_that_is_not_there_fails() -> None:
         checks.server("http://127.0.0.1:9/v1")
 
 
+@pytest.mark.slow
 def test_the_exit_status_follows_the_worst_check(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     healthy = run_checks()

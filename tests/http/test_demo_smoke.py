@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole demo on real servers with a real model."""
+"""The whole demo on real servers, with the first layers of a real model: what it promises are
+counts of tokens, and which these are does not depend on how well the model answers.
+"""
 
 import json
 import subprocess
@@ -33,8 +35,8 @@ def shown(model: str, out: Path, *options: str) -> dict[str, Any]:
     return found
 
 
-def test_the_demo_shows_reuse_from_the_second_agent_on(smollm2: str, tmp_path: Path) -> None:
-    report = shown(smollm2, tmp_path, "--answer-tokens", str(ANSWER_TOKENS))
+def test_the_demo_shows_reuse_from_the_second_agent_on(short_smollm2: str, tmp_path: Path) -> None:
+    report = shown(short_smollm2, tmp_path, "--answer-tokens", str(ANSWER_TOKENS))
 
     first, *later = report["agents"]
     assert first["reused"] == 0, "the first agent of a new question has nothing to reuse"

@@ -69,6 +69,7 @@ def server_of(make_engine: Make) -> Callable[..., Callable[[], EngineWithoutWork
 SECRET = [1007, 1003, 1009, 1001]
 
 
+@pytest.mark.slow
 def test_the_attack_works_where_the_report_tells_all(server_of: Any) -> None:
     """Guards the other tests: the attacker knows his trade."""
     assert attack(server_of(SECRET, report="full"), 4) == SECRET
@@ -101,6 +102,7 @@ def test_a_prompt_cut_off_behind_a_guess_tells_nothing(server_of: Any) -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_with_a_salt_of_ones_own_the_report_is_full_and_matches_end_anywhere(
     server_of: Any,
 ) -> None:
@@ -151,6 +153,7 @@ def words_found(make_server: Callable[[], EngineWithoutWorker], **options: Any) 
     return {digit for digit in DIGITS if seen[digit] < max(seen.values())}
 
 
+@pytest.mark.slow
 def test_words_before_a_known_text_are_told_to_those_with_its_salt_alone(make_engine: Make) -> None:
     assert words_found(lambda: make_engine(num_blocks=200)) == set(SECRET)  # report: full
     assert words_found(lambda: make_engine(report="auto", num_blocks=200), salt="same") == set(

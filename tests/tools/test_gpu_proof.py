@@ -51,6 +51,7 @@ def test_a_stage_that_does_not_says_why(code: str, why: str, tmp_path: Path) -> 
     assert why in found.why
 
 
+@pytest.mark.slow
 def test_a_stage_that_takes_too_long_is_ended_with_its_children(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, time\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from child_tests import MOCKED_FILES, ChildTests
 
 MOCKED = ChildTests(
@@ -17,6 +18,14 @@ MOCKED = ChildTests(
 pytest_runtest_setup = MOCKED.pytest_runtest_setup
 pytest_pyfunc_call = MOCKED.pytest_pyfunc_call
 pytest_runtest_logreport = MOCKED.pytest_runtest_logreport
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The child imports vLLM once more, and its backends: not for the fast lane."""
+    for item in items:
+        if MOCKED.chosen(item):
+            item.add_marker(pytest.mark.slow)
+
 
 if MOCKED.name in os.environ:
     import mocked_cuda

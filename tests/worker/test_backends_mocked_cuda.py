@@ -24,10 +24,7 @@ from kvcomm_vllm.worker.kv_view import STRIDED_BACKENDS, packing_of
 HOPPER = [9, 0]
 NOT_FP8 = {"FLEX_ATTENTION"}  # takes no quantised KV
 SCALES = (0.5, 0.02)
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.slow) if "FLASHINFER" in name else name  # to import it
-    for name in sorted(STRIDED_BACKENDS)
-]
+BACKENDS = sorted(STRIDED_BACKENDS)
 BLOCK, PAGES = 64, 3
 numbers = itertools.count()
 
