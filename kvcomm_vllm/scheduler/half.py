@@ -193,6 +193,7 @@ class SchedulerHalf:
             return plan
         if limits.max_refresh_share:
             plan = refresh.cut(plan, self.block_size)
+        plan = self.finder.with_rest(state, plan, private)
         taken = self._hole_tokens()
         taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
         if not self._too_large(plan) and 0 < taken > self._at_once - plan.hole_tokens:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
+from dataclasses import replace
 
 import numpy as np
 from vllm.v1.request import RequestStatus
@@ -15,8 +16,8 @@ from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.origin import origin
 from kvcomm_vllm.scheduler.pages import SourcePages
-from kvcomm_vllm.scheduler.refresh import Refresh
-from kvcomm_vllm.scheduler.spans import Plan
+from kvcomm_vllm.scheduler.refresh import LEAST_LOAD, Refresh
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
 
 
@@ -81,6 +82,36 @@ class SourceFinder:
             state.matches, state.matches_key = state.hints.clip(found), key
             state.context = state.refresh = None
         return state.matches
+
+    def with_rest(self, state: RequestState, plan: Plan, private: bool) -> Plan:
+        """The plan, and what vLLM's own hit leaves of its last page: a hit ends with a whole page,
+        though the text goes on.
+
+        Too short for a span of its own, it costs one more load, and is as exact as the hit.
+
+        Args:
+            private: whether the hit is approximate.
+        """
+        first = plan.spans[0]
+        tokens = state.tokens()[: first.start - first.seam]
+        own, local, usable = state.id, plan.local, self._usable
+        if len(tokens) < local + LEAST_LOAD:
+            return plan
+        match = self.index.going_on(
+            state.namespace,
+            tokens,
+            local,
+            lambda s: (
+                s.owner != own and usable(s) and s.ready and (private or s.exact_tokens > local)
+            ),
+            Reach(exact=not private, secret=not state.trusted),
+        )
+        for part in state.hints.clip([match] if match else []):
+            for source in self.pages.sources(part, tokens):
+                if source.prompt_start == local and source.length >= LEAST_LOAD:
+                    rest = ReuseSpan(local, source.end, 0, source)
+                    return replace(plan, spans=(rest, *plan.spans))
+        return plan
 
     def context(self, state: RequestState) -> Context:
         """What stands before each token of the prompt; remembered like the matches."""

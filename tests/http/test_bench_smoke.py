@@ -28,7 +28,7 @@ from kvcomm_vllm.evaluation.bench.records import VARYING  # noqa: E402
 TIMEOUT_SECONDS = 900
 BENCH = [sys.executable, "-m", "kvcomm_vllm.cli.main", "bench"]
 COLUMNS = ["plain_nocache", "plain", "anchor", "paper"]
-AGENTS, TASKS, STREAM, ANSWER_TOKENS = 2, 2, 1, 4
+AGENTS, TASKS, STREAM, ANSWER_TOKENS = 2, 3, 1, 4
 SIZES = {"agents": AGENTS, "prefix-tokens": 48, "input-tokens": 96, "output-tokens": ANSWER_TOKENS}
 Rows = list[dict[str, Any]]
 
@@ -70,7 +70,7 @@ def ended(rows: Rows) -> set[tuple[str, str]]:
 
 def command(model: str, out: Path) -> list[str]:
     config = out / "given.yaml"
-    # a few tasks of random words teach little; here it is enough that they are corrected at all
+    # three tasks of random words teach little; here it is enough that they are corrected at all
     config.write_text("max_anchor_error: 1.0\n")
     return [
         *[*BENCH, "--model", model, "--workload", "synthetic"],

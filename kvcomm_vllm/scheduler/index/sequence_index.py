@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvcomm_vllm.scheduler.index.borders import WHOLE, Reach
+from kvcomm_vllm.scheduler.index.borders import WHOLE, Lengths, Reach
 from kvcomm_vllm.scheduler.index.rolling_hash import I32, RollingHash, namespace_seed
 from kvcomm_vllm.scheduler.index.sequence import Match, Sequence
 from kvcomm_vllm.scheduler.index.window_search import Accept, WindowSearch, equal_length
@@ -245,6 +245,27 @@ class SequenceIndex:
         Found by prefix keys, so text in between that thousands of sequences share cannot hide it.
         """
         return self._search.leading(namespace, np.ascontiguousarray(tokens, np.int32), accept)
+
+    def going_on(
+        self,
+        namespace: bytes,
+        tokens: I32,
+        start: int,
+        accept: Accept | None = None,
+        reach: Reach = WHOLE,
+    ) -> Match | None:
+        """The part from ``start`` on, if any, of the longest match from offset 0 of both.
+
+        Args:
+            reach: what of it counts; ``accept``: see :meth:`find`.
+        """
+        found = self.leading(namespace, tokens, accept)
+        if found is None:
+            return None
+        window, lengths = self._hashing.window_tokens, Lengths.of([found.sequence])
+        first, stop = (np.array([place]) for place in (start, found.length))
+        begin, end = (int(e[0]) for e in reach.cut(lengths, window, np.array([0]), first, stop))
+        return Match(found.sequence, begin, begin, end - begin) if begin < end else None
 
     def _checked(self, tokens: I32, block_hashes: Listing[bytes]) -> tuple[I32, list[bytes]]:
         if -(-len(tokens) // self.block_size) != len(block_hashes):
