@@ -33,17 +33,17 @@ from kvcomm_vllm.evaluation.serving.client import ChatClient
 from kvcomm_vllm.evaluation.serving.counters import KVCommMeter
 from kvcomm_vllm.evaluation.serving.metrics_page import read_page, totals
 from kvcomm_vllm.evaluation.serving.screen import progress_bar, started
+from kvcomm_vllm.evaluation.serving.server import stop_at_sigterm
 
 WORDS = (
     *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),
     *("silver", "bridge", "signal", "copper", "harbor", "letter", "window", "forest"),
 )
-TEXT_WORDS = 400
 COLUMNS: dict[str, dict[str, Any]] = {
     "silent": {"audits": False, "heal": "off"},
     "auditing": {},
 }
-ASKED = ("blocks", "texts", "gap", "idle", "tokens", "seed")
+ASKED = ("blocks", "texts", "words", "gap", "idle", "tokens", "seed")
 # Never corrected, so that nothing else differs.
 SETTINGS = {"min_anchors": 1000, "max_anchors": 1000, "anchor_seam_tokens": 16}
 
@@ -53,17 +53,15 @@ def messages(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def block(
-    client: ChatClient, texts: int, gap: float, tokens: int, seed: int
-) -> list[tuple[float, float]]:
+def block(client: ChatClient, options: argparse.Namespace, seed: int) -> list[tuple[float, float]]:
     """Times to the first and the last token, ms: texts arrive at random, two agents read each."""
     rng = random.Random(seed)
     times = []
-    for _ in range(texts):
-        text = " ".join(rng.choice(WORDS) for _ in range(TEXT_WORDS))
+    for _ in range(options.texts):
+        text = " ".join(rng.choice(WORDS) for _ in range(options.words))
         for role in ("writer", "critic"):
-            time.sleep(rng.expovariate(1 / gap))
-            answer = client.stream(messages(role, text), tokens)
+            time.sleep(rng.expovariate(1 / options.gap))
+            answer = client.stream(messages(role, text), options.tokens)
             assert answer.ttft_ms is not None  # a stream has one
             times.append((answer.ttft_ms, answer.total_ms))
     return times
@@ -108,7 +106,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for name in list(COLUMNS)[:: 1 if number % 2 else -1]:
                 url, client = servers[name]
                 seed = 1000 * options.seed + 1 + number
-                found = block(client, options.texts, options.gap, options.tokens, seed)
+                found = block(client, options, seed)
                 if number >= 0:
                     times[name] += found
                 KVCommMeter(url).settle(limit=600)
@@ -139,12 +137,14 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--blocks", type=int, default=4, help="of each kind")
     parser.add_argument("--texts", type=int, default=5, help="in a block; two requests each")
+    parser.add_argument("--words", type=int, default=400, help="of each text")
     parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between requests")
     parser.add_argument("--idle", type=float, default=5.0, help="audit_idle_seconds")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    stop_at_sigterm()
     found = measure(options)
     console = Console()
     for index, what in enumerate(("Time to first token", "Time to last token")):
