@@ -153,10 +153,7 @@ def main() -> None:
     console.print({key: found[key] for key in ("queued", "learned", "healed", "pieces", "seconds")})
     if options.json:
         conditions = {
-            **{
-                key: getattr(options, key)
-                for key in ("blocks", "texts", "gap", "idle", "tokens", "seed")
-            },
+            **{key: getattr(options, key) for key in ASKED},
             "machine": describe_machine(),
             "versions": describe_versions(),
         }
