@@ -198,6 +198,7 @@ def tokenizer_of(model: str) -> Tokenizer:
 @pytest.mark.model
 @pytest.mark.parametrize("name", [*EDITED, "mixed"])
 @pytest.mark.parametrize("size", [INPUT_TOKENS[0], 2250, 6000, INPUT_TOKENS[1]])
+@pytest.mark.slow
 def test_prompts_have_about_as_many_tokens_as_asked_for(
     smollm2: str, name: str, size: int | None
 ) -> None:

@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_significant_loss_is_said_first(tmp_path: Path) -> None:
     folder = write_run(tmp_path, tasks=20, stream=0, load=0, anchor_score=0.1)
     write_report(folder)
@@ -31,11 +32,13 @@ def test_a_significant_loss_is_said_first(tmp_path: Path) -> None:
     assert first == f"**{found}**"
 
 
+@pytest.mark.slow
 def test_without_a_loss_there_is_no_alarm(folder: Path) -> None:
     assert json.loads((folder / "report.json").read_text())["alarms"] == []
     assert (folder / "report.md").read_text().splitlines()[0] == "# kvcomm bench"
 
 
+@pytest.mark.slow
 def test_equal_records_give_equal_files(folder: Path) -> None:
     names = ("report.json", "report.md")
     before = [(folder / name).read_bytes() for name in names]

@@ -40,12 +40,14 @@ def test_an_endless_loop_fails_its_own_test_alone() -> None:
     assert run_tests(code, ["assert f(1)", "assert f(0) == 0"], SHORT) == [False, True]
 
 
+@pytest.mark.slow
 def test_code_that_ignores_its_time_is_ended_by_the_kernel() -> None:
     code = "import signal\nsignal.signal(signal.SIGPROF, signal.SIG_IGN)\n"
     code += "def f():\n    while True: pass"
     assert run_tests(code, ["pass", "f()", "pass"], SHORT) == [True, False, False]
 
 
+@pytest.mark.slow
 def test_sleeping_code_is_ended_by_the_wall_clock() -> None:
     start = time.monotonic()
     limits = Limits(wall_seconds=2)

@@ -267,6 +267,7 @@ def test_the_judge_s_choice_does_not_depend_on_the_order(no_shared: None) -> Non
     assert 2 * len({task.group for task in tasks}) == len(tasks)
 
 
+@pytest.mark.slow
 def test_other_tasks_form_no_groups(no_shared: None) -> None:
     for name in WORKLOADS:
         if name != "judge":

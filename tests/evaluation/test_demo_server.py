@@ -53,6 +53,7 @@ def test_nothing_that_the_server_started_outlives_it(tmp_path: Path) -> None:
     assert gone(child)
 
 
+@pytest.mark.slow
 def test_an_error_in_the_block_stops_the_server_and_comes_through(tmp_path: Path) -> None:
     port, child_file = free_port(), tmp_path / "child"
     with (

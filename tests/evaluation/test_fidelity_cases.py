@@ -70,6 +70,7 @@ def test_a_workload_has_enough_cases_for_the_default_run(name: str, folder: Path
 
 
 @pytest.mark.parametrize("name", SESSIONS)
+@pytest.mark.slow
 def test_sessions_are_made_up_and_as_many_as_the_default_run_needs(name: str) -> None:
     cases, source = cases_of(name, None, seed=0)
     assert source.startswith("made-up")

@@ -50,12 +50,17 @@ def script(seed: int, requests: int) -> list[tuple[list[int], list[int], str | N
     "changes",
     [
         {},
-        {"mode": "rotate"},
-        {"report": "auto"},
-        {"reuse_approximate": False},
-        {"keep_last_page": False},
         PLANNED,
-        {**PLANNED, "report": "auto"},
+        *(
+            pytest.param(changes, marks=SLOW)
+            for changes in (
+                {"mode": "rotate"},
+                {"report": "auto"},
+                {"reuse_approximate": False},
+                {"keep_last_page": False},
+                {**PLANNED, "report": "auto"},
+            )
+        ),
     ],
     ids=lambda changes: ",".join(map(str, changes.values())) or "plain",
 )

@@ -206,6 +206,7 @@ def test_converted_model_is_plain_bf16_and_splits_text_as_smollm2_does(smollm2: 
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_converted_qwen_is_plain_bf16_and_splits_text_as_qwen_does(qwen: str) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
