@@ -12,7 +12,12 @@ psutil = pytest.importorskip("psutil", reason="vLLM brings it along")
 
 from serving import AS_ON_ONE_GPU, Agents, report, story, wait_until  # noqa: E402
 
-from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
+from kvcomm_vllm.cli.serve_command import (  # noqa: E402
+    CPU_BLOCK_TOKENS,
+    serve_command,
+    serve_env,
+    served_name,
+)
 from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
@@ -28,7 +33,7 @@ def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_pa
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
         agents = Agents(server, client, served_name(smollm2))
 
-        def hear(number: int) -> dict[str, object]:
+        def hear(number: int) -> dict[str, int]:
             text = story(number)
             agents.ask("writer", text)
             return report(agents.ask("critic", text))
@@ -40,7 +45,10 @@ def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_pa
             told = hear(number)
             assert wait_until(lambda n=number: agents.counters()["lessons/learned"] >= n)
         told = hear(9)
-        assert told["corrected"] == told["reused"]
+        exact = (
+            told["reused"] - told["corrected"]
+        )  # of the critic's own page, behind its prefix hit
+        assert 0 <= exact < CPU_BLOCK_TOKENS
         counters = agents.counters()
         assert counters["lessons/failed"] == 0
         assert counters["placeholders/gained"] >= 1
