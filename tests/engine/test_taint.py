@@ -36,6 +36,20 @@ def test_sharing_only_the_exact_prefix_is_exact(reusing: LLM, plain: LLM) -> Non
     assert answer.tokens == ask(plain, other)[0].tokens
 
 
+def test_a_page_that_begins_with_what_a_hit_has_left_of_it_is_exact(
+    reusing: LLM, plain: LLM
+) -> None:
+    lead = text(126, 80)
+    ask(reusing, lead + text(127, 10) + SHARED + text(128, 5))
+    edited = lead + text(129, 40) + SHARED + text(128, 5)
+    (answer,) = ask(reusing, edited)
+    assert answer.report["spans"][:2] == [[0, 64, "local"], [64, 80, "reused"]]
+    other = edited[:110] + text(125, 20)
+    (exact,) = ask(reusing, other, hints={"mode": "off"})
+    assert exact.report["local"] == 96, "nothing before it was moved"
+    assert exact.tokens == ask(plain, other)[0].tokens
+
+
 def test_a_follow_up_turn_finds_its_own_conversation(reusing: LLM, plain: LLM) -> None:
     prompt, answer = reuse(reusing, 130, tokens=40)
     turn = prompt + answer.tokens + text(135, 12)
