@@ -28,7 +28,7 @@ LEAST_LOAD = 4
 # The tokens right behind an edit of an agent's prompt; its text goes on from what is not there.
 BEHIND_EDIT = 32
 # Within so many, single words that are said for the first time now, or not any more, count, too.
-WORDS_BEHIND_EDIT = 128
+WORDS_BEHIND_EDIT = 512
 # Text that was computed within so many last turns is not computed again for its age.
 YOUNG_TURNS = 8
 # At most so much of an agent's prompt is, behind one edit.
