@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from dataclasses import replace
 
@@ -94,24 +94,21 @@ class SourceFinder:
         """
         first = plan.spans[0]
         tokens = state.tokens()[: first.start - first.seam]
-        own, local, usable = state.id, plan.local, self._usable
+        local, others = plan.local, self._others(state)
         if len(tokens) < local + LEAST_LOAD:
             return plan
         match = self.index.going_on(
             state.namespace,
             tokens,
             local,
-            lambda s: (
-                s.owner != own and usable(s) and s.ready and (private or s.exact_tokens > local)
-            ),
+            lambda s: others(s) and (private or s.exact_tokens > local),
             Reach(exact=not private, secret=not state.trusted),
         )
-        for part in state.hints.clip([match] if match else []):
-            for source in self.pages.sources(part, tokens):
-                if source.prompt_start == local and source.length >= LEAST_LOAD:
-                    rest = ReuseSpan(local, source.end, 0, source)
-                    return replace(plan, spans=(rest, *plan.spans))
-        return plan
+        parts = state.hints.clip([match] if match else [])
+        source = next((s for part in parts for s in self.pages.sources(part, tokens)), None)
+        if source is None or source.prompt_start != local or source.length < LEAST_LOAD:
+            return plan
+        return replace(plan, spans=(ReuseSpan(local, source.end, 0, source), *plan.spans))
 
     def context(self, state: RequestState) -> Context:
         """What stands before each token of the prompt; remembered like the matches."""
@@ -131,15 +128,19 @@ class SourceFinder:
     ) -> list[Match]:
         """Matches of other requests' text; ``filling``: also of what is being prefilled."""
         assert state.limits is not None
-        own, usable = state.id, self._usable
         return self.index.find(
             state.namespace,
             state.tokens()[:-1],  # the last token is always computed: it yields the next one
             local,
             state.limits.min_span_tokens,
-            lambda s: s.owner != own and usable(s) and (s.ready or filling),
+            self._others(state, filling),
             Reach(exact=exact, secret=not state.trusted),
         )
+
+    def _others(self, state: RequestState, filling: bool = False) -> Callable[[Sequence], bool]:
+        """Which sequences this request may read."""
+        own, usable = state.id, self._usable
+        return lambda s: s.owner != own and usable(s) and (s.ready or filling)
 
     def _usable(self, sequence: Sequence) -> bool:
         return self.config.reuse_approximate or sequence.first_approximate is None

@@ -269,9 +269,8 @@ def test_the_judge_s_choice_does_not_depend_on_the_order(no_shared: None) -> Non
 
 @pytest.mark.slow
 def test_other_tasks_form_no_groups(no_shared: None) -> None:
-    for name in WORKLOADS:
-        if name != "judge":
-            assert {task.group for task in workload(name).make(None, 0).tasks[:50]} == {""}
+    for name in set(WORKLOADS) - {"judge"}:
+        assert {task.group for task in workload(name).make(None, 0).tasks[:50]} == {""}
 
 
 def test_tool_results_are_shared_behind_other_text(no_shared: None) -> None:

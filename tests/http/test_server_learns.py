@@ -45,9 +45,8 @@ def test_an_idle_server_learns_a_template_and_then_corrects(smollm2: str, tmp_pa
             told = hear(number)
             assert wait_until(lambda n=number: agents.counters()["lessons/learned"] >= n)
         told = hear(9)
-        exact = (
-            told["reused"] - told["corrected"]
-        )  # of the critic's own page, behind its prefix hit
+        # of the critic's own page, behind its prefix hit
+        exact = told["reused"] - told["corrected"]
         assert 0 <= exact < CPU_BLOCK_TOKENS
         counters = agents.counters()
         assert counters["lessons/failed"] == 0

@@ -139,7 +139,7 @@ def words_found(make_server: Callable[[], EngineWithoutWorker], **options: Any) 
     that have one of them there: where it is right, less is computed again.
     """
     lead = words("agent", LEAD_TOKENS)
-    known = [token for d in DIGITS for token in (*range(20 * d, 20 * d + 8), d)]
+    known = [token for d in DIGITS for token in (*range(20 * d, 20 * d + 9), d)]
     known = [*range(3000, 3000 + BEHIND_EDIT), *known]
     assert len(known) <= WORDS_BEHIND_EDIT
     seen = {}

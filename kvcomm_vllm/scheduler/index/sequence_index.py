@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvcomm_vllm.scheduler.index.borders import WHOLE, Lengths, Reach
+from kvcomm_vllm.scheduler.index.borders import WHOLE, Reach
 from kvcomm_vllm.scheduler.index.rolling_hash import I32, RollingHash, namespace_seed
 from kvcomm_vllm.scheduler.index.sequence import Match, Sequence
 from kvcomm_vllm.scheduler.index.window_search import Accept, WindowSearch, equal_length
@@ -262,9 +262,7 @@ class SequenceIndex:
         found = self.leading(namespace, tokens, accept)
         if found is None:
             return None
-        window, lengths = self._hashing.window_tokens, Lengths.of([found.sequence])
-        first, stop = (np.array([place]) for place in (start, found.length))
-        begin, end = (int(e[0]) for e in reach.cut(lengths, window, np.array([0]), first, stop))
+        begin, end = self._search.reached(found.sequence, 0, (start, found.length), reach)
         return Match(found.sequence, begin, begin, end - begin) if begin < end else None
 
     def _checked(self, tokens: I32, block_hashes: Listing[bytes]) -> tuple[I32, list[bytes]]:

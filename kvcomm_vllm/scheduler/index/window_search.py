@@ -195,15 +195,14 @@ class WindowSearch:
         place = number = failed = 0
         while number < len(begins):
             number = max(number, bisect_right(begins, place, lo=number) - 1)
+            row, diagonal = int(runs.row[number]), int(runs.diagonal[number])
             begin, end = max(begins[number], place), ends[number]
             if opens[number] and end > place and failed < MAX_FAILED:
-                begin, end = self._reached(
-                    runs, number, self._extended(runs, number, text, place), reach
-                )
+                run = self._extended(runs, number, text, place)
+                begin, end = self.reached(self._sequence(row), diagonal, run, reach)
                 begin = max(begin, place)
                 failed += end - begin < min_length
             if end - begin >= max(1, min_length):
-                row, diagonal = int(runs.row[number]), int(runs.diagonal[number])
                 lead = max(0, begin - begins[number])
                 matches.append(
                     Match(self._sequence(row), begin, begin - diagonal, end - begin, lead)
@@ -223,13 +222,13 @@ class WindowSearch:
             begin -= equal_length(text[lowest:begin][::-1], back)
         return begin, end + equal_length(text[end:], tokens[end - diagonal :])
 
-    def _reached(
-        self, runs: Runs, number: int, run: tuple[int, int], reach: Reach
+    def reached(
+        self, sequence: Sequence, diagonal: int, run: tuple[int, int], reach: Reach
     ) -> tuple[int, int]:
-        """The usable part of one run."""
-        lengths = Lengths.of([self._sequence(int(runs.row[number]))])
+        """The usable part of one run of equal tokens, see :meth:`Reach.cut`."""
+        lengths, at = Lengths.of([sequence]), np.array([diagonal])
         begin, end = (np.array([place]) for place in run)
-        begin, end = reach.cut(lengths, self._w, runs.diagonal[number : number + 1], begin, end)
+        begin, end = reach.cut(lengths, self._w, at, begin, end)
         return int(begin[0]), int(end[0])
 
     def _sequence(self, row: int) -> Sequence:
