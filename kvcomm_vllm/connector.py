@@ -9,6 +9,7 @@ The data path, top down: ``scheduler/half.py`` plans a request (``sources`` -> `
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -18,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.offload import offloading_worker, pool_spec
 from kvcomm_vllm.compat.owners import find_engine, find_scheduler, find_wake_up
 from kvcomm_vllm.compat.scheduler import (
     add_reports,
@@ -68,6 +70,7 @@ class KVCommConnector(KVConnectorBase_V1):
         extra = self._kv_transfer_config.kv_connector_extra_config or {}
         self.config = KVCommConfig.from_mapping(extra, "kv_connector_extra_config")
         block_size = vllm_config.cache_config.block_size
+        spec = pool_spec(self.config.tiers, vllm_config, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             from kvcomm_vllm.scheduler.engine_state import EngineState
             from kvcomm_vllm.scheduler.half import SchedulerHalf
@@ -83,7 +86,13 @@ class KVCommConnector(KVConnectorBase_V1):
             self._vllm_scheduler = find_scheduler()
             engine = EngineState(self._vllm_scheduler, find_engine())
             self._scheduler = SchedulerHalf(
-                self.config, block_size, budget, off, engine, find_wake_up()
+                self.config,
+                block_size,
+                budget,
+                off,
+                engine,
+                find_wake_up(),
+                None if spec is None else spec.get_manager,
             )
             if self._vllm_scheduler is not None:
                 let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
@@ -96,7 +105,8 @@ class KVCommConnector(KVConnectorBase_V1):
         else:
             from kvcomm_vllm.worker.half import WorkerHalf
 
-            self._worker = WorkerHalf(self.config, vllm_config, block_size)
+            make = spec and partial(offloading_worker, spec, vllm_config, kv_cache_config)
+            self._worker = WorkerHalf(self.config, vllm_config, block_size, make)
 
     # ---- scheduler ------------------------------------------------------------------------------
 
@@ -182,7 +192,7 @@ class KVCommConnector(KVConnectorBase_V1):
     # ---- worker ---------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._worker.register()
+        self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> WorkerFacts:
         facts = self._worker.facts
@@ -216,6 +226,10 @@ class KVCommConnector(KVConnectorBase_V1):
         """Nothing was saved."""
 
     # ---- both -----------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        half = self._scheduler if self.role is KVConnectorRole.SCHEDULER else self._worker
+        half.close()
 
     def get_kv_connector_stats(self) -> KVCommStats | None:
         half = self._scheduler if self.role is KVConnectorRole.SCHEDULER else self._worker

@@ -8,6 +8,7 @@ tensors or objects of either half.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -186,6 +187,22 @@ class LessonOp:
     settles: bool = False
 
 
+@dataclass(slots=True)
+class TransferOp:
+    """Copy pages between the KV cache and its host pool.
+
+    Args:
+        number: what the report calls it.
+        stores: into the pool, else out of it.
+        pages: of the KV cache; ``chunks``: of the pool, one for each.
+    """
+
+    number: int
+    stores: bool
+    pages: list[int]
+    chunks: list[int]
+
+
 @dataclass
 class StepMessage(KVConnectorMetadata):
     """Scheduler half -> workers, every step."""
@@ -193,10 +210,12 @@ class StepMessage(KVConnectorMetadata):
     requests: list[RequestOps] = field(default_factory=list)
     probes: list[ProbeOp] = field(default_factory=list)
     lesson: LessonOp | None = None
+    transfers: list[TransferOp] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
-        return not self.requests and not self.probes and self.lesson is None
+        """Whether nothing is to be done before the forward."""
+        return not (self.requests or self.probes or self.transfers) and self.lesson is None
 
 
 @dataclass
@@ -215,6 +234,8 @@ class StepReport(KVConnectorWorkerMetadata):
         divergence: the answer to its comparison; every rank that knows it says the same.
         distances: per probed request and span the squared distance to each anchor; None if it could
             not be measured. Mode ``paper`` has one rank alone.
+        transferred: transfers that are over, and on how many ranks; ``untransferred``: those that
+            failed on any.
     """
 
     done: set[str] = field(default_factory=set)
@@ -226,6 +247,8 @@ class StepReport(KVConnectorWorkerMetadata):
     errors: list[list[float]] = field(default_factory=list)
     divergence: Divergence | None = None
     distances: dict[str, list[list[float]] | None] = field(default_factory=dict)
+    transferred: Counter[int] = field(default_factory=Counter)
+    untransferred: set[int] = field(default_factory=set)
 
     @property
     def written(self) -> set[str]:
@@ -247,6 +270,8 @@ class StepReport(KVConnectorWorkerMetadata):
             errors=[[a + b for a, b in zip(x, y, strict=True)] for x, y in pairs],
             divergence=self.divergence or other.divergence,
             distances={**self.distances, **other.distances},
+            transferred=self.transferred + other.transferred,
+            untransferred=self.untransferred | other.untransferred,
         )
 
 
@@ -258,7 +283,7 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     second engine of a process would be answered by the first one's worker. ``rooms``: by mode,
     how much of what it learns can be kept there (placeholders, rows); empty where reuse does not
     work. ``alone``: no other engine takes part in this one's forwards (data parallelism);
-    ``compares``: its model tells which token follows.
+    ``compares``: its model tells which token follows; ``pool``: it has a host pool.
     """
 
     reason: str | None
@@ -268,3 +293,4 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     rooms: dict[str, int] = field(default_factory=dict)
     alone: bool = True
     compares: bool = True
+    pool: bool = False

@@ -54,13 +54,14 @@ METRICS = {
         "vllm:kvcomm_asked_again",
         "why",
         "How often vLLM was told to ask about a request again, a step later: loading, adopted, "
-        "in_flight, probe, step_full, not_written.",
+        "in_flight, probe, step_full, returning, not_written.",
     ),
     "seconds": Metric(
         "vllm:kvcomm_seconds",
         "phase",
-        "Time spent planning (scheduler), loading, in side forwards, learning; where kernels run "
-        "asynchronously (CUDA), the time until they are launched.",
+        "Time spent planning (scheduler), loading, in side forwards, learning, and storing and "
+        "returning pages of tiers (beside the rest); where kernels run asynchronously (CUDA), the "
+        "time until they are launched.",
     ),
     "lessons": Metric(
         "vllm:kvcomm_lessons",
@@ -104,6 +105,16 @@ METRICS = {
         "and so on; the difference of both is how many are treated so.",
     ),
     "anchors": Metric("vllm:kvcomm_anchors", "event", "Anchors gained and lost, likewise."),
+    "tier_pages": Metric(
+        "vllm:kvcomm_tier_pages",
+        "event",
+        "Pages beyond the KV cache: returned = brought back for a request that reads them.",
+    ),
+    "tier_bytes": Metric(
+        "vllm:kvcomm_tier_bytes",
+        "event",
+        "Bytes copied between the KV cache and the host pool, by each rank: stored, returned.",
+    ),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
 
@@ -174,6 +185,15 @@ class KVCommStats(KVConnectorStats):
             if now != before:
                 self._add(metric, "gained" if now > before else "lost", abs(now - before))
         self._held = placeholders, anchors
+
+    def count_returned(self, pages: int) -> None:
+        if pages:
+            self._add("tier_pages", "returned", pages)
+
+    def count_transfer(self, stored: bool, size: int, seconds: float) -> None:
+        """A rank has copied pages."""
+        self._add("tier_bytes", "stored" if stored else "returned", size)
+        self.add_seconds("storing" if stored else "returning", seconds)
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         self._add("seconds", phase, seconds)

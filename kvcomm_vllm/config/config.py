@@ -17,6 +17,7 @@ from kvcomm_vllm.config.key import MOST, Key, key
 from kvcomm_vllm.config.mapping import ConfigError, Reader
 from kvcomm_vllm.config.moved import MOVED, moved_warning
 from kvcomm_vllm.config.paper import PaperConfig
+from kvcomm_vllm.config.tiers import TiersConfig
 
 REPORTS = ("auto", "coarse", "full", "off")
 MODES = ("off", "rotate", "seam", "anchor", "paper")
@@ -235,6 +236,7 @@ class KVCommConfig:
     )
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     paper: PaperConfig = field(default_factory=PaperConfig)
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     # names of the previous version that keys were given by; no key itself
     moved: tuple[str, ...] = field(default=(), compare=False, repr=False)
 

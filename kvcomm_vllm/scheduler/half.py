@@ -20,7 +20,6 @@ from vllm.logger import init_logger
 from kvcomm_vllm.compat.events import hide_private
 from kvcomm_vllm.compat.scheduler import count_cached_tokens
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.hints import FIELD
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
@@ -36,6 +35,7 @@ from kvcomm_vllm.scheduler.modes.registry import Modes
 from kvcomm_vllm.scheduler.operations import operations
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import first_approximate, generation
+from kvcomm_vllm.scheduler.reports import Reports
 from kvcomm_vllm.scheduler.requests import new_state
 from kvcomm_vllm.scheduler.set_back import set_back
 from kvcomm_vllm.scheduler.sources import SourceFinder
@@ -43,6 +43,8 @@ from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.spread import SpreadPlans
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.store import SequenceStore
+from kvcomm_vllm.scheduler.tiers.base import NoTiers, Tiers
+from kvcomm_vllm.scheduler.tiers.pool import HostPool
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -62,6 +64,7 @@ class SchedulerHalf:
         off: why reuse is off for the whole engine, if it is.
         engine: what its operator has done to it.
         wake: ends the engine's sleep, if it ever sleeps.
+        make_pool: vLLM's manager of a host pool, if one was asked for.
     """
 
     def __init__(
@@ -72,8 +75,10 @@ class SchedulerHalf:
         off: Reason | None,
         engine: EngineState,
         wake: Callable[[], None] | None = None,
+        make_pool: Callable[[], Any] | None = None,
     ) -> None:
         self.config = config
+        self.make_pool = make_pool
         self.block_size = block_size
         self.max_batched_tokens = max_batched_tokens
         self.spread = SpreadPlans(max_batched_tokens, config.max_hole_tokens)
@@ -87,12 +92,13 @@ class SchedulerHalf:
         self.store = SequenceStore(index, block_size, config.keep_last_page)
         self.pages: SourcePages
         self.finder: SourceFinder
+        self.tiers: Tiers = NoTiers()
         self._planned: list[RequestState] = []
         # ended while their loads are on their way: if those fail, pages must be forgotten
         self._leaving: dict[str, RequestState] = {}
         self._ops: list[RequestOps] = []
-        self._ended: dict[str, dict[str, Any] | None] = {}
         self.computed_hits = ComputedHits()
+        self.reports = Reports(config, block_size)
 
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
@@ -113,6 +119,11 @@ class SchedulerHalf:
         self.off = None
         self.modes.set_capacity(facts)
         self.audits.workers_ready(facts)
+        if self.make_pool is not None and all(fact.pool for fact in facts):
+            self.tiers = HostPool(
+                self.make_pool(), self.finder, self.stats, self.engine, ranks=len(facts)
+            )
+            self.pages.kept, self.store.kept = self.tiers.keep, self.tiers.holds
 
     def on_new_request(self, request: Request) -> None:
         self._keep_up()
@@ -145,6 +156,7 @@ class SchedulerHalf:
         began = time.perf_counter()
         plan = self._plan(state, local)
         self.stats.add_seconds("planning", time.perf_counter() - began)
+        self.tiers.settled(state.id)
         if isinstance(plan, AskAgain):
             self.stats.count_asked_again(plan)
             return None, False
@@ -172,12 +184,16 @@ class SchedulerHalf:
             return AskAgain.LOADING
         if not state.is_private(local, self.block_size):
             state.restore_exact()
+        if self.tiers.bring(state, self.finder.leading(state, local)):
+            return AskAgain.RETURNING
         if self.finder.adopt(state, local):
             return AskAgain.ADOPTED
         private = state.is_private(local, self.block_size)
         matches = self.finder.find(state, local)
         if self.finder.worth_waiting(state, matches):
             return AskAgain.IN_FLIGHT
+        if self.tiers.bring(state, self.finder.missing(state, matches)):
+            return AskAgain.RETURNING
         ready = [match for match in matches if match.sequence.ready]
         sources = [part for match in ready for part in self.pages.sources(match, state.tokens())]
         if not sources:
@@ -267,7 +283,7 @@ class SchedulerHalf:
     # ---- the step goes to the workers and comes back ---------------------------------------------
 
     def build_message(self, output: SchedulerOutput) -> StepMessage:
-        self._ended.clear()
+        self.reports.next_step()
         self._keep_up()
         for state in self._planned:
             self._forget(state)
@@ -277,7 +293,8 @@ class SchedulerHalf:
         self._ops += self.spread.next_pieces(room)
         busy = self.states or self._ops or output.total_num_scheduled_tokens
         probes, lesson = self.modes.take_probes(), self.lessons.next_op(idle=not busy)
-        message, self._ops = StepMessage(self._ops, probes, lesson), []
+        message = StepMessage(self._ops, probes, lesson, self.tiers.take_ops())
+        self._ops = []
         return message
 
     @property
@@ -286,28 +303,24 @@ class SchedulerHalf:
 
         Not while requests are alive, which vLLM counts itself: paused ones would never let it rest.
         """
-        return self.off is None and not self.states and self.lessons.due()
+        return self.off is None and not self.states and (self.tiers.due() or self.lessons.due())
 
     def hear_losses(self, report: StepReport) -> None:
         """What was not loaded, before vLLM ends requests of that step and asks what became of them:
         it ends those whose KV is not there at all, where it cannot compute it.
         """
-        for request_id in report.failed:
-            state = self.states.get(request_id)
-            if state is not None:
-                state.decline(Reason.LOAD_FAILED)
-        for request_id in report.repaired:
-            state = self.states.get(request_id)
-            if state is not None:
-                state.repaired, state.reused_uses = True, []
-                state.decline(Reason.LOAD_REPAIRED)
-                self.computed_hits.not_loaded(state)
-                count_cached_tokens(state.request, state.served_local, 0)
+        for request_id in report.failed & self.states.keys():
+            self.states[request_id].decline(Reason.LOAD_FAILED)
+        for request_id in report.repaired & self.states.keys():
+            state = self.states[request_id]
+            state.computed_instead()
+            self.computed_hits.not_loaded(state)
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
         self._keep_up()
         self.lessons.on_report(report)
+        self.tiers.on_report(report)
         if report.lesson >= 0:
             self._count_anchors()
         for request_id, distances in report.distances.items():
@@ -346,31 +359,17 @@ class SchedulerHalf:
         self.spread.abandon(state.id)
         if state.loading:
             self._leaving[state.id] = state
-        self.store.finish(state, self.pages, block_ids)
+        kept = self.store.finish(state, self.pages, block_ids)
+        if kept is not None:
+            self.tiers.keep(kept.block_hashes, block_ids[: len(kept.block_hashes)])
         self.audits.ended(state)
         self.stats.count_request(state)
-        self._ended[state.id] = report = self._report(state)
-        return report
+        self.tiers.forget(state.id)
+        return self.reports.ended(state)
 
     def tell(self, request_id: str) -> dict[str, Any] | None:
-        """What the output of a request that has none brings along: its report with the first one,
-        as vLLM's front end may answer before the engine hears of an end; and with the last one of a
-        request that vLLM ended without asking (an error).
-        """
-        state = self.states.get(request_id)
-        if state is None:
-            return self._ended.get(request_id)
-        if state.told:
-            return None
-        state.told = True
-        return self._report(state)
-
-    def _report(self, state: RequestState) -> dict[str, Any] | None:
-        """The ``kv_transfer_params`` of the response."""
-        if self.config.report == "off":
-            return None
-        full = state.trusted and self.config.report != "coarse"
-        return {FIELD: state.report() if full else state.coarse_report(self.block_size)}
+        """What the output of a request that has none brings along."""
+        return self.reports.tell(request_id, self.states.get(request_id))
 
     def let_go(self) -> list[Request]:
         """An operator resets what runs: requests that begin anew though they do not run."""
@@ -393,8 +392,13 @@ class SchedulerHalf:
             state.lesson = None
         self.store.clear(list(self.states.values()))
         self.lessons.clear()
+        self.tiers.clear()
         self.modes.clear()
         self._count_anchors()
 
     def _count_anchors(self) -> None:
         self.stats.count_held(*self.modes.counts())
+
+    def close(self) -> None:
+        """The engine ends."""
+        self.tiers.close()

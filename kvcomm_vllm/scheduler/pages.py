@@ -52,6 +52,8 @@ class SourcePages:
         self.block_size = block_size
         self._hide = hide
         self._held: dict[str, list[KVCacheBlock]] = {}
+        # is told of pages with true KV that have been put into the prefix cache
+        self.kept: Callable[[list[bytes], list[int]], None] = lambda names, block_ids: None
 
     def lookup(self, block_hash: bytes) -> KVCacheBlock | None:
         found = self.pool.get_cached_block(block_hash, GROUP)
@@ -67,6 +69,18 @@ class SourcePages:
             return None
         self._hide(name)
         return name
+
+    def put(self, name: bytes, block_id: int, tokens: int) -> bool:
+        """Make a page findable under a name that is known already, unless another one is."""
+        if self.lookup(name) is not None:
+            return False
+        self._hide(name)
+        return name_partial_page(self.pool, block_id, name, tokens)
+
+    @property
+    def free(self) -> int:
+        """Pages that can be had."""
+        return int(self.pool.get_num_free_blocks())
 
     def keep_true(self, request: Request, block_ids: list[int], rest: int) -> Kept:
         """Put pages with a request's true KV into the prefix cache, under the request's hashes.
@@ -97,6 +111,7 @@ class SourcePages:
             kept.hashes.append(block_hash)
             chain.append(known or block)
         self.pool.touch(chain)
+        self.kept(kept.hashes, [block.block_id for block in chain])
         self.pool.free_blocks(reversed(chain))
         return kept
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.refresh import LEAST_LOAD, Refresh
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
+from kvcomm_vllm.scheduler.tiers.wanted import Wanted, chain, missing
 
 
 class SourceFinder:
@@ -42,14 +43,9 @@ class SourceFinder:
         So a follow-up turn, a retry or a second sample finds the pages of its own conversation by
         vLLM's own lookup: same context, no seam, no copy.
         """
-        hints = state.hints
-        if state.adoption_tried or hints.learn or hints.spans is not None:
+        if state.adoption_tried or not self._adopts(state):
             return False
-        if not self.config.reuse_approximate:
-            return False
-        lead = self.index.leading(
-            state.namespace, state.tokens(), lambda s: s.ready and s.first_approximate is not None
-        )
+        lead = self._conversation(state)
         if lead is None:
             return False
         sequence = lead.sequence
@@ -65,6 +61,16 @@ class SourceFinder:
         state.generation = sequence.generation
         state.local_origin = origin(sequence)[: blocks * self.block_size]
         return True
+
+    def _adopts(self, state: RequestState) -> bool:
+        hints = state.hints
+        return self.config.reuse_approximate and not (hints.learn or hints.spans is not None)
+
+    def _conversation(self, state: RequestState) -> Match | None:
+        """The longest beginning that this prompt has from what was served approximately."""
+        return self.index.leading(
+            state.namespace, state.tokens(), lambda s: s.ready and s.first_approximate is not None
+        )
 
     def find(self, state: RequestState, local: int) -> list[Match]:
         """Matches behind the local hit; they may overlap, where a shorter one is ready or more
@@ -122,6 +128,31 @@ class SourceFinder:
         if state.refresh is None:
             state.refresh = Refresh(state.tokens(), state.trusted)
         return state.refresh
+
+    def leading(self, state: RequestState, local: int) -> Iterator[Wanted]:
+        """Full pages behind the local hit that the prompt begins with: by the names under which
+        vLLM looks for them, and by those of its own conversation.
+        """
+        first, last = local // self.block_size, (len(state.tokens()) - 1) // self.block_size
+        yield chain(state.request.block_hashes[first:last], self.block_size)
+        if state.adoption_tried or not self._adopts(state):
+            return
+        lead = self._conversation(state)
+        if lead is not None:
+            last = min(last, lead.length // self.block_size)
+            yield chain(lead.sequence.block_hashes[:last], self.block_size)
+
+    def missing(self, state: RequestState, matches: Listing[Match]) -> Iterator[Wanted]:
+        """What of these matches no page in the KV cache has."""
+        yield missing(matches, self.pages, state.tokens())
+
+    def own(self, state: RequestState) -> int:
+        """Free pages that the request will ask for."""
+        in_use = 0
+        for block_hash in state.request.block_hashes[: state.local // self.block_size]:
+            block = self.pages.lookup(block_hash)
+            in_use += block is not None and block.ref_cnt > 0
+        return -(-int(state.request.num_tokens) // self.block_size) - in_use
 
     def _search(
         self, state: RequestState, local: int, filling: bool = False, exact: bool = False
@@ -188,13 +219,8 @@ class SourceFinder:
         """Keep the plan's source pages; False where the request would not get its own beside
         them.
         """
-        in_use = 0
-        for block_hash in state.request.block_hashes[: plan.local // self.block_size]:
-            block = self.pages.lookup(block_hash)
-            in_use += block is not None and block.ref_cnt > 0
-        own = -(-state.request.num_tokens // self.block_size) - in_use
         blocks = [block for span in plan.spans for block in span.source.blocks]
-        return self.pages.hold(state.id, blocks, own)
+        return self.pages.hold(state.id, blocks, self.own(state))
 
 
 def coming_tokens(matches: Listing[Match], prompt: np.ndarray) -> int:

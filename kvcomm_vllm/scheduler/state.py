@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.request import RequestStatus
 
+from kvcomm_vllm.compat.scheduler import count_cached_tokens
 from kvcomm_vllm.hints import Hints
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.context import Context
@@ -177,6 +178,12 @@ class RequestState:
 
     def decline(self, reason: Reason) -> None:
         self.declined = Counter({reason.value: 1})  # of attempts, only the last one counts
+
+    def computed_instead(self) -> None:
+        """Its loads have failed; all of its plan was computed in the same step."""
+        self.repaired, self.reused_uses = True, []
+        self.decline(Reason.LOAD_REPAIRED)
+        count_cached_tokens(self.request, self.served_local, 0)
 
     @property
     def outcome(self) -> str:

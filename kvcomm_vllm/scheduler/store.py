@@ -5,12 +5,12 @@ gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
-from kvcomm_vllm.scheduler.index import SequenceIndex
+from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.origin import numbered
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.state import RequestState
@@ -34,6 +34,7 @@ class SequenceStore:
         self.block_size = block_size
         self.keep_last_page = keep_last_page
         self._filling: dict[str, RequestState] = {}
+        self.kept: Callable[[Sequence], bool] = lambda sequence: False  # beyond the KV cache
 
     def register(self, state: RequestState) -> None:
         """The request was admitted (again): its tokens so far become findable."""
@@ -99,20 +100,25 @@ class SequenceStore:
                 pages.evict(state.block_ids[first:])
                 self.drop(state)
 
-    def finish(self, state: RequestState, pages: SourcePages, block_ids: list[int]) -> None:
+    def finish(
+        self, state: RequestState, pages: SourcePages, block_ids: list[int]
+    ) -> Sequence | None:
         """The request ended: keep what its pages hold, prompt and output, or forget what never got
         its KV. ``block_ids`` are its pages, not freed yet.
+
+        Returns:
+            What is kept of it.
         """
         request, sequence = state.request, state.sequence
         if sequence is None:
-            return
+            return None
         # the last sampled token was never forwarded, so it has no KV
         rows = min(request.num_computed_tokens, request.num_tokens - 1)
         blocks = min(rows // self.block_size, len(request.block_hashes))
         tokens = blocks * self.block_size
         if tokens < len(sequence.tokens) or (state.served and not state.written):
             self.drop(state)
-            return
+            return None
         self._filling.pop(state.id, None)
         hashes = list(request.block_hashes[:blocks])
         if self._worth_a_page(state, rows) and 0 < rows - tokens < self.block_size:
@@ -123,6 +129,7 @@ class SequenceStore:
         self.index.extend(sequence, state.tokens()[:tokens], hashes)
         self.index.mark_ready(sequence)
         self._sweep(pages)
+        return sequence
 
     def _worth_a_page(self, state: RequestState, rows: int) -> bool:
         """Short requests would fill the cache with last pages that nobody asks for."""
@@ -132,7 +139,7 @@ class SequenceStore:
     def _sweep(self, pages: SourcePages) -> None:
         """Forget a few sequences whose pages are gone; in the long run all of them."""
         for sequence in self.index.sweep_candidates(SWEEP):
-            if sequence.ready and not pages.alive(sequence):
+            if sequence.ready and not (pages.alive(sequence) or self.kept(sequence)):
                 self.index.drop(sequence)
 
     def clear(self, states: list[RequestState]) -> None:

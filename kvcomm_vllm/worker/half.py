@@ -36,8 +36,10 @@ from kvcomm_vllm.worker.compare import compare
 from kvcomm_vllm.worker.equipment import Equipment, equip
 from kvcomm_vllm.worker.load import run_loads, token_moves
 from kvcomm_vllm.worker.side_forward import RanksApartError, Row
+from kvcomm_vllm.worker.transfers import Transfers
 
 logger = init_logger("vllm.kvcomm.worker")
+MakePool = Callable[[dict[str, torch.Tensor]], Any]
 
 
 class WorkerHalf:
@@ -46,10 +48,18 @@ class WorkerHalf:
     Args:
         config: the effective configuration.
         block_size: tokens per page in block tables.
+        make_pool: what copies pages of this KV cache to a host pool, if one was asked for.
     """
 
-    def __init__(self, config: KVCommConfig, vllm_config: Any, block_size: int) -> None:
+    def __init__(
+        self,
+        config: KVCommConfig,
+        vllm_config: Any,
+        block_size: int,
+        make_pool: MakePool | None = None,
+    ) -> None:
         self.config = config
+        self.make_pool = make_pool
         self.vllm_config = vllm_config
         self.block_size = block_size
         self.runner = find_model_runner()
@@ -57,11 +67,12 @@ class WorkerHalf:
         self.stats = KVCommStats()
         self.clock: Clock = HostClock()
         self.ready: Equipment | None = None
+        self.transfers: Transfers | None = None
         self._report: StepReport | None = None
         self._lost_blocks: set[int] = set()
         self._arrived: set[str] = set()
 
-    def register(self) -> None:
+    def register(self, caches: dict[str, torch.Tensor]) -> None:
         """The KV cache exists: learn its layout, check it, and say what was found."""
         try:
             self.ready, self.facts = equip(
@@ -75,6 +86,16 @@ class WorkerHalf:
             logger.debug("kvcomm: self-check raised", exc_info=True)
             detail = f"{type(error).__name__}: {error}"
             self.facts = WorkerFacts(Reason.SELF_CHECK_FAILED.value, detail, "")
+        if self.ready is not None and self.make_pool is not None:
+            self._open_pool(self.make_pool, caches)
+
+    def _open_pool(self, make: MakePool, caches: dict[str, torch.Tensor]) -> None:
+        try:
+            self.transfers = Transfers(make(caches))
+        except Exception as error:
+            logger.error("kvcomm: no host pool, pages that leave the KV cache are lost: %s", error)
+            logger.debug("kvcomm: the host pool raised", exc_info=True)
+        self.facts.pool = self.transfers is not None
 
     @property
     def equipment(self) -> Equipment:
@@ -87,6 +108,8 @@ class WorkerHalf:
         self._count_times()
         if message.empty:
             return
+        if self.transfers is not None:
+            self.transfers.begin(message.transfers)
         report = self._report = StepReport()
         for probe in message.probes:
             report.distances[probe.request_id] = self._probe(probe)
@@ -211,6 +234,8 @@ class WorkerHalf:
 
     def take_report(self) -> StepReport | None:
         report, self._report = self._report, None
+        if self.transfers is not None:
+            report = self.transfers.report(report, self.stats.count_transfer)
         return report
 
     def take_arrived(self) -> set[str]:
@@ -221,6 +246,11 @@ class WorkerHalf:
     def take_lost_blocks(self) -> set[int]:
         lost, self._lost_blocks = self._lost_blocks, set()
         return lost
+
+    def close(self) -> None:
+        """The engine ends."""
+        if self.transfers is not None:
+            self.transfers.close()
 
 
 def _whole_plan(ops: RequestOps) -> HoleOp:

@@ -27,6 +27,7 @@ class AskAgain(enum.StrEnum):
     IN_FLIGHT = "in_flight"  # another request is prefilling the same text
     PROBE = "probe"  # workers have been asked how far its text is from what was learned
     STEP_FULL = "step_full"  # other requests' holes fill this step
+    RETURNING = "returning"  # pages it would read are on their way from a tier
     NOT_WRITTEN = "not_written"  # a page it would read is filled by this very step
 
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's tiers of KV (``vllm.v1.kv_offload``, 0.32): a host pool, and what lies behind it.
+
+vLLM's own connector for them finds text by its prefix alone. What is taken from there is
+everything else: the pool's memory, its bookkeeping and eviction, the copying of pages.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvcomm_vllm.config.tiers import TiersConfig
+
+logger = init_logger("vllm.kvcomm")
+
+
+def pool_spec(tiers: TiersConfig, config: VllmConfig, caches: KVCacheConfig) -> Any | None:
+    """vLLM's ``TieringOffloadingSpec``, of which scheduler and workers make their halves; None
+    where no pool is asked for, or vLLM has none.
+    """
+    if not tiers.wanted:
+        return None
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
+            build_offloading_config,
+        )
+
+        from kvcomm_vllm.worker.host_pool import HostPoolSpec
+    except ImportError as error:
+        logger.warning("kvcomm: this vLLM has no tiers of KV as they are used here: %s", error)
+        return None
+    settings = {"cpu_bytes_to_use": int(tiers.host_gb * 2**30), "secondary_tiers": []}
+    described = build_offloading_config(config, caches)
+    return HostPoolSpec(replace(described, extra_config=settings))
+
+
+def offloading_worker(
+    spec: Any, config: VllmConfig, caches: KVCacheConfig, tensors: dict[str, torch.Tensor]
+) -> Any:
+    """What copies pages on this rank, made for the KV cache as vLLM has laid it out."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
+        OffloadingConnectorWorker,
+    )
+
+    connector = OffloadingConnectorWorker(spec, config, caches)
+    connector.register_kv_caches(tensors)
+    return connector.worker
+
+
+def pages_and_chunks(pages: list[int], chunks: list[int]) -> tuple[Any, Any]:
+    """The same as vLLM's workers are told."""
+    from vllm.v1.kv_offload.base import GPULoadStoreSpec
+    from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+
+    there = GPULoadStoreSpec(pages, group_sizes=(len(pages),), block_indices=(0,))
+    return there, CPULoadStoreSpec(chunks)
+
+
+class Found(enum.Enum):
+    """What a tier says of a page."""
+
+    HERE = enum.auto()  # in the pool
+    COMING = enum.auto()  # on its way there, or being looked for
+    NOWHERE = enum.auto()
+
+
+def key_of(name: bytes) -> Any:
+    """What vLLM's tiers call the page of this name."""
+    from vllm.v1.kv_offload.base import make_offload_key
+
+    return make_offload_key(name, 0)
+
+
+def look_up(manager: Any, name: bytes, context: Any) -> Found:
+    """Where a page lies. What lies in a slower tier begins to come to the pool by that."""
+    from vllm.v1.kv_offload.base import LookupResult
+
+    found = manager.lookup(key_of(name), context)
+    if found is LookupResult.HIT:
+        return Found.HERE
+    return Found.NOWHERE if found is LookupResult.MISS else Found.COMING
+
+
+def in_pool(manager: Any, name: bytes) -> bool:
+    """Whether a page lies in the pool; nothing is begun by asking."""
+    chunk = manager.primary_tier._policy.get(key_of(name))
+    return chunk is not None and bool(chunk.is_ready)
+
+
+def end_of_step(manager: Any) -> None:
+    """Let tiers go on with what they have been asked for in this step."""
+    from vllm.v1.kv_offload.base import ScheduleEndContext
+
+    manager.on_schedule_end(ScheduleEndContext(new_req_ids=(), preempted_req_ids=()))
+
+
+class TierRequest:
+    """Whom a manager takes to be asking: it wants to know of each request's begin and end."""
+
+    def __init__(self, manager: Any, name: str) -> None:
+        from vllm.v1.kv_offload.base import ReqContext
+
+        self._manager = manager
+        self.context = ReqContext(name)
+        manager.on_new_request(self.context)
+
+    def end(self) -> None:
+        self._manager.on_request_finished(self.context)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Returns: pages on their way back into the KV cache, for a request that waits for them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvcomm_vllm.compat.offload import Found, TierRequest, key_of, look_up
+from kvcomm_vllm.messages import TransferOp
+from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.tiers.wanted import Wanted
+
+
+@dataclass
+class Waiting:
+    """A request, and what is being brought back for it.
+
+    Attributes:
+        since: when it was first asked for.
+        number: of the transfer under way, if any; ``names``, ``block_ids``, ``tokens``: its pages.
+        holders: who holds what was brought, and what is read beside it, until that is planned.
+        gone: the request has ended meanwhile; ``given_up``: its pages could not be copied.
+    """
+
+    request: TierRequest
+    since: float
+    number: int | None = None
+    names: list[bytes] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    holders: list[str] = field(default_factory=list)
+    gone: bool = False
+    given_up: bool = False
+
+
+class Returns:
+    """Args:
+    manager: vLLM's ``OffloadingManager``.
+    pages: of the KV cache.
+    wait_seconds: longest time a request waits for what slower tiers have.
+    """
+
+    def __init__(self, manager: Any, pages: SourcePages, wait_seconds: float) -> None:
+        self._manager = manager
+        self._pages = pages
+        self._wait_seconds = wait_seconds
+        self._waiting: dict[str, Waiting] = {}
+
+    def under_way(self, request_id: str) -> bool:
+        waiting = self._waiting.get(request_id)
+        return waiting is not None and waiting.number is not None
+
+    def look(self, request_id: str, wanted: Wanted) -> tuple[list[bytes], bool]:
+        """What of it lies in the pool and not in the KV cache; and whether more of it may come
+        there, which is worth waiting for.
+        """
+        names = [name for name in wanted.pages if self._pages.lookup(name) is None]
+        if not names:
+            return [], False
+        waiting = self._waiting.get(request_id)
+        if waiting is None:
+            request = TierRequest(self._manager, f"kvcomm return {request_id}")
+            waiting = self._waiting[request_id] = Waiting(request, time.monotonic())
+        if waiting.given_up:
+            return [], False
+        patient = time.monotonic() - waiting.since < self._wait_seconds
+        here: list[bytes] = []
+        coming = False
+        for name in names:
+            found = look_up(self._manager, name, waiting.request.context)
+            if found is Found.HERE:
+                here.append(name)
+            elif found is Found.COMING and patient:
+                coming = True
+            elif wanted.chained:
+                break
+        return here, coming
+
+    def begin(
+        self, number: int, request_id: str, wanted: Wanted, names: list[bytes], own: int
+    ) -> TransferOp | None:
+        """Copy these pages back; None where there is no room beside the request's own.
+
+        Args:
+            own: free pages the request will ask for; a chain will be some of these.
+        """
+        there = [block for name in wanted.pages if (block := self._pages.lookup(name))]
+        holder = f"return {number}"
+        # held while free pages are chosen, which are to be others
+        if not self._pages.hold(holder, [block.block_id for block in there], own):
+            return None
+        room = self._pages.free - (0 if wanted.chained else own)
+        names = names[: max(room, 0)]
+        if not names:
+            self._pages.release(holder)
+            return None
+        waiting = self._waiting[request_id]
+        waiting.holders.append(holder)
+        waiting.number, waiting.names = number, names
+        waiting.tokens = [wanted.pages[name] for name in names]
+        waiting.block_ids = self._pages.hold_scratch(holder, len(names))
+        keys = [key_of(name) for name in names]
+        chunks = self._manager.prepare_load(keys, waiting.request.context)
+        return TransferOp(number, False, waiting.block_ids, chunks.block_ids.tolist())
+
+    def over(self, number: int, failed: bool) -> int:
+        """How many pages a transfer of this number has brought back."""
+        found = ((r, w) for r, w in self._waiting.items() if w.number == number)
+        request_id, waiting = next(found, ("", None))
+        if waiting is None:
+            return 0
+        self._manager.complete_load(
+            [key_of(name) for name in waiting.names], waiting.request.context
+        )
+        pages = zip(waiting.names, waiting.block_ids, waiting.tokens, strict=True)
+        brought = sum(self._pages.put(*page) for page in pages) if not failed else 0
+        waiting.number, waiting.names, waiting.given_up = None, [], failed
+        if waiting.gone:
+            self.forget(request_id)
+        return brought
+
+    def settled(self, request_id: str) -> None:
+        """The request holds what it reads itself."""
+        if request_id not in self._waiting or self.under_way(request_id):
+            return
+        waiting = self._waiting[request_id]
+        for holder in waiting.holders:
+            self._pages.release(holder)
+        waiting.holders.clear()
+
+    def forget(self, request_id: str) -> None:
+        waiting = self._waiting.get(request_id)
+        if waiting is None:
+            return
+        if waiting.number is not None:
+            waiting.gone = True
+            return
+        self.settled(request_id)
+        del self._waiting[request_id]
+        waiting.request.end()
+
