@@ -92,7 +92,7 @@ class KVCommConnector(KVConnectorBase_V1):
                 off,
                 engine,
                 find_wake_up(),
-                None if spec is None else spec.get_manager,
+                spec,
             )
             if self._vllm_scheduler is not None:
                 let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
@@ -228,8 +228,10 @@ class KVCommConnector(KVConnectorBase_V1):
     # ---- both -----------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
-        half = self._scheduler if self.role is KVConnectorRole.SCHEDULER else self._worker
-        half.close()
+        if self.role is KVConnectorRole.SCHEDULER:
+            self._scheduler.tiers.close()
+        else:
+            self._worker.close()
 
     def get_kv_connector_stats(self) -> KVCommStats | None:
         half = self._scheduler if self.role is KVConnectorRole.SCHEDULER else self._worker

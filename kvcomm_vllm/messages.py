@@ -211,11 +211,13 @@ class StepMessage(KVConnectorMetadata):
     probes: list[ProbeOp] = field(default_factory=list)
     lesson: LessonOp | None = None
     transfers: list[TransferOp] = field(default_factory=list)
+    awaited: list[int] = field(default_factory=list)  # transfers that must be over before the rest
 
     @property
     def empty(self) -> bool:
         """Whether nothing is to be done before the forward."""
-        return not (self.requests or self.probes or self.transfers) and self.lesson is None
+        work = self.requests or self.probes or self.transfers or self.awaited
+        return not work and self.lesson is None
 
 
 @dataclass

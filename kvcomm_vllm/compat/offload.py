@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+
+from kvcomm_vllm.compat.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +43,19 @@ def pool_spec(tiers: TiersConfig, config: VllmConfig, caches: KVCacheConfig) -> 
         return None
     settings = {"cpu_bytes_to_use": int(tiers.host_gb * 2**30), "secondary_tiers": []}
     described = build_offloading_config(config, caches)
-    return HostPoolSpec(replace(described, extra_config=settings))
+    spec = HostPoolSpec(replace(described, extra_config=settings))
+    spec.fingerprint = partial(fingerprint, config)
+    return spec
+
+
+def disk_tier(folder: str, max_bytes: int) -> dict[str, Any]:
+    """Our file tier, as vLLM's specs are told of one."""
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+
+    name, module = "kvcomm_disk", "kvcomm_vllm.scheduler.tiers.disk"
+    if name not in SecondaryTierFactory._registry:
+        SecondaryTierFactory.register_tier(name, module, "DiskTier")
+    return {"type": name, "root_dir": folder, "max_bytes": max_bytes}
 
 
 def offloading_worker(
@@ -101,6 +116,13 @@ def end_of_step(manager: Any) -> None:
     from vllm.v1.kv_offload.base import ScheduleEndContext
 
     manager.on_schedule_end(ScheduleEndContext(new_req_ids=(), preempted_req_ids=()))
+
+
+def drop_slower(manager: Any) -> None:
+    """Neither read nor write any tier but the pool any more; nothing may be on its way."""
+    tiers, manager.secondary_tiers = manager.secondary_tiers, []
+    for tier in tiers:
+        tier.shutdown()
 
 
 class TierRequest:

@@ -135,12 +135,12 @@ def add_reports(scheduler: Any, tell: Callable[[str], dict[str, Any] | None]) ->
     scheduler.update_from_output = update_from_output
 
 
-def let_go_before_resets(scheduler: Any, let_go: Callable[[], list[Request]]) -> None:
+def let_go_before_resets(scheduler: Any, let_go: Callable[[bool], list[Request]]) -> None:
     """Let requests whose KV arrives over several steps begin anew when running requests are reset.
 
-    vLLM sets running requests back, and raises where others wait for their KV. ``let_go`` returns
-    those that do not run and of which nothing is on its way; to vLLM their load has then failed
-    from the first token.
+    vLLM sets running requests back, and raises where others wait for their KV.
+    ``let_go(reset_running_requests)`` lets go of pages, and returns those that do not run and of
+    which nothing is on its way; to vLLM their load has then failed from the first token.
     """
     from vllm.v1.request import RequestStatus
 
@@ -148,7 +148,7 @@ def let_go_before_resets(scheduler: Any, let_go: Callable[[], list[Request]]) ->
 
     @wraps(reset)
     def reset_prefix_cache(reset_running_requests: bool = False, *args: Any, **kwargs: Any) -> bool:
-        for request in let_go() if reset_running_requests else []:
+        for request in let_go(reset_running_requests):
             if request.is_finished():
                 scheduler._free_blocks(request)
                 continue

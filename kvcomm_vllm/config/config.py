@@ -253,9 +253,11 @@ class KVCommConfig:
         """
         config: KVCommConfig
         config, moved = _reader().read(mapping, origin)
+        problems = [*config.tiers.problems()]
         if config.mode == "paper" and not config.paper.memory_mb:
-            told = "paper.memory_mb: mode paper needs a memory for its anchors, e.g. 1024"
-            raise ConfigError.of([told], origin)
+            problems.append("paper.memory_mb: mode paper needs a memory for its anchors, e.g. 1024")
+        if problems:
+            raise ConfigError.of(problems, origin)
         return replace(config, moved=moved)
 
     def to_mapping(self, *, as_given: bool = False) -> dict[str, Any]:

@@ -20,8 +20,8 @@ class Key:
         default: the value when the key is not given; its type is the key's type.
         doc: one sentence for users.
         low, high: inclusive bounds; every number has both, so that none can ask for the impossible.
-        choices: the only values allowed; empty when the bounds decide.
-        when_zero: what 0 means, where it is not simply the number nought.
+        choices: the only values allowed; empty when the bounds decide, or any text is.
+        when_zero: what 0, or no text, means, where it is not simply the number nought.
     """
 
     default: bool | int | float | str
@@ -38,6 +38,8 @@ class Key:
             return "one of " + ", ".join(self.choices)
         if isinstance(self.default, bool):
             return "true or false"
+        if isinstance(self.default, str):
+            return f"text ('' = {self.when_zero})" if self.when_zero else "text"
         kind = "a whole number" if isinstance(self.default, int) else "a number"
         text = f"{kind} from {self.low} to {self.high}"
         return f"{text} (0 = {self.when_zero})" if self.when_zero else text
@@ -48,6 +50,10 @@ class Key:
             return None if isinstance(value, str) and value in self.choices else "is not known"
         if isinstance(self.default, bool):
             return None if isinstance(value, bool) else _wrong_type(value)
+        if isinstance(self.default, str):
+            if not isinstance(value, str):
+                return _wrong_type(value)
+            return None if value.isprintable() else "has characters that cannot be printed"
         # bool is an int in Python: `seam_tokens: yes` must not become one token.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return _wrong_type(value)

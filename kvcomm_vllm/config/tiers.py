@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvcomm_vllm.config.key import key
@@ -14,11 +15,23 @@ class TiersConfig:
 
     host_gb: float = key(
         0.0,
-        "Host memory for pages of requests that have ended, of all ranks of an engine, taken at "
-        "start; what has left the KV cache is brought back from there when a prompt needs it.",
+        "Host memory (GiB) for pages of requests that have ended, of all ranks of an engine, taken "
+        "at start; what has left the KV cache is brought back from there when a prompt needs it.",
         low=0.0,
         high=65536.0,
         when_zero="none: what is reused must still lie in the KV cache",
+    )
+    disk_path: str = key(
+        "",
+        "Folder where pages are kept as well, and found after a restart and by other engines that "
+        "use the same folder; for its owner alone (0700). Needs host_gb, through which they pass.",
+        when_zero="no disk",
+    )
+    disk_gb: float = key(
+        50.0,
+        "Most that lies in disk_path (GiB); what was used longest ago goes first.",
+        low=0.01,
+        high=1e6,
     )
     wait_seconds: float = key(
         5.0,
@@ -31,3 +44,8 @@ class TiersConfig:
     @property
     def wanted(self) -> bool:
         return self.host_gb > 0
+
+    def problems(self) -> Iterator[str]:
+        """Combinations that cannot work, a line each."""
+        if self.disk_path and not self.wanted:
+            yield "tiers.disk_path: pages pass through host memory; set tiers.host_gb, e.g. to 4"

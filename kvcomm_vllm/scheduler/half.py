@@ -44,7 +44,7 @@ from kvcomm_vllm.scheduler.spread import SpreadPlans
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.store import SequenceStore
 from kvcomm_vllm.scheduler.tiers.base import NoTiers, Tiers
-from kvcomm_vllm.scheduler.tiers.pool import HostPool
+from kvcomm_vllm.scheduler.tiers.opening import open_tiers
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -64,7 +64,7 @@ class SchedulerHalf:
         off: why reuse is off for the whole engine, if it is.
         engine: what its operator has done to it.
         wake: ends the engine's sleep, if it ever sleeps.
-        make_pool: vLLM's manager of a host pool, if one was asked for.
+        pool_spec: of which tiers are made, if any were asked for.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class SchedulerHalf:
         off: Reason | None,
         engine: EngineState,
         wake: Callable[[], None] | None = None,
-        make_pool: Callable[[], Any] | None = None,
+        pool_spec: Any | None = None,
     ) -> None:
         self.config = config
-        self.make_pool = make_pool
+        self.pool_spec = pool_spec
         self.block_size = block_size
         self.max_batched_tokens = max_batched_tokens
         self.spread = SpreadPlans(max_batched_tokens, config.max_hole_tokens)
@@ -119,17 +119,17 @@ class SchedulerHalf:
         self.off = None
         self.modes.set_capacity(facts)
         self.audits.workers_ready(facts)
-        if self.make_pool is not None and all(fact.pool for fact in facts):
-            self.tiers = HostPool(
-                self.make_pool(), self.finder, self.stats, self.engine, ranks=len(facts)
-            )
-            self.pages.kept, self.store.kept = self.tiers.keep, self.tiers.holds
+        self.tiers = open_tiers(self.pool_spec, facts, self.finder, self.stats, self.engine)
+        self.pages.kept, self.pages.healed = self.tiers.keep, self.tiers.described
+        self.store.kept = self.tiers.holds
+        self.secret = self.tiers.secret or self.secret
 
     def on_new_request(self, request: Request) -> None:
         self._keep_up()
         state = new_state(request, self.config, self.secret, self.off)
         self.states[request.request_id] = state
         if self._active(state):
+            self.tiers.news()
             exact = self.pages.leading(request.block_hashes) * self.block_size
             self.finder.adopt(state, exact)
 
@@ -293,8 +293,8 @@ class SchedulerHalf:
         self._ops += self.spread.next_pieces(room)
         busy = self.states or self._ops or output.total_num_scheduled_tokens
         probes, lesson = self.modes.take_probes(), self.lessons.next_op(idle=not busy)
-        message = StepMessage(self._ops, probes, lesson, self.tiers.take_ops())
-        self._ops = []
+        message, self._ops = StepMessage(self._ops, probes, lesson), []
+        self.tiers.fill(message)
         return message
 
     @property
@@ -361,7 +361,7 @@ class SchedulerHalf:
             self._leaving[state.id] = state
         kept = self.store.finish(state, self.pages, block_ids)
         if kept is not None:
-            self.tiers.keep(kept.block_hashes, block_ids[: len(kept.block_hashes)])
+            self.tiers.stored(kept, block_ids[: len(kept.block_hashes)])
         self.audits.ended(state)
         self.stats.count_request(state)
         self.tiers.forget(state.id)
@@ -371,9 +371,12 @@ class SchedulerHalf:
         """What the output of a request that has none brings along."""
         return self.reports.tell(request_id, self.states.get(request_id))
 
-    def let_go(self) -> list[Request]:
-        """An operator resets what runs: requests that begin anew though they do not run."""
-        states = [*self.states.values(), *self._leaving.values()]
+    def let_go(self, running: bool) -> list[Request]:
+        """An operator resets the cache: requests that begin anew though they do not run, if those
+        that run do.
+        """
+        self.tiers.let_go()
+        states = [*self.states.values(), *self._leaving.values()] if running else []
         gone = set_back(states, self.spread, self.pages)
         for state in gone:
             self._leaving.pop(state.id, None)
@@ -398,7 +401,3 @@ class SchedulerHalf:
 
     def _count_anchors(self) -> None:
         self.stats.count_held(*self.modes.counts())
-
-    def close(self) -> None:
-        """The engine ends."""
-        self.tiers.close()

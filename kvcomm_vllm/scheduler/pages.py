@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,8 +52,10 @@ class SourcePages:
         self.block_size = block_size
         self._hide = hide
         self._held: dict[str, list[KVCacheBlock]] = {}
-        # is told of pages with true KV that have been put into the prefix cache
+        # are told of pages with true KV that have been put into the prefix cache, and of sequences
+        # that have no others
         self.kept: Callable[[list[bytes], list[int]], None] = lambda names, block_ids: None
+        self.healed: Callable[[Sequence], None] = lambda sequence: None
 
     def lookup(self, block_hash: bytes) -> KVCacheBlock | None:
         found = self.pool.get_cached_block(block_hash, GROUP)
@@ -76,6 +78,10 @@ class SourcePages:
             return False
         self._hide(name)
         return name_partial_page(self.pool, block_id, name, tokens)
+
+    def called(self, block_id: int) -> Any | None:
+        """What vLLM's prefix cache calls a page; it has no name once it is somebody else's."""
+        return self.pool.blocks[block_id].block_hash
 
     @property
     def free(self) -> int:

@@ -109,7 +109,7 @@ class WorkerHalf:
         if message.empty:
             return
         if self.transfers is not None:
-            self.transfers.begin(message.transfers)
+            self.transfers.begin(message.transfers, message.awaited)
         report = self._report = StepReport()
         for probe in message.probes:
             report.distances[probe.request_id] = self._probe(probe)

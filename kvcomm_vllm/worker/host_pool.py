@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
     LoadStoreSpec,
+    OffloadingManager,
     OffloadingWorker,
     TransferResult,
 )
@@ -24,7 +26,18 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 
 class HostPoolSpec(TieringOffloadingSpec):
-    """vLLM's spec, with a worker on CPUs, too."""
+    """vLLM's spec, with a worker on CPUs, too.
+
+    Attributes:
+        fingerprint: of the model and, which is its argument, of the pages' layout.
+    """
+
+    fingerprint: Callable[[str], str]
+
+    def manager_over(self, slower: list[dict[str, Any]]) -> OffloadingManager:
+        """The scheduler's half, with these tiers behind the pool."""
+        self.secondary_tier_configs = slower
+        return self.get_manager()
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if not current_platform.is_cpu():

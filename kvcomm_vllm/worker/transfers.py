@@ -27,7 +27,8 @@ class Transfers:
         self._stores: set[int] = set()
         self._refused: list[int] = []
 
-    def begin(self, ops: list[TransferOp]) -> None:
+    def begin(self, ops: list[TransferOp], awaited: list[int]) -> None:
+        """Begin these, and wait for the ends of others: of their pages the step has need."""
         for op in ops:
             there, pool = pages_and_chunks(op.pages, op.chunks)
             try:
@@ -39,6 +40,8 @@ class Transfers:
             except Exception:
                 logger.exception("kvcomm: %d page(s) were not copied", len(op.pages))
                 self._refused.append(op.number)
+        if awaited:
+            self._worker.wait(set(awaited))
 
     def report(self, report: StepReport | None, count: Any) -> StepReport | None:
         """The report with what is over, if anything is.

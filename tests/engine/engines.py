@@ -87,6 +87,7 @@ def ask(
     *prompts: list[int],
     tokens: int = 8,
     hints: dict[str, Any] | None = None,
+    salt: str | None = None,
     **sampling: Any,
 ) -> list[Answer]:
     """Greedy answers to prompts sent at once."""
@@ -94,7 +95,9 @@ def ask(
     params = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra, **sampling
     )
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    tenant = {} if salt is None else {"cache_salt": salt}
+    asked: Any = [{"prompt_token_ids": prompt, **tenant} for prompt in prompts]
+    outputs = llm.generate(asked, params, use_tqdm=False)
     answers = []
     for output in outputs:
         first = output.outputs[0]

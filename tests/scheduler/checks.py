@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash
 
 from kvcomm_vllm.messages import RequestOps
 from kvcomm_vllm.scheduler.idle.lesson import HOLDER
+from kvcomm_vllm.scheduler.tiers.pool import HostPool
 
 
 def check_all(engine: EngineWithoutWorker) -> None:
@@ -79,7 +80,17 @@ def check_references(engine: EngineWithoutWorker) -> None:
         on_their_way.update(f"{probe.request_id} probe" for probe in message.probes)
         if message.lesson is not None:
             on_their_way.add(HOLDER)
+    on_their_way.update(transfers(engine))
     assert held.keys() <= on_their_way, "pages held for a plan that is in no step"
+
+
+def transfers(engine: EngineWithoutWorker) -> set[str]:
+    """Who holds pages that are being copied to or from the host pool, or have just come back."""
+    tiers = engine.half.tiers
+    if not isinstance(tiers, HostPool):
+        return set()
+    found = {f"{what} {number}" for number in tiers._ranks_done for what in ("store", "return")}
+    return found.union(*(waiting.holders for waiting in tiers._returns._waiting.values()))
 
 
 def check_index(engine: EngineWithoutWorker) -> None:

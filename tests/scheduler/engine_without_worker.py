@@ -141,7 +141,7 @@ class EngineWithoutWorker(SimulatedWorker):
         self.partial_names: set[bytes] = set()
         if self.scheduler.connector is not None:
             rooms = {"anchor": placeholders, "paper": paper_rows}
-            facts = WorkerFacts(None, "", "test", rooms=rooms, compares=compares)
+            facts = WorkerFacts(None, "", "test", rooms=rooms, compares=compares, pool=True)
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
             self._watch_partial_pages()
 
@@ -296,9 +296,11 @@ class EngineWithoutWorker(SimulatedWorker):
     def _execute(self, job: Job) -> None:
         memory = self.memory
         memory.garbage = False
-        memory.forget(job.new_pages)
         connector_output = None
         message = job.output.kv_connector_metadata
+        if isinstance(message, StepMessage):
+            self.host_pool.work(message.transfers, message.awaited)
+        memory.forget(job.new_pages)
         if isinstance(message, StepMessage):
             if message.requests:
                 assert job.output.has_sync_kv_loads, "loads must run before the forward"
@@ -308,6 +310,7 @@ class EngineWithoutWorker(SimulatedWorker):
             tables = {row.request_id: row.table for row in job.rows}
             connector_output = self.work(message, tables, self.half.lessons._active)
         memory.forward(job.rows, "forward")
+        connector_output = self.transfer(connector_output)
         names = [row.request_id for row in job.rows]
         job.result = ModelRunnerOutput(
             req_ids=names,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from simulated_anchors import SimulatedAnchors
 from simulated_memory import Row, SimulatedMemory, Text
+from simulated_pool import SimulatedPool
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import KVConnectorOutput
 
@@ -59,6 +60,7 @@ class SimulatedWorker:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.memory = SimulatedMemory(num_blocks, block_size)
+        self.host_pool = SimulatedPool(self.memory)
         self.anchors = SimulatedAnchors()
         self.served: dict[str, Served] = {}
         self.fail: Callable[[RequestOps], bool] = lambda ops: False
@@ -93,6 +95,18 @@ class SimulatedWorker:
         if message.lesson is not None:
             done = self._teach(copy.deepcopy(message.lesson), active)
         return done
+
+    def transfer(self, found: KVConnectorOutput | None) -> KVConnectorOutput | None:
+        """Copies to and from the host pool, which go on beside the steps."""
+        report = self.host_pool.report()
+        if report is None:
+            return found
+        if found is None:
+            return KVConnectorOutput(kv_connector_worker_meta=report)
+        assert isinstance(found.kv_connector_worker_meta, StepReport)
+        found.kv_connector_worker_meta.transferred = report.transferred
+        found.kv_connector_worker_meta.untransferred = report.untransferred
+        return found
 
     def _load(self, requests: list[RequestOps], tables: dict[str, list[int]]) -> KVConnectorOutput:
         for ops in requests:

@@ -171,6 +171,17 @@ def test_two_steps_in_flight_keep_their_order(
 
 
 @thorough
+@given(options=engines, seed=st.integers(0, 2**32), pipeline=st.sampled_from([1, 2]))
+def test_pages_that_left_the_cache_come_back_as_they_were(
+    make_engine: Make, options: dict[str, object], seed: int, pipeline: int
+) -> None:
+    engine = make_engine(**options, tiers={"host_gb": 0.0005}, pipeline=pipeline)
+    engine.host_pool.fail = lambda op: random.Random(repr((seed, op.number))).random() < 0.1
+    play(engine, seed, steps=150)
+    assert not engine.half.tiers.due()
+
+
+@thorough
 @given(options=engines, seed=st.integers(0, 2**32))
 def test_priorities_preempt_without_harm(
     make_engine: Make, options: dict[str, object], seed: int

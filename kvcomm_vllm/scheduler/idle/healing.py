@@ -81,3 +81,4 @@ class Healing:
         computed_where_it_stands(sequence, healed)
         if healed == self.end:
             self._pages.first_to_go(self._private)
+            self._pages.healed(sequence)

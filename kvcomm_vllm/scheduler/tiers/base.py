@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from typing import Protocol
 
-from kvcomm_vllm.messages import StepReport, TransferOp
+from kvcomm_vllm.messages import StepMessage, StepReport
 from kvcomm_vllm.scheduler.index import Sequence
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
@@ -16,10 +16,19 @@ from kvcomm_vllm.scheduler.tiers.wanted import Wanted
 class Tiers(Protocol):
     """Keeps pages beyond the KV cache."""
 
+    secret: bytes | None  # of tenants' digests, where these are to be the same in other engines
+
+    def stored(self, sequence: Sequence, block_ids: Listing[int]) -> None:
+        """A request has ended; this is kept of it, in these pages."""
+
     def keep(self, names: Listing[bytes], block_ids: Listing[int]) -> None:
-        """Copy pages there that are complete, under their names. They are held until that is
-        done.
-        """
+        """Copy pages there that are complete, under their names."""
+
+    def described(self, sequence: Sequence) -> None:
+        """All pages of a sequence have other names now, and true KV."""
+
+    def news(self) -> None:
+        """Look whether other engines have kept something; asked as requests arrive."""
 
     def bring(self, state: RequestState, wanted: Iterable[Wanted]) -> bool:
         """Bring back the first of these that the request could read and that is not in the KV
@@ -35,13 +44,16 @@ class Tiers(Protocol):
     def holds(self, sequence: Sequence) -> bool:
         """Whether pages of a sequence lie there, though none may be left in the KV cache."""
 
-    def take_ops(self) -> list[TransferOp]:
-        """What is to go out with this step."""
+    def fill(self, message: StepMessage) -> None:
+        """Put into a step's message what is to be copied."""
 
     def on_report(self, report: StepReport) -> None: ...
 
     def due(self) -> bool:
         """Whether vLLM's loop is to go on although no request is left."""
+
+    def let_go(self) -> None:
+        """An operator resets the KV cache: no page is held any more."""
 
     def clear(self) -> None:
         """Weights or caches were reset: nothing that is kept may be read any more."""
@@ -53,7 +65,18 @@ class Tiers(Protocol):
 class NoTiers:
     """The KV cache is all there is."""
 
+    secret: bytes | None = None
+
+    def stored(self, sequence: Sequence, block_ids: Listing[int]) -> None:
+        pass
+
     def keep(self, names: Listing[bytes], block_ids: Listing[int]) -> None:
+        pass
+
+    def described(self, sequence: Sequence) -> None:
+        pass
+
+    def news(self) -> None:
         pass
 
     def bring(self, state: RequestState, wanted: Iterable[Wanted]) -> bool:
@@ -68,14 +91,17 @@ class NoTiers:
     def holds(self, sequence: Sequence) -> bool:
         return False
 
-    def take_ops(self) -> list[TransferOp]:
-        return []
+    def fill(self, message: StepMessage) -> None:
+        pass
 
     def on_report(self, report: StepReport) -> None:
         pass
 
     def due(self) -> bool:
         return False
+
+    def let_go(self) -> None:
+        pass
 
     def clear(self) -> None:
         pass

@@ -4,21 +4,28 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from typing import Any
 
-from kvcomm_vllm.compat.offload import end_of_step, in_pool
-from kvcomm_vllm.messages import StepReport, TransferOp
+from vllm.logger import init_logger
+
+from kvcomm_vllm.compat.offload import drop_slower, end_of_step, in_pool
+from kvcomm_vllm.messages import StepMessage, StepReport, TransferOp
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.index import Sequence
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.state import RequestState
+from kvcomm_vllm.scheduler.tiers.manifests import Manifests
 from kvcomm_vllm.scheduler.tiers.returns import Returns
 from kvcomm_vllm.scheduler.tiers.stores import Stores
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
+
+logger = init_logger("vllm.kvcomm")
+NEWS_SECONDS = 1.0  # between two looks at what other engines have written down
 
 
 class HostPool:
@@ -28,6 +35,7 @@ class HostPool:
         manager: vLLM's ``TieringOffloadingManager``.
         finder: knows the KV cache, and what requests need of it.
         ranks: workers, each of which copies its own part of every page.
+        manifests: of what lies on disk, if anything does; ``secret``: of its tenants' digests.
     """
 
     def __init__(
@@ -37,7 +45,12 @@ class HostPool:
         stats: KVCommStats,
         engine: EngineState,
         ranks: int,
+        manifests: Manifests | None = None,
+        secret: bytes | None = None,
     ) -> None:
+        self.secret = secret
+        self._manifests = manifests
+        self._looked_at = 0.0
         self._manager = manager
         self._stats = stats
         self._engine = engine
@@ -47,9 +60,38 @@ class HostPool:
         self._returns = Returns(manager, finder.pages, finder.config.tiers.wait_seconds)
         self._numbers = itertools.count()
         self._ops: list[TransferOp] = []
+        self._awaited: list[int] = []
         self._ranks_done: Counter[int] = Counter()  # of transfers under way
         self._failed: set[int] = set()
         self._void = False  # nothing that is kept may be read; until nothing is under way
+
+    def stored(self, sequence: Sequence, block_ids: Listing[int]) -> None:
+        self.keep(sequence.block_hashes, block_ids)
+        self.described(sequence)
+
+    def described(self, sequence: Sequence) -> None:
+        if self._manifests is not None and not self._void:
+            self._manifests.append(sequence)
+
+    def news(self) -> None:
+        now = time.monotonic()
+        if self._manifests is None or self._void or now - self._looked_at < NEWS_SECONDS:
+            return
+        self._looked_at = now
+        index = self._finder.index
+        for record in self._manifests.news():
+            first = record.first_approximate
+            sequence = index.add(
+                namespace=record.namespace,
+                tokens=record.token_ids(),
+                block_hashes=record.names,
+                num_prompt_tokens=record.prompt,
+                first_approximate=None if first < 0 else first,
+                ready=True,
+                owner=f"tiers {next(self._numbers)}",
+                generation=record.generation,
+            )
+            sequence.origin = record.origin(sequence.id)
 
     def keep(self, names: Listing[bytes], block_ids: Listing[int]) -> None:
         if self._void or self._engine.resting:
@@ -82,12 +124,16 @@ class HostPool:
         self._returns.forget(request_id)
 
     def holds(self, sequence: Sequence) -> bool:
+        if self._manifests is not None:  # the disk is not asked for what nobody wants to read
+            return True
         return any(in_pool(self._manager, name) for name in sequence.block_hashes)
 
-    def take_ops(self) -> list[TransferOp]:
+    def fill(self, message: StepMessage) -> None:
+        self._returns.end_of_step()
         end_of_step(self._manager)
-        ops, self._ops = self._ops, []
-        return ops
+        message.transfers, self._ops = self._ops, []
+        message.awaited = self._awaited + self._stores.given_away()
+        self._awaited = []
 
     def on_report(self, report: StepReport) -> None:
         self._failed |= report.untransferred
@@ -102,23 +148,35 @@ class HostPool:
         failed = failed or self._void
         if not self._stores.over(number, failed):
             self._stats.count_returned(self._returns.over(number, failed))
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         if self._void and not self._ranks_done:
             self._manager.reset_cache()
+            drop_slower(self._manager)
             self._void = False
 
     def due(self) -> bool:
         if self._engine.resting:
-            for op in self._ops:  # whoever wants the engine to rest may want its pages, too
-                self._over(op.number, failed=True)
-            self._ops.clear()
+            self._drop_unsent()
             return False
         return bool(self._ranks_done) or self._manager.has_pending_work()
 
+    def _drop_unsent(self) -> None:
+        ops, self._ops = self._ops, []
+        for op in ops:
+            self._over(op.number, failed=True)
+
+    def let_go(self) -> None:
+        self._drop_unsent()
+        self._awaited += self._returns.abandon()
+
     def clear(self) -> None:
-        self._void = True
-        if not self._ranks_done:
-            self._manager.reset_cache()
-            self._void = False
+        if self._manifests is not None:
+            logger.warning("kvcomm: nothing on disk is used any more until this engine starts anew")
+        self._manifests, self._void = None, True
+        self._drop_unsent()
+        self._begin_anew()
 
     def close(self) -> None:
         self._manager.shutdown()

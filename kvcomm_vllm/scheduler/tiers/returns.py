@@ -21,7 +21,8 @@ class Waiting:
         since: when it was first asked for.
         number: of the transfer under way, if any; ``names``, ``block_ids``, ``tokens``: its pages.
         holders: who holds what was brought, and what is read beside it, until that is planned.
-        gone: the request has ended meanwhile; ``given_up``: its pages could not be copied.
+        gone: the request has ended meanwhile; ``given_up``: its pages could not be copied;
+            ``abandoned``: they must not be read.
     """
 
     request: TierRequest
@@ -33,6 +34,7 @@ class Waiting:
     holders: list[str] = field(default_factory=list)
     gone: bool = False
     given_up: bool = False
+    abandoned: bool = False
 
 
 class Returns:
@@ -115,8 +117,10 @@ class Returns:
             [key_of(name) for name in waiting.names], waiting.request.context
         )
         pages = zip(waiting.names, waiting.block_ids, waiting.tokens, strict=True)
-        brought = sum(self._pages.put(*page) for page in pages) if not failed else 0
+        usable = not failed and not waiting.abandoned
+        brought = sum(self._pages.put(*page) for page in pages) if usable else 0
         waiting.number, waiting.names, waiting.given_up = None, [], failed
+        waiting.abandoned = False
         if waiting.gone:
             self.forget(request_id)
         return brought
@@ -125,10 +129,26 @@ class Returns:
         """The request holds what it reads itself."""
         if request_id not in self._waiting or self.under_way(request_id):
             return
-        waiting = self._waiting[request_id]
+        self._let_go(self._waiting[request_id])
+
+    def _let_go(self, waiting: Waiting) -> None:
         for holder in waiting.holders:
             self._pages.release(holder)
         waiting.holders.clear()
+
+    def abandon(self) -> list[int]:
+        """Hold nothing any more; transfers that are under way, and write pages that others may be
+        given.
+        """
+        for waiting in self._waiting.values():
+            self._let_go(waiting)
+            waiting.abandoned = waiting.number is not None
+        return [w.number for w in self._waiting.values() if w.number is not None]
+
+    def end_of_step(self) -> None:
+        """Who was not asked about in a step must not keep others from being served in the next."""
+        for request_id in self._waiting:
+            self.settled(request_id)
 
     def forget(self, request_id: str) -> None:
         waiting = self._waiting.get(request_id)
@@ -140,4 +160,3 @@ class Returns:
         self.settled(request_id)
         del self._waiting[request_id]
         waiting.request.end()
-

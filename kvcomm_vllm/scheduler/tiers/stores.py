@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stores: pages on their way from the KV cache into the host pool."""
+"""Stores: pages on their way from the KV cache into the host pool.
+
+Nobody holds them meanwhile, so that an operator's reset never fails for them. Who is given one of
+them waits for the copy's end, and that is seldom: free pages are given away oldest first.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from kvcomm_vllm.scheduler.pages import SourcePages
 
 @dataclass
 class Store:
-    """One of them: which pages, by their keys, and who holds them."""
+    """One of them: which pages, by their keys; what vLLM called them when it began."""
 
     request: TierRequest
     keys: list[Any]
-    holder: str
+    pages: list[int]
+    called: list[Any]
 
 
 class Stores:
@@ -35,28 +40,41 @@ class Stores:
     def begin(
         self, number: int, names: Listing[bytes], block_ids: Listing[int]
     ) -> TransferOp | None:
-        """Copy those of these pages that the pool does not have; they are held until then.
+        """Copy those of these pages that the pool does not have.
 
         None where nothing is to be copied, or there is no room while others are being copied.
         """
+        there = zip(names, block_ids, strict=True)
+        ids = {key_of(name): page for name, page in there if self._pages.called(page) is not None}
+        if not ids:
+            return None
         request = TierRequest(self._manager, f"kvcomm store {number}")
-        ids = dict(zip(map(key_of, names), block_ids, strict=True))
         room = self._manager.prepare_store(list(ids), request.context)
         if room is None or not room.keys_to_store:
             request.end()
             return None
-        store = Store(request, list(room.keys_to_store), f"store {number}")
-        pages = [ids[key] for key in store.keys]
-        self._pages.hold(store.holder, pages, needed=0)
-        self._going[number] = store
+        keys = list(room.keys_to_store)
+        pages = [ids[key] for key in keys]
+        called = [self._pages.called(page) for page in pages]
+        self._going[number] = Store(request, keys, pages, called)
         return TransferOp(number, True, pages, room.store_spec.block_ids.tolist())
+
+    def given_away(self) -> list[int]:
+        """Stores of which pages have been given to somebody who is about to write them."""
+        return [
+            number
+            for number, store in self._going.items()
+            if any(
+                self._pages.called(page) != called
+                for page, called in zip(store.pages, store.called, strict=True)
+            )
+        ]
 
     def over(self, number: int, failed: bool) -> bool:
         """Whether it was a store; the pages can be found in the pool now unless it failed."""
         store = self._going.pop(number, None)
         if store is None:
             return False
-        self._pages.release(store.holder)
         self._manager.complete_store(store.keys, store.request.context, not failed)
         store.request.end()
         return True

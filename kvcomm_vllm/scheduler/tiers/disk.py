@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's file tier, with pages that are checked, for their owner's eyes alone, and bounded.
+
+vLLM's (``tiering/fs``) finds, queues, reads and writes; a file holds a page, and is named by it.
+Behind the page stands its digest here, which plain vLLM does not look at: it can read these files.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from vllm.logger import init_logger
+from vllm.v1.kv_offload.tiering.base import TransferJob
+from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
+
+logger = init_logger("vllm.kvcomm")
+
+MARK = b"kvcomm1\0"
+TAIL = len(MARK) + 16  # and a digest of the page and its name
+ROOM = 0.9  # of the limit is left when pages had to go
+SLACK = 0.02  # of it may be written between two looks at all files
+
+
+class DiskTier(FileSystemTierManager):
+    """Args:
+    root_dir: the folder.
+    max_bytes: most that lies in it, those of other engines included.
+    """
+
+    def __init__(self, *args: Any, root_dir: str, max_bytes: int, **kwargs: Any) -> None:
+        before = os.umask(0o077)
+        try:
+            super().__init__(*args, root_dir=root_dir, n_read_threads=2, n_write_threads=1)
+        finally:
+            os.umask(before)
+        self._root = Path(root_dir)
+        self._max_bytes = max_bytes
+        self._unseen = max_bytes  # bytes written since all files were looked at
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        self._submit(job_metadata, store_page, self._pool.enqueue_store)
+        self._unseen += len(job_metadata.keys) * self._block_size
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        self._load_job_keys[job_metadata.job_id] = list(job_metadata.keys)
+        self._submit(job_metadata, load_page, self._pool.enqueue_load)
+
+    def _submit(
+        self, job: TransferJob, work: Callable[[Path, memoryview], None], enqueue: Any
+    ) -> None:
+        paths = [Path(self.file_mapper.get_file_name(key)) for key in job.keys]
+        size, pool = self._block_size, self._primary_kv_view.cast("B")
+        starts = [int(chunk) * size for chunk in job.chunk_ids]
+        pages = [pool[start : start + size] for start in starts]
+        self._job_block_counts[job.job_id] = len(paths)
+        enqueue(job.job_id, 1, [partial(self._all, job.job_id, work, paths, pages)])
+
+    def _all(
+        self,
+        job_id: int,
+        work: Callable[[Path, memoryview], None],
+        paths: list[Path],
+        pages: list[memoryview],
+    ) -> None:
+        """In a thread: page by page, until one cannot be stored or read."""
+        for number, (path, page) in enumerate(zip(paths, pages, strict=True)):
+            self._load_progress[job_id] = number
+            work(path, page)
+        self._load_progress.pop(job_id, None)
+        if work is store_page and self._unseen > SLACK * self._max_bytes:
+            self._unseen = 0
+            make_room(self._root, self._max_bytes)
+
+
+def store_page(path: Path, page: memoryview) -> None:
+    """Write a page under its name at once or not at all; one that is there is left.
+
+    Raises:
+        OSError: it cannot be written (a full disk); nothing is left of it.
+    """
+    if path.exists():
+        os.utime(path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        with open(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(page)
+            file.write(_tail(path, page))
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def load_page(path: Path, page: memoryview) -> None:
+    """Read a page, and make it the one used last.
+
+    Raises:
+        OSError: it is not there, or not what was stored under this name; then it is removed.
+    """
+    with open(path, "rb", buffering=0) as file:
+        read = file.readinto(page)
+        tail = file.read(TAIL + 1)
+    if read != page.nbytes or tail != _tail(path, page):
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path.name} is not the page that was stored: removed, it is computed")
+    os.utime(path)
+
+
+def _tail(path: Path, page: memoryview) -> bytes:
+    digest = xxhash.xxh3_128(path.name.encode())
+    digest.update(page)
+    return MARK + digest.digest()
+
+
+def make_room(root: Path, max_bytes: int) -> None:
+    """Remove what was used longest ago, if there is more than the limit, and what was never
+    finished.
+    """
+    pages, total, now = [], 0, time.time()
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            try:
+                found = os.stat(path)
+                if name.endswith(".tmp") and now - found.st_mtime > 600:
+                    os.unlink(path)
+                elif name.endswith(".bin"):
+                    pages.append((found.st_mtime, found.st_size, path))
+                    total += found.st_size
+            except FileNotFoundError:  # another engine was faster
+                continue
+    if total <= max_bytes:
+        return
+    for _, size, path in sorted(pages):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        total -= size
+        if total <= ROOM * max_bytes:
+            return
