@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Answer, ask, connector, core, make_engine, settle, text
+from engines import Answer, ask, connector, core, make_engine, text
 from vllm import LLM
 
 pytestmark = pytest.mark.engine
@@ -36,12 +37,20 @@ def small(tiny_llama: str) -> Iterator[LLM]:
     ended(llm)
 
 
+def rest(llm: LLM) -> None:
+    """Step until all is copied, to the disk as well."""
+    end = time.monotonic() + 60
+    while core(llm).scheduler.has_requests():
+        assert time.monotonic() < end, "copying does not come to an end"
+        core(llm).step_fn()
+
+
 def fill(llm: LLM, seed: int) -> None:
     """Other work takes all pages."""
-    settle(llm)
+    rest(llm)
     for number in range(6):
         ask(llm, text(1000 * seed + number, 500), tokens=2)
-    settle(llm)
+    rest(llm)
 
 
 def quoted(llm: LLM, salt: str, between: int = 0) -> Answer:
@@ -90,7 +99,7 @@ def test_exact_requests_never_read_private_pages_that_came_back(small: LLM, plai
 
 def test_all_pages_are_free_when_nothing_is_to_be_done(small: LLM) -> None:
     quoted(small, "five", between=5)
-    settle(small)
+    rest(small)
     pages = connector(small)._scheduler.pages
     assert (pages.held, pages.free) == (0, PAGES - 1)
     assert core(small).scheduler.reset_prefix_cache()
@@ -104,7 +113,7 @@ def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
     there = quoted(llm, "tenant")
     prompt = text(350, 400)
     ask(llm, prompt)
-    settle(llm)
+    rest(llm)
     ended(llm)
     assert os.stat(folder).st_mode & 0o777 == 0o700
     files = [path for path in folder.rglob("*") if path.is_file()]

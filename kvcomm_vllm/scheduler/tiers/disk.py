@@ -37,7 +37,9 @@ class DiskTier(FileSystemTierManager):
     def __init__(self, *args: Any, root_dir: str, max_bytes: int, **kwargs: Any) -> None:
         before = os.umask(0o077)
         try:
-            super().__init__(*args, root_dir=root_dir, n_read_threads=2, n_write_threads=1)
+            super().__init__(
+                *args, root_dir=root_dir, n_read_threads=2, n_write_threads=1, **kwargs
+            )
         finally:
             os.umask(before)
         self._root = Path(root_dir)

@@ -45,7 +45,11 @@ def open_tiers(
         except OSError as error:
             logger.error("kvcomm: tiers.disk_path: %s: nothing is kept on disk", error)
             folder = secret = None
-    manager = spec.manager_over(slower)
+    try:
+        manager = spec.manager_over(slower)
+    except Exception:  # no memory for the pool, and whatever else is not as it should be
+        logger.exception("kvcomm: no tiers, pages that leave the KV cache are lost")
+        return NoTiers()
     manifests = Manifests(folder / "manifests-1") if folder else None
     pool = HostPool(manager, finder, stats, engine, len(facts), manifests, secret)
     logger.info(
