@@ -43,7 +43,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "silent": {"audits": False, "heal": "off"},
     "auditing": {},
 }
-ASKED = ("blocks", "texts", "words", "gap", "idle", "tokens", "seed")
+READERS = ("writer", "critic", "editor", "lawyer", "clerk")
+ASKED = ("blocks", "texts", "readers", "words", "pause", "gap", "idle", "tokens", "seed")
 # Never corrected, so that nothing else differs.
 SETTINGS = {"min_anchors": 1000, "max_anchors": 1000, "anchor_seam_tokens": 16}
 
@@ -54,12 +55,13 @@ def messages(role: str, text: str) -> list[dict[str, str]]:
 
 
 def block(client: ChatClient, options: argparse.Namespace, seed: int) -> list[tuple[float, float]]:
-    """Times to the first and the last token, ms: texts arrive at random, two agents read each."""
+    """Times to the first and the last token, ms: texts arrive at random, some agents read each."""
     rng = random.Random(seed)
     times = []
     for _ in range(options.texts):
         text = " ".join(rng.choice(WORDS) for _ in range(options.words))
-        for role in ("writer", "critic"):
+        time.sleep(options.pause)
+        for role in READERS[: options.readers]:
             time.sleep(rng.expovariate(1 / options.gap))
             answer = client.stream(messages(role, text), options.tokens)
             assert answer.ttft_ms is not None  # a stream has one
@@ -113,7 +115,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return {**times, **counted(servers["auditing"][0])}
 
 
-def show(console: Console, what: str, silent: list[float], auditing: list[float]) -> None:
+def show(
+    console: Console, what: str, silent: list[float], auditing: list[float], readers: int
+) -> None:
     table = Table("", "mean", "median", "p90", title=f"{what}, ms")
     for column, times in zip(COLUMNS, (silent, auditing), strict=True):
         p90 = statistics.quantiles(times, n=10)[-1]
@@ -124,8 +128,8 @@ def show(console: Console, what: str, silent: list[float], auditing: list[float]
     pairs = list(zip(auditing, silent, strict=True))
     middle = statistics.median(a - b for a, b in pairs)
     console.print(f"Median of paired differences: {middle:+.1f} ms")
-    # the two requests of a text belong together
-    ratio = ratio_of_sums((number // 2, a, b) for number, (a, b) in enumerate(pairs))
+    # the requests of a text belong together
+    ratio = ratio_of_sums((number // readers, a, b) for number, (a, b) in enumerate(pairs))
     assert ratio is not None  # there are times
     console.print(f"Added in all: {ratio.value - 1:+.1%}")
     if ratio.low is not None and ratio.high is not None:
@@ -136,8 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--blocks", type=int, default=4, help="of each kind")
-    parser.add_argument("--texts", type=int, default=5, help="in a block; two requests each")
+    parser.add_argument("--texts", type=int, default=5, help="in a block")
+    parser.add_argument(
+        "--readers", type=int, default=2, help=f"of each text, up to {len(READERS)}"
+    )
     parser.add_argument("--words", type=int, default=400, help="of each text")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each text")
     parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between requests")
     parser.add_argument("--idle", type=float, default=5.0, help="audit_idle_seconds")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
@@ -149,7 +157,7 @@ def main() -> None:
     console = Console()
     for index, what in enumerate(("Time to first token", "Time to last token")):
         silent, auditing = ([pair[index] for pair in found[column]] for column in COLUMNS)
-        show(console, what, silent, auditing)
+        show(console, what, silent, auditing, options.readers)
     console.print({key: found[key] for key in ("queued", "learned", "healed", "pieces", "seconds")})
     if options.json:
         conditions = {

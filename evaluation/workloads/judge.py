@@ -13,6 +13,7 @@ from kvcomm_vllm.evaluation.workloads.rows import Row
 from kvcomm_vllm.evaluation.workloads.task import Task, Workload
 from kvcomm_vllm.evaluation.workloads.teams import roles
 
+ASKED = "Which candidate gave the best answer? Reply with its letter alone."
 CANDIDATES = tuple(f"Candidate {number}" for number in (1, 2, 3, 4))
 
 
@@ -39,7 +40,7 @@ def _case(case_id: str, group: str, problem: str, order: list[int]) -> Case:
         for letter, agent in zip("ABCDEFGHIJ", order, strict=False)
     )
     name, system, _ = roles("judge")["Judge"]
-    judge = Turn(system, problem + shown + "Which candidate gave the best answer?", name)
+    judge = Turn(system, problem + shown + ASKED, name)
     return Case(case_id, (*speakers, judge), group, Answer.CHOICE, tuple(order))
 
 
