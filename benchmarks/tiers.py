@@ -17,6 +17,7 @@ import json
 import random
 import statistics
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> di
             play(client, warm, "warm up", lambda: None)
             before = counted(server.base_url)
             task = progress.add_task(title, total=options.teams * len(ROLES))
-            row = play(client, options, "teams", lambda: progress.advance(task))
+            row = play(client, options, "teams", partial(progress.advance, task))
             after = counted(server.base_url)
             found[title] = row | {name: after[name] - before[name] for name in after}
     return found
