@@ -17,6 +17,8 @@ def allowed_values(key: Key) -> st.SearchStrategy[object]:
         return st.booleans()
     if isinstance(key.default, int):
         return st.integers(key.low, key.high)  # type: ignore[arg-type]
+    if isinstance(key.default, str):
+        return st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
     return st.floats(key.low, key.high)
 
 

@@ -126,7 +126,7 @@ def generated(root: Path) -> dict[Path, str]:
 
 
 def _plain(value: object) -> str:
-    return json.dumps(value).strip('"')
+    return json.dumps(value).strip('"') or "''"
 
 
 if __name__ == "__main__":
