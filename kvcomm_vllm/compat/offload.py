@@ -11,6 +11,7 @@ import enum
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -84,6 +85,21 @@ def pages_and_chunks(pages: list[int], chunks: list[int]) -> tuple[Any, Any]:
 
     there = GPULoadStoreSpec(pages, group_sizes=(len(pages),), block_indices=(0,))
     return there, CPULoadStoreSpec(chunks)
+
+
+def unname(manager: Any) -> None:
+    """Take the name of the pool's memory away, once every process has it: so it goes with the last
+    of them, however that ends. vLLM would leave it in ``/dev/shm`` if they were killed.
+    """
+    Path(manager.primary_tier._mmap_region.mmap_path).unlink(missing_ok=True)
+
+
+def close_worker(worker: Any) -> None:
+    """Let what copies pages end, without a word about a name that is gone."""
+    region = getattr(worker, "_mmap_region", None)
+    if region is not None and not Path(region.mmap_path).exists():
+        region._creator = False
+    worker.shutdown()
 
 
 class Found(enum.Enum):

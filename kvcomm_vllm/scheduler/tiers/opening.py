@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.offload import disk_tier
+from kvcomm_vllm.compat.offload import disk_tier, unname
 from kvcomm_vllm.config.tiers import TiersConfig
 from kvcomm_vllm.messages import WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
@@ -40,13 +40,14 @@ def open_tiers(
     folder, slower, secret = None, [], None
     if config.disk_path:
         try:
-            folder, secret = _folder(config, spec.fingerprint(facts[0].summary))
+            folder, secret = _folder(config, spec.fingerprint(facts[0].layout))
             slower.append(disk_tier(str(folder), int(config.disk_gb * GIB)))
         except OSError as error:
             logger.error("kvcomm: tiers.disk_path: %s: nothing is kept on disk", error)
             folder = secret = None
     try:
         manager = spec.manager_over(slower)
+        unname(manager)
     except Exception:  # no memory for the pool, and whatever else is not as it should be
         logger.exception("kvcomm: no tiers, pages that leave the KV cache are lost")
         return NoTiers()
