@@ -59,6 +59,7 @@ def open_tiers(
         spec.num_chunks,
         f"; up to {config.disk_gb} GiB in {folder}" if folder else "",
     )
+    pool.news()
     return pool
 
 
