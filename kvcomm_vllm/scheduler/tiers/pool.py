@@ -165,7 +165,7 @@ class HostPool:
         if self._engine.resting:
             self._drop_unsent()
             return False
-        return bool(self._ranks_done) or self._manager.has_pending_work()
+        return bool(self._ranks_done)  # slower tiers go on by themselves
 
     def _drop_unsent(self) -> None:
         ops, self._ops = self._ops, []
