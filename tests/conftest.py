@@ -6,6 +6,7 @@ are shared out where several processes run them.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
 from child_tests import scope_of
 from short_model import save_short
 from tiny_model import save_tiny_llama
+from valkey_server import ValkeyServer, started
 
 if TYPE_CHECKING:
     from kvcomm_vllm.messages import Divergence
@@ -72,6 +74,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny-llama")
     save_tiny_llama(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def running_valkey() -> Iterator[ValkeyServer]:
+    server = started()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def valkey_server(running_valkey: ValkeyServer) -> ValkeyServer:
+    """An empty Valkey server, or skip."""
+    running_valkey.as_new()
+    return running_valkey
 
 
 @pytest.fixture
