@@ -285,7 +285,8 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     second engine of a process would be answered by the first one's worker. ``rooms``: by mode,
     how much of what it learns can be kept there (placeholders, rows); empty where reuse does not
     work. ``alone``: no other engine takes part in this one's forwards (data parallelism);
-    ``compares``: its model tells which token follows; ``pool``: it has a host pool.
+    ``compares``: its model tells which token follows; ``pool``: it has a host pool;
+    ``layout``: how KV lies in its pages.
     """
 
     reason: str | None
@@ -296,3 +297,4 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     alone: bool = True
     compares: bool = True
     pool: bool = False
+    layout: str = ""

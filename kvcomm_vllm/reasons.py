@@ -95,7 +95,8 @@ class Reason(enum.StrEnum):
     KV_OFFLOADING = (
         "kv_offloading",
         Scope.ENGINE,
-        "--kv-offloading-size installs vLLM's own KV connector; only one can be in use.",
+        "--kv-offloading-size installs another KV connector, which kvcomm's own tiers cannot stand "
+        "in for (--kv-offloading-backend, or vLLM before 0.32); only one can be in use.",
     )
     PREFIX_CACHING_OFF = (
         "prefix_caching_off",

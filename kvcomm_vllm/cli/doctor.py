@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvcomm_vllm.cli import checks
+from kvcomm_vllm.cli.tier_checks import tier_probes
 
 
 class Status(Enum):
@@ -59,6 +60,7 @@ def run_checks(
     ]
     if config is not None:
         probes.append(("config file", lambda: checks.config_file(config)))
+        probes += tier_probes(config)
     if model is not None:
         probes.append(("model", lambda: checks.model(model)))
     if server is not None:

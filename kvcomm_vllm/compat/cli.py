@@ -228,6 +228,7 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
                 reason.explanation,
             )
         return
+    transfer = with_host_pool(args, transfer, config)
     if args.disable_hybrid_kv_cache_manager is False:
         # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
         args.disable_hybrid_kv_cache_manager = None
@@ -243,6 +244,27 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
         args.kv_transfer_config = dataclasses.replace(
             args.kv_transfer_config, kv_connector_extra_config=_told(config)
         )
+
+
+def with_host_pool(
+    args: EngineArgs, transfer: KVTransferConfig, config: KVCommConfig
+) -> KVTransferConfig:
+    """``--kv-offloading-size`` is the size of our host pool then, and installs no other connector.
+
+    Raises:
+        ConfigError: ``tiers.host_gb`` says another size.
+    """
+    size, args.kv_offloading_size = args.kv_offloading_size, None
+    if size is None:
+        return transfer
+    if config.tiers.wanted and config.tiers.host_gb != size:
+        raise ConfigError(
+            f"tiers.host_gb: {config.tiers.host_gb} is not what --kv-offloading-size says "
+            f"({size}); give one of them"
+        )
+    given = dict(transfer.kv_connector_extra_config)
+    given["tiers"] = {**given.get("tiers", {}), "host_gb": float(size)}
+    return dataclasses.replace(transfer, kv_connector_extra_config=given)
 
 
 class _OurFlag(argparse.Action):

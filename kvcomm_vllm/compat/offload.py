@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -27,21 +29,26 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.kvcomm")
 
 
+def has_tiers() -> bool:
+    """Whether this vLLM has tiers as they are used here (0.32)."""
+    return find_spec("vllm.v1.kv_offload.tiering") is not None
+
+
 def pool_spec(tiers: TiersConfig, config: VllmConfig, caches: KVCacheConfig) -> Any | None:
     """vLLM's ``TieringOffloadingSpec``, of which scheduler and workers make their halves; None
     where no pool is asked for, or vLLM has none.
     """
     if not tiers.wanted:
         return None
-    try:
-        from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
-            build_offloading_config,
-        )
-
-        from kvcomm_vllm.worker.host_pool import HostPoolSpec
-    except ImportError as error:
-        logger.warning("kvcomm: this vLLM has no tiers of KV as they are used here: %s", error)
+    if not has_tiers():
+        logger.warning("kvcomm: tiers need vLLM 0.32: pages that leave the KV cache are lost")
         return None
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (
+        build_offloading_config,
+    )
+
+    from kvcomm_vllm.worker.host_pool import HostPoolSpec
+
     settings = {"cpu_bytes_to_use": int(tiers.host_gb * 2**30), "secondary_tiers": []}
     described = build_offloading_config(config, caches)
     spec = HostPoolSpec(replace(described, extra_config=settings))
@@ -89,6 +96,21 @@ def pages_and_chunks(pages: list[int], chunks: list[int]) -> tuple[Any, Any]:
 
     there = GPULoadStoreSpec(pages, group_sizes=(len(pages),), block_indices=(0,))
     return there, CPULoadStoreSpec(chunks)
+
+
+def unname(manager: Any) -> None:
+    """Take the name of the pool's memory away, once every process has it: so it goes with the last
+    of them, however that ends. vLLM would leave it in ``/dev/shm`` if they were killed.
+    """
+    Path(manager.primary_tier._mmap_region.mmap_path).unlink(missing_ok=True)
+
+
+def close_worker(worker: Any) -> None:
+    """Let what copies pages end, without a word about a name that is gone."""
+    region = getattr(worker, "_mmap_region", None)
+    if region is not None and not Path(region.mmap_path).exists():
+        region._creator = False
+    worker.shutdown()
 
 
 class Found(enum.Enum):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from kvcomm_vllm.compat.offload import has_tiers
 from kvcomm_vllm.guards.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ def settings_of_config(config: VllmConfig) -> EngineSettings:
 def _context_ranks(sizes: Any) -> int:
     names = ("decode_context_parallel_size", "prefill_context_parallel_size")
     return max(getattr(sizes, name, 1) for name in names)
+
+
+def offloads_elsewhere(args: EngineArgs) -> bool:
+    """Whether KV is to be offloaded by what we cannot stand in for: another connector, or one of
+    vLLM's own of which we know no tiers.
+    """
+    if args.kv_offloading_size is None:
+        return False
+    return args.kv_offloading_backend != "native" or not has_tiers()
 
 
 def kv_cache_dtype(args: EngineArgs, model: ModelConfig) -> str:

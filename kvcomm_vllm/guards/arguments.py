@@ -37,7 +37,7 @@ def _checks(
     args: EngineArgs, transfer: KVTransferConfig, model: ModelConfig
 ) -> Iterator[tuple[bool, Reason]]:
     """Lazily: the last ones may ask the GPU's driver and the network."""
-    yield args.kv_offloading_size is not None, Reason.KV_OFFLOADING
+    yield rules.offloads_elsewhere(args), Reason.KV_OFFLOADING
     yield rules.kv_cache_dtype(args, model) not in _PLAIN_KV, Reason.KV_QUANTISED
     hybrid = args.disable_hybrid_kv_cache_manager is False
     yield hybrid and has_windowed_layers(model), Reason.SLIDING_WINDOW_HYBRID

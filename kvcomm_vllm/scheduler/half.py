@@ -165,15 +165,11 @@ class SchedulerHalf:
             return 0, False
         state.plan = plan
         self._planned.append(state)
-        return plan.external_tokens, self._too_large(plan)
-
-    def _too_large(self, plan: Plan) -> bool:
-        """Whether its holes are computed over several steps."""
-        return plan.hole_tokens > self._at_once
+        return plan.external_tokens, plan.hole_tokens > self._at_once
 
     @property
     def _at_once(self) -> int:
-        """Tokens of holes that this step takes at most."""
+        """Tokens of holes that this step takes at most; a plan with more takes several."""
         return self.spread.at_once(alone=len(self.states) == 1)
 
     def _plan(self, state: RequestState, local: int) -> Plan | Reason | AskAgain:
@@ -212,7 +208,7 @@ class SchedulerHalf:
         plan = self.finder.with_rest(state, plan, private)
         taken = self._hole_tokens()
         taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
-        if not self._too_large(plan) and 0 < taken > self._at_once - plan.hole_tokens:
+        if plan.hole_tokens <= self._at_once and 0 < taken > self._at_once - plan.hole_tokens:
             return AskAgain.STEP_FULL
         if not self.finder.all_written(state, plan, self.states.values()):
             return AskAgain.NOT_WRITTEN
@@ -254,7 +250,7 @@ class SchedulerHalf:
             state.loading = True
             self.computed_hits.admitted(state, plan)
             ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
-            if self._too_large(plan):
+            if plan.hole_tokens > self._at_once:
                 state.awaited = True
                 self.spread.add(ops)
             else:
@@ -294,7 +290,7 @@ class SchedulerHalf:
         busy = self.states or self._ops or output.total_num_scheduled_tokens
         probes, lesson = self.modes.take_probes(), self.lessons.next_op(idle=not busy)
         message, self._ops = StepMessage(self._ops, probes, lesson), []
-        self.tiers.fill(message)
+        self.tiers.fill(message, output.total_num_scheduled_tokens)
         return message
 
     @property

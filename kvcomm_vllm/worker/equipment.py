@@ -88,12 +88,14 @@ def equip(
     compares = tells_tokens(runner)
     if not compares:
         logger.debug("kvcomm: this model tells no tokens, audits compare none")
-    summary = _summary(groups, block_size) + said
-    facts = WorkerFacts(None, "", summary, rooms=rooms, alone=alone, compares=compares)
+    layout = _layout(groups, block_size)
+    facts = WorkerFacts(
+        None, "", layout + said, rooms=rooms, alone=alone, compares=compares, layout=layout
+    )
     return Equipment(groups, kernel, side_forward, corrections), facts
 
 
-def _summary(groups: list[LayerGroup], block_size: int) -> str:
+def _layout(groups: list[LayerGroup], block_size: int) -> str:
     pages, count = groups[0].pages, sum(len(group.layers) for group in groups)
     dtype = str(pages.layers[0].dtype).removeprefix("torch.")
     return (

@@ -62,7 +62,7 @@ class CopyingWorker(OffloadingWorker):
     """
 
     def __init__(self, kv_caches: CanonicalKVCaches, region: SharedOffloadRegion) -> None:
-        self._region = region
+        self._mmap_region = region
         self._layers = [
             (one.tensor, region.create_next_worker_view(one.page_size_bytes))
             for one in kv_caches.tensors
@@ -113,7 +113,7 @@ class CopyingWorker(OffloadingWorker):
     def shutdown(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         self._layers.clear()
-        self._region.cleanup()
+        self._mmap_region.cleanup()
 
 
 def _addresses(rows: torch.Tensor, numbers: np.ndarray) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.offload import pages_and_chunks
+from kvcomm_vllm.compat.offload import close_worker, pages_and_chunks
 from kvcomm_vllm.messages import StepReport, TransferOp
 
 logger = init_logger("vllm.kvcomm.worker")
@@ -68,4 +68,4 @@ class Transfers:
         return report
 
     def close(self) -> None:
-        self._worker.shutdown()
+        close_worker(self._worker)

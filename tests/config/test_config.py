@@ -28,7 +28,7 @@ PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 TOP = [name for name in keys() if "." not in name]
-BLOCKS = ["estimator", "paper"]
+BLOCKS = ["estimator", "paper", "tiers"]
 NAMES = [*keys(), *MOVED, *BLOCKS]
 NUMBERS = [name for name, key in keys().items() if type(key.default) in (int, float)]
 
@@ -41,20 +41,35 @@ def name_of(name: object) -> str:
     return f"{name}: " if known else f"unknown key {shown(name)}; "
 
 
-def complete(values: dict[str, object]) -> bool:
-    """Mode paper comes with a memory."""
-    return values.get("mode") != "paper" or bool(values.get("paper.memory_mb"))
+def complete(values: dict[str, object]) -> dict[str, object]:
+    """Mode paper comes with a memory, what lies behind a host pool with one."""
+    if values.get("mode") == "paper":
+        values["paper.memory_mb"] = values.get("paper.memory_mb") or 1
+    if values.get("tiers.disk_path") or values.get("tiers.shared"):
+        values["tiers.host_gb"] = values.get("tiers.host_gb") or 1.0
+    return values
 
 
 values_of_keys = st.fixed_dictionaries(
     {}, optional={name: allowed_values(key) for name, key in keys().items()}
-).filter(complete)
+).map(complete)
 configs = values_of_keys.map(nested)
 
 
 def test_mode_paper_without_a_memory_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^my.yaml: paper.memory_mb: mode paper needs"):
         KVCommConfig.from_mapping({"mode": "paper"}, "my.yaml")
+
+
+def test_a_disk_without_a_host_pool_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^my.yaml: tiers.disk_path: .* set tiers.host_gb"):
+        KVCommConfig.from_mapping({"tiers": {"disk_path": "/kv"}}, "my.yaml")
+
+
+@pytest.mark.parametrize("value", [3, True, None, ["a"], "a\nb", "a\0"])
+def test_a_path_is_text_of_one_line(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"tiers.disk_path: .*; allowed: text"):
+        KVCommConfig.from_mapping({"tiers": {"disk_path": value, "host_gb": 1}}, "my.yaml")
 
 
 @given(values_of_keys)

@@ -105,6 +105,11 @@ def test_all_pages_are_free_when_nothing_is_to_be_done(small: LLM) -> None:
     assert core(small).scheduler.reset_prefix_cache()
 
 
+def test_the_pools_memory_goes_with_its_process_however_that_ends(small: LLM) -> None:
+    assert ask(small, text(345, 40))
+    assert not list(Path("/dev/shm").glob("vllm_offload_*"))
+
+
 def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
     tiny_llama: str, plain: LLM, tmp_path: Path
 ) -> None:
@@ -130,3 +135,45 @@ def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
         assert exact.tokens == ask(plain, prompt + text(351, 20))[0].tokens
     finally:
         ended(llm)
+
+
+def test_damaged_pages_are_computed(tiny_llama: str, plain: LLM, tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    llm = started(tiny_llama, host_gb=0.05, disk_path=str(folder))
+    prompts = [text(370 + number, 330) for number in range(4)]
+    for prompt in prompts:
+        ask(llm, prompt)
+        rest(llm)
+    ended(llm)
+    pages = sorted(folder.rglob("*.bin"), key=lambda path: path.stat().st_mtime_ns)
+    ways = [cut_short, with_another_byte, emptied]
+    for number, page in enumerate(pages[:-12]):
+        ways[number % 3](page)
+    one, other = pages[-2:]
+    swapped = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(swapped)
+
+    llm = started(tiny_llama, host_gb=0.05, disk_path=str(folder))
+    try:
+        for prompt in prompts:
+            answer = ask(llm, prompt + text(380, 9))[0]
+            assert answer.tokens == ask(plain, prompt + text(380, 9))[0].tokens
+        assert answer.report["local"] > 0, "of the last one most pages are whole"
+        rest(llm)
+    finally:
+        ended(llm)
+
+
+def cut_short(page: Path) -> None:
+    page.write_bytes(page.read_bytes()[:-40])
+
+
+def with_another_byte(page: Path) -> None:
+    data = bytearray(page.read_bytes())
+    data[len(data) // 2] ^= 1
+    page.write_bytes(data)
+
+
+def emptied(page: Path) -> None:
+    page.write_bytes(b"")

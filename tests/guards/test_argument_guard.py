@@ -12,13 +12,14 @@ import pytest
 from engine_arguments import MakeArgs
 
 from kvcomm_vllm.compat import rules
+from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.guards import arguments
 from kvcomm_vllm.reasons import Reason
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 SETTINGS: list[tuple[dict[str, Any], Reason]] = [
     ({"kv_cache_dtype": "int8_per_token_head"}, Reason.KV_QUANTISED),
-    ({"kv_offloading_size": 1.0}, Reason.KV_OFFLOADING),
+    ({"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"}, Reason.KV_OFFLOADING),
     ({"enable_prefix_caching": False}, Reason.PREFIX_CACHING_OFF),
     ({"pipeline_parallel_size": 2}, Reason.PIPELINE_PARALLEL),
     ({"decode_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
@@ -41,6 +42,27 @@ def test_a_setting_that_rules_reuse_out_drops_the_connector_with_one_warning(
         f"KV reuse is off ({reason}): {reason.explanation} "
         "The engine starts without kvcomm and serves exactly."
     ]
+
+
+def test_a_size_for_offloading_is_that_of_our_host_pool(args_for: MakeArgs) -> None:
+    args = args_for("LlamaForCausalLM", kv_offloading_size=2.5)
+    args.create_model_config()
+    assert args.kv_offloading_size is None, "or vLLM installs its own connector"
+    extra = args.kv_transfer_config.kv_connector_extra_config
+    assert KVCommConfig.from_mapping(extra, "test").tiers.host_gb == 2.5
+
+
+def test_two_sizes_for_the_host_pool_are_refused(args_for: MakeArgs) -> None:
+    args = args_for("LlamaForCausalLM", kv_offloading_size=2.5)
+    args.kv_transfer_config.kv_connector_extra_config["tiers"] = {"host_gb": 1.0}
+    with pytest.raises(ConfigError, match=r"tiers.host_gb: 1.0 .* --kv-offloading-size says \(2.5"):
+        args.create_model_config()
+
+
+def test_vllms_own_offloading_is_left_alone_where_nothing_can_be_reused(args_for: MakeArgs) -> None:
+    args = args_for("LlamaForCausalLM", kv_offloading_size=2.5, enable_lora=True)
+    args.create_model_config()
+    assert (args.kv_transfer_config, args.kv_offloading_size) == (None, 2.5)
 
 
 def test_experts_over_data_parallel_ranks_drop_the_connector_however_many_say_so(

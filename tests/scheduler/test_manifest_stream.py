@@ -151,16 +151,21 @@ def test_a_key_that_is_none_is_not_used(valkey_server: ValkeyServer) -> None:
 
 @pytest.fixture
 def errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged of a tier that cannot be had."""
+    """What is logged of the shared tier."""
     lines: list[str] = []
-    monkeypatch.setattr(opening.logger, "error", lambda text, *args: lines.append(text % args))
-    monkeypatch.setattr(server_module.logger, "warning", lambda text, *args: lines.append(text))
+
+    def hear(text: str, *values: object) -> None:
+        if "shared" in (line := text % values):
+            lines.append(line)
+
+    for level in ("info", "warning", "error"):
+        monkeypatch.setattr(opening.logger, level, hear)
     return lines
 
 
 def serves(make_engine: Callable[..., Any], url: str) -> None:
     engine = make_engine(tiers={"host_gb": 0.002, "shared": url}, audits=False, heal="off")
-    assert not engine.half.tiers._manifests
+    assert not engine.half.tiers._manager.secondary_tiers
     assert engine.serve("a", words("a", 50)).report["computed"] == 50
     engine.idle()
 

@@ -44,8 +44,8 @@ class Tiers(Protocol):
     def holds(self, sequence: Sequence) -> bool:
         """Whether pages of a sequence lie there, though none may be left in the KV cache."""
 
-    def fill(self, message: StepMessage) -> None:
-        """Put into a step's message what is to be copied."""
+    def fill(self, message: StepMessage, tokens: int) -> None:
+        """Put into a step's message what is to be copied; it computes so many ``tokens``."""
 
     def on_report(self, report: StepReport) -> None: ...
 
@@ -91,7 +91,7 @@ class NoTiers:
     def holds(self, sequence: Sequence) -> bool:
         return False
 
-    def fill(self, message: StepMessage) -> None:
+    def fill(self, message: StepMessage, tokens: int) -> None:
         pass
 
     def on_report(self, report: StepReport) -> None:

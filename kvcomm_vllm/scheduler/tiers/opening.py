@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.offload import disk_tier, valkey_tier
+from kvcomm_vllm.compat.offload import disk_tier, unname, valkey_tier
 from kvcomm_vllm.config.tiers import TiersConfig
 from kvcomm_vllm.messages import WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
@@ -57,7 +57,7 @@ def open_tiers(
     """
     if spec is None or not all(fact.pool for fact in facts):
         return NoTiers()
-    config, layout = finder.config.tiers, facts[0].summary
+    config, layout = finder.config.tiers, facts[0].layout
     slower = []
     if config.disk_path and (disk := _disk(config, spec.fingerprint(layout))):
         slower.append(disk)
@@ -66,6 +66,7 @@ def open_tiers(
         slower.append(shared)
     try:
         manager = spec.manager_over([one.tier for one in slower])
+        unname(manager)
     except Exception:  # no memory for the pool, and whatever else is not as it should be
         logger.exception("kvcomm: no tiers, pages that leave the KV cache are lost")
         return NoTiers()

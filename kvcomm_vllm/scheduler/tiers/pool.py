@@ -19,6 +19,7 @@ from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.index import Sequence
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.state import RequestState
+from kvcomm_vllm.scheduler.tiers.costs import Costs
 from kvcomm_vllm.scheduler.tiers.manifests import Manifests
 from kvcomm_vllm.scheduler.tiers.returns import Returns
 from kvcomm_vllm.scheduler.tiers.stores import Stores
@@ -58,7 +59,9 @@ class HostPool:
         self._ranks = ranks
         self._finder = finder
         self._stores = Stores(manager, finder.pages)
-        self._returns = Returns(manager, finder.pages, finder.config.tiers.wait_seconds)
+        self._costs = Costs(finder.block_size)
+        wait_seconds = finder.config.tiers.wait_seconds
+        self._returns = Returns(manager, finder.pages, wait_seconds, self._costs)
         self._numbers = itertools.count()
         self._ops: list[TransferOp] = []
         self._awaited: list[int] = []
@@ -108,7 +111,7 @@ class HostPool:
 
     def _bring(self, state: RequestState, wanted: Wanted) -> bool:
         here, coming = self._returns.look(state.id, wanted)
-        if coming or not here:
+        if coming or not here or not self._costs.worth(behind=False):
             return coming
         number, own = next(self._numbers), self._finder.own(state)
         return self._send(self._returns.begin(number, state.id, wanted, here, own))
@@ -131,7 +134,8 @@ class HostPool:
             return True
         return any(in_pool(self._manager, name) for name in sequence.block_hashes)
 
-    def fill(self, message: StepMessage) -> None:
+    def fill(self, message: StepMessage, tokens: int) -> None:
+        self._costs.step(time.monotonic(), tokens, goes_on=tokens > 0)
         self._returns.end_of_step()
         end_of_step(self._manager)
         message.transfers, self._ops = self._ops, []

@@ -10,6 +10,7 @@ from typing import Any
 from kvcomm_vllm.compat.offload import Found, TierRequest, key_of, look_up
 from kvcomm_vllm.messages import TransferOp
 from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.tiers.costs import Costs
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
 
 
@@ -18,11 +19,11 @@ class Waiting:
     """A request, and what is being brought back for it.
 
     Attributes:
-        since: when it was first asked for.
+        since: when it was first asked for, or for the next transfer.
         number: of the transfer under way, if any; ``names``, ``block_ids``, ``tokens``: its pages.
         holders: who holds what was brought, and what is read beside it, until that is planned.
         gone: the request has ended meanwhile; ``given_up``: its pages could not be copied;
-            ``abandoned``: they must not be read.
+            ``abandoned``: they must not be read; ``behind``: some came from behind the pool.
     """
 
     request: TierRequest
@@ -35,6 +36,7 @@ class Waiting:
     gone: bool = False
     given_up: bool = False
     abandoned: bool = False
+    behind: bool = False
 
 
 class Returns:
@@ -42,12 +44,14 @@ class Returns:
     manager: vLLM's ``OffloadingManager``.
     pages: of the KV cache.
     wait_seconds: longest time a request waits for what slower tiers have.
+    costs: of bringing back and of computing.
     """
 
-    def __init__(self, manager: Any, pages: SourcePages, wait_seconds: float) -> None:
+    def __init__(self, manager: Any, pages: SourcePages, wait_seconds: float, costs: Costs) -> None:
         self._manager = manager
         self._pages = pages
         self._wait_seconds = wait_seconds
+        self._costs = costs
         self._waiting: dict[str, Waiting] = {}
 
     def under_way(self, request_id: str) -> bool:
@@ -68,6 +72,7 @@ class Returns:
         if waiting.given_up:
             return [], False
         patient = time.monotonic() - waiting.since < self._wait_seconds
+        patient = patient and self._costs.worth(behind=True)
         here: list[bytes] = []
         coming = False
         for name in names:
@@ -75,7 +80,7 @@ class Returns:
             if found is Found.HERE:
                 here.append(name)
             elif found is Found.COMING and patient:
-                coming = True
+                coming = waiting.behind = True
             elif wanted.chained:
                 break
         return here, coming
@@ -117,9 +122,11 @@ class Returns:
             [key_of(name) for name in waiting.names], waiting.request.context
         )
         pages = zip(waiting.names, waiting.block_ids, waiting.tokens, strict=True)
+        self._costs.brought(len(waiting.names), time.monotonic() - waiting.since, waiting.behind)
         usable = not failed and not waiting.abandoned
         brought = sum(self._pages.put(*page) for page in pages) if usable else 0
         waiting.number, waiting.names, waiting.given_up = None, [], failed
+        waiting.since, waiting.behind = time.monotonic(), False
         waiting.abandoned = False
         if waiting.gone:
             self.forget(request_id)
