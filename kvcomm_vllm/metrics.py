@@ -108,7 +108,8 @@ METRICS = {
     "tier_pages": Metric(
         "vllm:kvcomm_tier_pages",
         "event",
-        "Pages beyond the KV cache: returned = brought back for a request that reads them.",
+        "Pages of requests that have ended: stored in the host pool, lost (not stored, as a copy "
+        "failed or was given up), returned to the KV cache for a request that reads them.",
     ),
     "tier_bytes": Metric(
         "vllm:kvcomm_tier_bytes",
@@ -186,9 +187,9 @@ class KVCommStats(KVConnectorStats):
                 self._add(metric, "gained" if now > before else "lost", abs(now - before))
         self._held = placeholders, anchors
 
-    def count_returned(self, pages: int) -> None:
+    def count_tier_pages(self, event: str, pages: int) -> None:
         if pages:
-            self._add("tier_pages", "returned", pages)
+            self._add("tier_pages", event, pages)
 
     def count_transfer(self, stored: bool, size: int, seconds: float) -> None:
         """A rank has copied pages."""

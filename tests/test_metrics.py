@@ -187,7 +187,7 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats.count_healed(3, 4)
     stats.count_audit("planner", Divergence(0.5, True))
     stats.count_fidelity("normal", "computed")
-    stats.count_returned(3)
+    stats.count_tier_pages("stored", 3)
     stats.count_transfer(True, 1 << 20, 0.1)
     assert {key.split("/")[0] for key in stats.data} == {*METRICS, *HISTOGRAMS}
     exported.observe(stats.data)  # would raise for one that has no counter

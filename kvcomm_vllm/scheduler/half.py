@@ -152,7 +152,8 @@ class SchedulerHalf:
         self._forget(state)
         state.local = local
         if not self._active(state):
-            return 0, False
+            coming = self.tiers.bring(state, self.finder.beginning(state, local))
+            return None if coming else 0, False
         began = time.perf_counter()
         plan = self._plan(state, local)
         self.stats.add_seconds("planning", time.perf_counter() - began)
@@ -180,7 +181,7 @@ class SchedulerHalf:
             return AskAgain.LOADING
         if not state.is_private(local, self.block_size):
             state.restore_exact()
-        if self.tiers.bring(state, self.finder.leading(state, local)):
+        if self.tiers.bring(state, self.finder.beginning(state, local)):
             return AskAgain.RETURNING
         if self.finder.adopt(state, local):
             return AskAgain.ADOPTED

@@ -129,13 +129,16 @@ class SourceFinder:
             state.refresh = Refresh(state.tokens(), state.trusted)
         return state.refresh
 
-    def leading(self, state: RequestState, local: int) -> Iterator[Wanted]:
+    def beginning(self, state: RequestState, local: int) -> Iterator[Wanted]:
         """Full pages behind the local hit that the prompt begins with: by the names under which
         vLLM looks for them, and by those of its own conversation.
         """
-        first, last = local // self.block_size, (len(state.tokens()) - 1) // self.block_size
+        if state.request.skip_reading_prefix_cache:
+            return
+        first = local // self.block_size
+        last = (state.request.num_tokens - 1) // self.block_size
         yield chain(state.request.block_hashes[first:last], self.block_size)
-        if state.adoption_tried or not self._adopts(state):
+        if state.limits is None or state.adoption_tried or not self._adopts(state):
             return
         lead = self._conversation(state)
         if lead is not None:

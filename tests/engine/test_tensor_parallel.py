@@ -132,3 +132,19 @@ def test_a_side_forward_that_fails_on_one_rank_ends_the_engine_like_vllm_s_own(
     both.collective_rpc("break_side_forward", args=(1,))
     with pytest.raises(EngineDeadError):
         ask(both, prompts[0])
+
+
+def test_ranks_bring_their_parts_of_pages_back_together(
+    tiny_llama: str, prompts: list[list[int]], dense: list[list[int]]
+) -> None:
+    plugin = {"audits": False, "heal": "off", "tiers": {"host_gb": 0.05}}
+    for llm in two_ranks(tiny_llama, plugin=plugin, num_gpu_blocks_override=66):
+        ask(llm, prompts[0])
+        for seed in range(6):
+            ask(llm, text(460 + seed, 500), tokens=2)
+        answer = ask(llm, prompts[0])[0]
+        assert answer.report["local"] == (len(prompts[0]) - 1) // 32 * 32
+        assert answer.tokens == dense[0]
+        for seed in range(6):
+            ask(llm, text(470 + seed, 500), tokens=2)
+        assert ask(llm, text(480, 70) + SHARED + TAIL)[0].report["reused"] > 150

@@ -14,6 +14,8 @@ import pytest
 from engines import Answer, ask, connector, core, make_engine, text
 from vllm import LLM
 
+from kvcomm_vllm.compat.offload import end_of_step
+
 pytestmark = pytest.mark.engine
 
 SHARED = text(301, 200)
@@ -39,10 +41,13 @@ def small(tiny_llama: str) -> Iterator[LLM]:
 
 def rest(llm: LLM) -> None:
     """Step until all is copied, to the disk as well."""
+    scheduler = core(llm).scheduler
+    manager = connector(llm)._scheduler.tiers._manager
     end = time.monotonic() + 60
-    while core(llm).scheduler.has_requests():
+    while scheduler.has_requests() or manager.has_pending_work():
         assert time.monotonic() < end, "copying does not come to an end"
         core(llm).step_fn()
+        end_of_step(manager)
 
 
 def fill(llm: LLM, seed: int) -> None:

@@ -81,6 +81,18 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert left == {"0.bin", "6.bin", "7.bin", "8.bin", "9.bin"}
 
 
+def test_manifests_go_with_the_last_of_their_pages(tmp_path: Path) -> None:
+    for number in range(10):
+        store_page(tmp_path / f"{number}.bin", page(number))
+        (tmp_path / f"{number}.log").write_bytes(b"")
+        for name in (f"{number}.bin", f"{number}.log"):
+            os.utime(tmp_path / name, (number, number))
+    make_room(tmp_path, 6 * (SIZE + 24))
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == [
+        f"{n}.log" for n in range(5, 10)
+    ]
+
+
 def test_nothing_goes_while_there_is_room(tmp_path: Path) -> None:
     for number in range(3):
         store_page(tmp_path / f"{number}.bin", page(number))

@@ -46,6 +46,25 @@ def test_an_exact_beginning_comes_back_as_a_local_hit(engine: EngineWithoutWorke
     assert served.report["computed"] == 9
 
 
+def test_a_request_that_does_not_reuse_has_its_beginning_back_all_the_same(
+    engine: EngineWithoutWorker,
+) -> None:
+    prompt = words("a", 20) + SHARED
+    engine.serve("a", prompt)
+    fill(engine, "other")
+    served = engine.serve("b", prompt + words("d", 9), hints={"mode": "off"})
+    assert served.report["local"] == 68
+    assert served.declined == ["mode_off"]
+
+
+def test_log_probabilities_of_a_prompt_are_computed(engine: EngineWithoutWorker) -> None:
+    prompt = words("a", 20) + SHARED
+    engine.serve("a", prompt)
+    fill(engine, "other")
+    served = engine.serve("b", prompt, prompt_logprobs=1)
+    assert served.report["computed"] == len(prompt)
+
+
 def test_a_conversation_that_was_served_approximately_goes_on(engine: EngineWithoutWorker) -> None:
     engine.serve("a", words("a", 20) + SHARED + words("b", 3))
     prompt = words("c", 24) + SHARED + words("d", 4)
@@ -71,6 +90,14 @@ def test_tenants_share_nothing_through_the_pool(engine: EngineWithoutWorker) -> 
     fill(engine, "other")
     served = engine.serve("b", words("a", 20) + SHARED + words("b", 3), salt="two")
     assert (served.report["local"], served.report["reused"]) == (0, 0)
+
+
+def test_what_is_computed_sooner_is_not_brought_back(engine: EngineWithoutWorker) -> None:
+    engine.serve("a", words("a", 20) + SHARED + words("b", 3))
+    fill(engine, "other")
+    engine.half.tiers._costs.worth = lambda behind: False
+    served = engine.serve("b", words("c", 24) + SHARED + words("d", 3))
+    assert (served.report["reused"], served.declined) == (0, ["source_evicted"])
 
 
 def test_a_copy_that_fails_is_computed(engine: EngineWithoutWorker) -> None:

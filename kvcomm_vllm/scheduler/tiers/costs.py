@@ -5,6 +5,8 @@ from __future__ import annotations
 
 WEIGHT = 0.2  # of the newest measurement in a mean
 FEWEST_TOKENS = 64  # computed in a step from which a token's time is told
+FEWEST_PAGES = 4  # likewise: with fewer, what is measured is how long a step takes
+TRIED_AGAIN = 64  # each so manieth time that something is not worth it
 MOST_SECONDS = 10.0  # a step that took longer was not a step
 
 
@@ -28,6 +30,7 @@ class Costs:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._token, self._pool, self._behind = Mean(), Mean(), Mean()
+        self._refused = 0
         self._step: tuple[float, int] | None = None
 
     def step(self, now: float, tokens: int, goes_on: bool) -> None:
@@ -42,10 +45,15 @@ class Costs:
 
     def brought(self, pages: int, seconds: float, behind: bool) -> None:
         """So many pages have come back; ``behind``: from a tier behind the pool."""
-        if pages:
+        if pages >= FEWEST_PAGES:
             (self._behind if behind else self._pool).add(seconds / pages)
 
     def worth(self, behind: bool) -> bool:
-        """Whether a page is brought back sooner than it is computed."""
+        """Whether a page is brought back sooner than it is computed; now and then it is even if it
+        is not, since that may have changed.
+        """
         page, token = (self._behind if behind else self._pool).value, self._token.value
-        return page is None or token is None or page < token * self._block_size
+        if page is None or token is None or page < token * self._block_size:
+            return True
+        self._refused += 1
+        return self._refused % TRIED_AGAIN == 0

@@ -24,6 +24,7 @@ from kvcomm_vllm.scheduler.tiers.checked import TAIL, tail_of
 logger = init_logger("vllm.kvcomm")
 
 ROOM = 0.9  # of the limit is left when pages had to go
+UNFINISHED_SECONDS = 600
 SLACK = 0.02  # of it may be written between two looks at all files
 
 
@@ -117,27 +118,34 @@ def load_page(path: Path, page: memoryview) -> None:
 
 
 def make_room(root: Path, max_bytes: int) -> None:
-    """Remove what was used longest ago, if there is more than the limit, and what was never
-    finished.
+    """Remove what was used longest ago, if there is more than the limit, what was never finished,
+    and manifests that are older than every page.
     """
-    pages, total, now = [], 0, time.time()
+    pages: list[tuple[float, int, str]] = []
+    manifests: list[tuple[float, str]] = []
+    now = time.time()
     for folder, _, names in os.walk(root):
         for name in names:
             path = os.path.join(folder, name)
-            try:
+            with suppress(FileNotFoundError):  # another engine was faster
                 found = os.stat(path)
-                if name.endswith(".tmp") and now - found.st_mtime > 600:
+                if name.endswith(".tmp") and now - found.st_mtime > UNFINISHED_SECONDS:
                     os.unlink(path)
                 elif name.endswith(".bin"):
                     pages.append((found.st_mtime, found.st_size, path))
-                    total += found.st_size
-            except FileNotFoundError:  # another engine was faster
-                continue
+                elif name.endswith(".log"):
+                    manifests.append((found.st_mtime, path))
+    total = sum(size for _, size, _ in pages)
     if total <= max_bytes:
         return
-    for _, size, path in sorted(pages):
+    pages.sort(reverse=True)
+    while pages and total > ROOM * max_bytes:
+        _, size, path = pages.pop()
+        total -= size
         with suppress(FileNotFoundError):
             os.unlink(path)
-        total -= size
-        if total <= ROOM * max_bytes:
-            return
+    oldest = pages[-1][0] if pages else now
+    for written, path in manifests:
+        if written < oldest:
+            with suppress(FileNotFoundError):
+                os.unlink(path)

@@ -79,6 +79,7 @@ def open_tiers(
         spec.num_chunks,
         "".join(f"; {one.told}" for one in slower),
     )
+    pool.news()
     return pool
 
 

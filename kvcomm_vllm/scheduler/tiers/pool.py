@@ -153,8 +153,9 @@ class HostPool:
         del self._ranks_done[number]
         self._failed.discard(number)
         failed = failed or self._void
-        if not self._stores.over(number, failed):
-            self._stats.count_returned(self._returns.over(number, failed))
+        stored, returned = self._stores.over(number, failed), self._returns.over(number, failed)
+        self._stats.count_tier_pages("lost" if failed else "stored", stored)
+        self._stats.count_tier_pages("returned", returned)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -167,7 +168,7 @@ class HostPool:
         if self._engine.resting:
             self._drop_unsent()
             return False
-        return bool(self._ranks_done) or self._manager.has_pending_work()
+        return bool(self._ranks_done)  # slower tiers go on by themselves
 
     def _drop_unsent(self) -> None:
         ops, self._ops = self._ops, []

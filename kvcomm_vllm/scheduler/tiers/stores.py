@@ -70,11 +70,13 @@ class Stores:
             )
         ]
 
-    def over(self, number: int, failed: bool) -> bool:
-        """Whether it was a store; the pages can be found in the pool now unless it failed."""
+    def over(self, number: int, failed: bool) -> int:
+        """How many pages it was to store, none if it is no store; unless it failed, they can be
+        found in the pool now.
+        """
         store = self._going.pop(number, None)
         if store is None:
-            return False
+            return 0
         self._manager.complete_store(store.keys, store.request.context, not failed)
         store.request.end()
-        return True
+        return len(store.keys)
