@@ -20,9 +20,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
 from child_tests import scope_of
 from short_model import save_short
 from tiny_model import save_tiny_llama
-from valkey_server import ValkeyServer, started
 
 if TYPE_CHECKING:
+    from valkey_server import ValkeyServer
+
     from kvcomm_vllm.messages import Divergence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +79,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def running_valkey() -> Iterator[ValkeyServer]:
+    """In a process of its own until the tests end, or skip."""
+    from valkey_server import started
+
     server = started()
     yield server
     server.kill()

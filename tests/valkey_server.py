@@ -9,9 +9,10 @@ import subprocess
 import time
 
 import pytest
-import valkey
 
 from kvcomm_vllm.config.address import Place
+
+valkey = pytest.importorskip("valkey", reason="pip install valkey")
 
 
 class ValkeyServer:

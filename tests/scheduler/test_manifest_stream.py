@@ -158,7 +158,7 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if "shared" in (line := text % values):
             lines.append(line)
 
-    for level in ("info", "warning", "error"):
+    for level in ("warning", "error"):
         monkeypatch.setattr(opening.logger, level, hear)
     return lines
 
