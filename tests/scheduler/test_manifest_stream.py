@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,3 +212,17 @@ def test_an_address_where_nobody_answers_keeps_the_start_waiting_for_seconds_at_
     with pytest.raises(AwayError):
         SharedServer(Place("192.0.2.1", 6379, "", 0)).tenant_key()
     assert time.monotonic() - began < 5
+
+
+def test_beside_a_disk_all_use_the_servers_key_and_find_each_sequence_once(
+    make_engine: Callable[..., Any], valkey_server: ValkeyServer, tmp_path: Path
+) -> None:
+    tiers = {"host_gb": 0.002, "disk_path": str(tmp_path), "shared": valkey_server.url}
+    one = make_engine(tiers=tiers, audits=False, heal="off")
+    one.serve("a", words("a", 50))
+    one.idle()
+    one.half.tiers.close()
+    other = make_engine(tiers=tiers, audits=False, heal="off")
+    assert one.half.secret == other.half.secret == valkey_server.client.get(server_module.KEY)
+    assert len(other.half.store.index) == 1
+    other.half.tiers.close()
