@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.tiering.base import TransferJob
@@ -25,7 +25,10 @@ logger = init_logger("vllm.kvcomm")
 
 ROOM = 0.9  # of the limit is left when pages had to go
 UNFINISHED_SECONDS = 600
+FULL_SECONDS = 60
 SLACK = 0.02  # of it may be written between two looks at all files
+
+Pages: TypeAlias = list[tuple[Path, memoryview]]
 
 
 class DiskTier(FileSystemTierManager):
@@ -45,40 +48,47 @@ class DiskTier(FileSystemTierManager):
         self._root = Path(root_dir)
         self._max_bytes = max_bytes
         self._unseen = max_bytes  # bytes written since all files were looked at
+        self._full_until = 0.0
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        self._submit(job_metadata, store_page, self._pool.enqueue_store)
-        self._unseen += len(job_metadata.keys) * self._block_size
+        self._submit(job_metadata, self._store, self._pool.enqueue_store)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
         self._load_job_keys[job_metadata.job_id] = list(job_metadata.keys)
-        self._submit(job_metadata, load_page, self._pool.enqueue_load)
+        self._submit(job_metadata, self._load, self._pool.enqueue_load)
 
-    def _submit(
-        self, job: TransferJob, work: Callable[[Path, memoryview], None], enqueue: Any
-    ) -> None:
-        paths = [Path(self.file_mapper.get_file_name(key)) for key in job.keys]
+    def _submit(self, job: TransferJob, work: Callable[[int, Pages], None], enqueue: Any) -> None:
         size, pool = self._block_size, self._primary_kv_view.cast("B")
-        starts = [int(chunk) * size for chunk in job.chunk_ids]
-        pages = [pool[start : start + size] for start in starts]
-        self._job_block_counts[job.job_id] = len(paths)
-        enqueue(job.job_id, 1, [partial(self._all, job.job_id, work, paths, pages)])
+        pages = [
+            (Path(self.file_mapper.get_file_name(key)), pool[chunk * size : (chunk + 1) * size])
+            for key, chunk in zip(job.keys, job.chunk_ids.tolist(), strict=True)
+        ]
+        self._job_block_counts[job.job_id] = len(pages)
+        enqueue(job.job_id, 1, [partial(work, job.job_id, pages)])
 
-    def _all(
-        self,
-        job_id: int,
-        work: Callable[[Path, memoryview], None],
-        paths: list[Path],
-        pages: list[memoryview],
-    ) -> None:
-        """In a thread: page by page, until one cannot be stored or read."""
-        for number, (path, page) in enumerate(zip(paths, pages, strict=True)):
+    def _load(self, job_id: int, pages: Pages) -> None:
+        """In a thread: page by page, until one cannot be read."""
+        for number, (path, page) in enumerate(pages):
             self._load_progress[job_id] = number
-            work(path, page)
-        self._load_progress.pop(job_id, None)
-        if work is store_page and self._unseen > SLACK * self._max_bytes:
-            self._unseen = 0
-            make_room(self._root, self._max_bytes)
+            load_page(path, page)
+        self._load_progress.pop(job_id)
+
+    def _store(self, job_id: int, pages: Pages) -> None:
+        """In a thread. What is not stored is not found later, which is no failure: a full disk is
+        told of once in a while, and left alone meanwhile.
+        """
+        if time.monotonic() < self._full_until:
+            return
+        try:
+            for path, page in pages:
+                store_page(path, page)
+                self._unseen += page.nbytes
+            if self._unseen > SLACK * self._max_bytes:
+                self._unseen = 0
+                make_room(self._root, self._max_bytes)
+        except OSError as error:
+            self._full_until = time.monotonic() + FULL_SECONDS
+            logger.warning("kvcomm: nothing is kept on disk for %d s: %s", FULL_SECONDS, error)
 
 
 def store_page(path: Path, page: memoryview) -> None:
