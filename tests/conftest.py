@@ -6,6 +6,7 @@ are shared out where several processes run them.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from short_model import save_short
 from tiny_model import save_tiny_llama
 
 if TYPE_CHECKING:
+    from valkey_server import ValkeyServer
+
     from kvcomm_vllm.messages import Divergence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +75,23 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny-llama")
     save_tiny_llama(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def running_valkey() -> Iterator[ValkeyServer]:
+    """In a process of its own until the tests end, or skip."""
+    from valkey_server import started
+
+    server = started()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def valkey_server(running_valkey: ValkeyServer) -> ValkeyServer:
+    """An empty Valkey server, or skip."""
+    running_valkey.as_new()
+    return running_valkey
 
 
 @pytest.fixture

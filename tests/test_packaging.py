@@ -94,7 +94,8 @@ def test_metadata_states_the_one_version_and_requires_no_vllm(wheel: Path) -> No
     hard = [r for r in requirements if "extra ==" not in r]
     assert hard
     assert not [r for r in hard if r.startswith(("vllm", "torch", "transformers"))]
-    assert set(metadata.get_all("Provides-Extra") or []) >= {"cpu", "cuda", "bench", "demo", "dev"}
+    extras = {"cpu", "cuda", "bench", "demo", "dev", "shared"}
+    assert set(metadata.get_all("Provides-Extra") or []) >= extras
     assert "kvcomm = kvcomm_vllm.plugin:register" in entry_points
 
 

@@ -23,6 +23,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
 from kvcomm_vllm.config import ConfigError, KVCommConfig
+from kvcomm_vllm.config.address import Address
 from kvcomm_vllm.config.file import load_file
 from kvcomm_vllm.front import late_reports
 from kvcomm_vllm.front.carried_hints import with_carried_hints
@@ -174,8 +175,15 @@ def transfer_config(path: str | None) -> KVTransferConfig:
         kv_connector="kvcomm",
         kv_role=ROLE,
         kv_load_failure_policy="recompute",
-        kv_connector_extra_config=config.to_mapping(as_given=True),
+        kv_connector_extra_config=_told(config, as_given=True),
     )
+
+
+def _told(config: KVCommConfig, *, as_given: bool = False) -> dict[str, Any]:
+    """Our configuration as vLLM gets it, which logs its arguments: without a password in sight."""
+    mapping = config.to_mapping(as_given=as_given)
+    mapping["tiers"]["shared"] = Address(config.tiers.shared)
+    return mapping
 
 
 def checked(config: KVTransferConfig) -> KVCommConfig:
@@ -232,9 +240,9 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     if not quiet:
         for warning in config.warnings():
             logger.warning("%s", warning)
-    if config.moved:  # which has been said now
+    if config.moved or config.tiers.shared:  # what has moved has been said now
         args.kv_transfer_config = dataclasses.replace(
-            args.kv_transfer_config, kv_connector_extra_config=config.to_mapping()
+            args.kv_transfer_config, kv_connector_extra_config=_told(config)
         )
 
 
@@ -295,9 +303,12 @@ class _TransferConfigFlag(argparse.Action):
             parser.error(_BOTH)
         if is_ours(values):
             try:
-                checked(values)
+                config = checked(values)
             except ConfigError as error:
                 parser.error(f"argument --kv-transfer-config: {error}")
+            if config.tiers.shared:
+                extra = _told(config, as_given=True)
+                values = dataclasses.replace(values, kv_connector_extra_config=extra)
             _add_middleware(namespace)
         setattr(namespace, self.dest, values)
 

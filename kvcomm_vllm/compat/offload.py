@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvcomm_vllm.config.tiers import TiersConfig
+    from kvcomm_vllm.scheduler.tiers.server import SharedServer
 
 logger = init_logger("vllm.kvcomm")
 
@@ -57,12 +58,22 @@ def pool_spec(tiers: TiersConfig, config: VllmConfig, caches: KVCacheConfig) -> 
 
 def disk_tier(folder: str, max_bytes: int) -> dict[str, Any]:
     """Our file tier, as vLLM's specs are told of one."""
+    name = _registered("kvcomm_disk", "kvcomm_vllm.scheduler.tiers.disk", "DiskTier")
+    return {"type": name, "root_dir": folder, "max_bytes": max_bytes}
+
+
+def valkey_tier(server: SharedServer, prefix: str, ttl_seconds: int) -> dict[str, Any]:
+    """The same of our tier on a server, where pages' names begin with ``prefix``."""
+    name = _registered("kvcomm_valkey", "kvcomm_vllm.scheduler.tiers.valkey", "ValkeyTier")
+    return {"type": name, "server": server, "prefix": prefix, "ttl_seconds": ttl_seconds}
+
+
+def _registered(name: str, module: str, tier: str) -> str:
     from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
-    name, module = "kvcomm_disk", "kvcomm_vllm.scheduler.tiers.disk"
     if name not in SecondaryTierFactory._registry:
-        SecondaryTierFactory.register_tier(name, module, "DiskTier")
-    return {"type": name, "root_dir": folder, "max_bytes": max_bytes}
+        SecondaryTierFactory.register_tier(name, module, tier)
+    return name
 
 
 def offloading_worker(
@@ -115,6 +126,14 @@ def key_of(name: bytes) -> Any:
     from vllm.v1.kv_offload.base import make_offload_key
 
     return make_offload_key(name, 0)
+
+
+def name_of(key: Any) -> bytes:
+    """The page's name, of what vLLM's tiers call it."""
+    from vllm.v1.kv_offload.base import get_offload_block_hash
+
+    name: bytes = get_offload_block_hash(key)
+    return name
 
 
 def look_up(manager: Any, name: bytes, context: Any) -> Found:

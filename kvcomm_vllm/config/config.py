@@ -267,6 +267,7 @@ class KVCommConfig:
             as_given: keys that were given by an old name keep it, for who reads it to warn of.
         """
         mapping = asdict(self)
+        mapping["tiers"]["shared"] = self.tiers.shared[:]  # plain text, its password included
         del mapping["moved"]
         for old in self.moved if as_given else ():
             first, _, rest = MOVED[old].partition(".")

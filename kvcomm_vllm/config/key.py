@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvcomm_vllm.config.address import Address
+
 # Of counts, tokens and megabytes: more than any engine has, and yet no more than can be provided
 # for (an index of so many sequences takes 50 MB before it holds the first).
 MOST = 1_000_000
@@ -66,8 +68,10 @@ class Key:
 
     def normalise(self, value: Any) -> Any:
         """``value`` as it was meant: 5 for 5.0, and false where YAML 1.1 has misread `off`; a
-        choice that was yes or no once still is.
+        choice that was yes or no once still is. A password in it is not printed from now on.
         """
+        if isinstance(self.default, Address) and isinstance(value, str):
+            return Address(value)
         if value is False and "off" in self.choices:
             return "off"
         if value is True and "auto" in self.choices:

@@ -133,9 +133,11 @@ class Reader:
                 yield f"{old}: is the old name of {given.name}, which is given, too; leave it out"
             seen[given.name] = given.told
             key = self.keys[given.name]
-            problem = key.problem(key.normalise(given.value))
+            value = key.normalise(given.value)
+            problem = key.problem(value)
             if problem is not None:
-                yield f"{given.told}: {shown(given.value)} {problem}; allowed: {key.allowed}"
+                told = str(value) if isinstance(value, str) else given.value
+                yield f"{given.told}: {shown(told)} {problem}; allowed: {key.allowed}"
 
     def _unknown(self, given: Given) -> str:
         if given.told in self.blocks:

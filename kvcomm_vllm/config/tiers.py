@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvcomm_vllm.config.address import FORM, Address, Place
 from kvcomm_vllm.config.key import key
+from kvcomm_vllm.wording import shown
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,19 @@ class TiersConfig:
         low=0.01,
         high=1e6,
     )
+    shared: str = key(
+        Address(""),
+        "Valkey or Redis server where pages are kept as well, for engines on several machines: "
+        "valkey://[:password@]host:port[/db]. Whoever can reach it can read and change them. Needs "
+        "host_gb, through which they pass.",
+        when_zero="none",
+    )
+    shared_ttl_seconds: int = key(
+        86_400,
+        "How long a page stays in the shared server after it was last asked for.",
+        low=60,
+        high=31_536_000,
+    )
     wait_seconds: float = key(
         5.0,
         "Longest time a request waits for pages that are being brought back; then they are "
@@ -45,7 +60,23 @@ class TiersConfig:
     def wanted(self) -> bool:
         return self.host_gb > 0
 
+    @property
+    def server(self) -> Place:
+        """Where the shared one is.
+
+        Raises:
+            ValueError: ``shared`` is no address of one.
+        """
+        return Address(self.shared).place()
+
     def problems(self) -> Iterator[str]:
         """Combinations that cannot work, a line each."""
-        if self.disk_path and not self.wanted:
-            yield "tiers.disk_path: pages pass through host memory; set tiers.host_gb, e.g. to 4"
+        for name in ("disk_path", "shared"):
+            if getattr(self, name) and not self.wanted:
+                yield f"tiers.{name}: pages pass through host memory; set tiers.host_gb, e.g. to 4"
+        try:
+            if self.shared:
+                _ = self.server
+        except ValueError:
+            told = shown(str(Address(self.shared)))
+            yield f"tiers.shared: {told} is no such address; allowed: {FORM}"

@@ -64,6 +64,8 @@ def notes(run: Run) -> Iterator[str]:
 def mapping(run: Run) -> dict[str, Any]:
     """All of it, to be written as JSON."""
     tally, options = run.tally, run.options
+    config = options.config.to_mapping()
+    config["tiers"]["shared"] = str(options.config.tiers.shared)  # without its password
     return {
         "version": __version__,
         "settings": {
@@ -71,7 +73,7 @@ def mapping(run: Run) -> dict[str, Any]:
             "block_size": options.block_size,
             "served": run.served,
             "cache_salt": options.salt,
-            "config": options.config.to_mapping(),
+            "config": config,
         },
         "total": vars(tally.total) | {"ratio": tally.total.ratio},
         "agents": [

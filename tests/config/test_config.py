@@ -42,10 +42,10 @@ def name_of(name: object) -> str:
 
 
 def complete(values: dict[str, object]) -> dict[str, object]:
-    """Mode paper comes with a memory, a disk with a host pool."""
+    """Mode paper comes with a memory, what lies behind a host pool with one."""
     if values.get("mode") == "paper":
         values["paper.memory_mb"] = values.get("paper.memory_mb") or 1
-    if values.get("tiers.disk_path"):
+    if values.get("tiers.disk_path") or values.get("tiers.shared"):
         values["tiers.host_gb"] = values.get("tiers.host_gb") or 1.0
     return values
 

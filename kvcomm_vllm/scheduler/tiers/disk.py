@@ -15,15 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import xxhash
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
+from kvcomm_vllm.scheduler.tiers.checked import TAIL, tail_of
+
 logger = init_logger("vllm.kvcomm")
 
-MARK = b"kvcomm1\0"
-TAIL = len(MARK) + 16  # and a digest of the page and its name
 ROOM = 0.9  # of the limit is left when pages had to go
 UNFINISHED_SECONDS = 600
 FULL_SECONDS = 60
@@ -106,7 +105,7 @@ def store_page(path: Path, page: memoryview) -> None:
     try:
         with open(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(page)
-            file.write(_tail(path, page))
+            file.write(tail_of(path.name, page))
         os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)
@@ -122,16 +121,10 @@ def load_page(path: Path, page: memoryview) -> None:
     with open(path, "rb", buffering=0) as file:
         read = file.readinto(page)
         tail = file.read(TAIL + 1)
-    if read != page.nbytes or tail != _tail(path, page):
+    if read != page.nbytes or tail != tail_of(path.name, page):
         path.unlink(missing_ok=True)
         raise OSError(f"{path.name} is not the page that was stored: removed, it is computed")
     os.utime(path)
-
-
-def _tail(path: Path, page: memoryview) -> bytes:
-    digest = xxhash.xxh3_128(path.name.encode())
-    digest.update(page)
-    return MARK + digest.digest()
 
 
 def make_room(root: Path, max_bytes: int) -> None:

@@ -1,28 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manifests: by what text is found whose pages lie on disk, after a restart and by other engines.
-
-Each engine appends to a file of its own in a folder they share; a record is a stored sequence.
+"""Manifests: by what text is found whose pages lie in slower tiers, after a restart and by other
+engines. A record is a stored sequence.
 """
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import xxhash
-from vllm.logger import init_logger
 
 from kvcomm_vllm.scheduler.index import I32, Origin, Sequence
 
-logger = init_logger("vllm.kvcomm")
-
-HEAD = 12  # bytes before a record: its length, and its digest
-MOST_BYTES = 64 << 20  # in one file; then the next one is begun
+DIGEST = 8  # bytes before a record
 
 
 class Record(msgspec.Struct, array_like=True, frozen=True):
@@ -63,100 +55,44 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
         return Origin(seen, np.full(len(seen), sequence_id, np.int32))
 
 
-class Manifests:
-    """Those of one folder.
-
-    Args:
-        folder: for its owner alone.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._folder = folder
-        self._read_to: dict[str, int] = {}  # by file name
-        self._own: set[str] = set()
-        self._file: Path | None = None
-        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Record)
+class Manifests(Protocol):
+    """What engines write down for each other."""
 
     def append(self, sequence: Sequence) -> None:
-        """Write a sequence down. A disk that cannot be written to costs no more than that it is not
-        found again.
+        """Write a sequence down. What cannot be written costs no more than that it is not found
+        again.
         """
-        body = self._encoder.encode(Record.of(sequence))
-        head = len(body).to_bytes(4, "little") + xxhash.xxh3_64_digest(body)
-        try:
-            file = os.open(self._current(), os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-            try:
-                os.write(file, head + body)
-            finally:
-                os.close(file)
-        except OSError as error:
-            logger.warning_once("kvcomm: what is on disk will not be found again: %s", error)
-
-    def _current(self) -> Path:
-        if self._file is None or (self._file.exists() and self._file.stat().st_size > MOST_BYTES):
-            name = f"{time.time_ns():020d}-{os.getpid()}-{os.urandom(4).hex()}.log"
-            self._own.add(name)
-            self._file = self._folder / name
-        return self._file
 
     def news(self) -> Iterator[Record]:
-        """What others have written since this was last asked, file by file, the oldest first."""
-        try:
-            names = sorted(entry.name for entry in os.scandir(self._folder))
-        except OSError:
-            return
-        for name in names:
-            if name.endswith(".log") and name not in self._own:
-                yield from self._records(name)
+        """What others have written since this was last asked, the oldest first."""
 
-    def _records(self, name: str) -> Iterator[Record]:
-        path, at = self._folder / name, self._read_to.get(name, 0)
-        try:
-            if path.stat().st_size <= at:
-                return
-            with path.open("rb") as file:
-                file.seek(at)
-                data = file.read()
-        except OSError:
-            return
-        begin = 0
-        while begin + HEAD <= len(data):
-            end = begin + HEAD + int.from_bytes(data[begin : begin + 4], "little")
-            if end > len(data):
-                break  # it is being written, or never was: the next look will tell
-            body = data[begin + HEAD : end]
-            if xxhash.xxh3_64_digest(body) != data[begin + 4 : begin + HEAD]:
-                logger.warning("kvcomm: %s is damaged, what follows in it is not read", path)
-                self._read_to[name] = 1 << 62
-                return
-            begin = end
-            with suppress(msgspec.ValidationError):  # of a version to come
-                yield self._decoder.decode(body)
-        self._read_to[name] = at + begin
+    def close(self) -> None:
+        """No more is written or asked for."""
 
 
-def tenant_key(folder: Path) -> bytes:
-    """What makes digests of tenants' salts: one key for all engines of a folder, made by the first.
+class DamagedError(ValueError):
+    """Not what was written."""
+
+
+_encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Record)
+
+
+def packed(sequence: Sequence) -> bytes:
+    """A record of it, with its digest before it."""
+    body = _encoder.encode(Record.of(sequence))
+    return xxhash.xxh3_64_digest(body) + body
+
+
+def unpacked(data: bytes) -> Record | None:
+    """The record in it; None if it is of a version to come.
 
     Raises:
-        OSError: it can be neither read nor made.
+        DamagedError: the digest is another one.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / "key"
+    body = data[DIGEST:]
+    if xxhash.xxh3_64_digest(body) != data[:DIGEST]:
+        raise DamagedError
     try:
-        made = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
-        return _read_key(path)
-    with open(made, "wb") as file:
-        file.write(os.urandom(32))
-    return path.read_bytes()
-
-
-def _read_key(path: Path) -> bytes:
-    for _ in range(100):  # another engine may be writing it
-        key = path.read_bytes()
-        if len(key) == 32:
-            return key
-        time.sleep(0.05)
-    raise OSError(f"{path} holds no key of 32 bytes")
+        return _decoder.decode(body)
+    except msgspec.DecodeError:
+        return None

@@ -3,24 +3,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.offload import disk_tier, unname
+from kvcomm_vllm.compat.offload import disk_tier, unname, valkey_tier
 from kvcomm_vllm.config.tiers import TiersConfig
 from kvcomm_vllm.messages import WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.tiers.base import NoTiers, Tiers
-from kvcomm_vllm.scheduler.tiers.manifests import Manifests, tenant_key
+from kvcomm_vllm.scheduler.tiers.folder import FolderManifests, tenant_key
+from kvcomm_vllm.scheduler.tiers.manifests import Manifests
 from kvcomm_vllm.scheduler.tiers.pool import HostPool
 
 logger = init_logger("vllm.kvcomm")
 GIB = 2**30
+FIRST_LOOK_SECONDS = 5.0  # at what other engines have written down so far
+
+
+@dataclass(frozen=True)
+class Slower:
+    """A tier behind the pool.
+
+    Args:
+        tier: as vLLM is told of it.
+        manifests: makes those of what lies there; ``secret``: of its tenants' digests.
+        told: where it is, for the log.
+    """
+
+    tier: dict[str, Any]
+    manifests: Callable[[], Manifests]
+    secret: bytes
+    told: str
 
 
 def open_tiers(
@@ -36,44 +57,71 @@ def open_tiers(
     """
     if spec is None or not all(fact.pool for fact in facts):
         return NoTiers()
-    config = finder.config.tiers
-    folder, slower, secret = None, [], None
-    if config.disk_path:
-        try:
-            folder, secret = _folder(config, spec.fingerprint(facts[0].layout))
-            slower.append(disk_tier(str(folder), int(config.disk_gb * GIB)))
-        except OSError as error:
-            logger.error("kvcomm: tiers.disk_path: %s: nothing is kept on disk", error)
-            folder = secret = None
+    config, layout = finder.config.tiers, facts[0].layout
+    slower = []
+    if config.disk_path and (disk := _disk(config, spec.fingerprint(layout))):
+        slower.append(disk)
+    # on disk vLLM tells apart how many ranks have a part of a page
+    if config.shared and (shared := _shared(config, spec.fingerprint(f"{len(facts)} x {layout}"))):
+        slower.append(shared)
     try:
-        manager = spec.manager_over(slower)
+        manager = spec.manager_over([one.tier for one in slower])
         unname(manager)
     except Exception:  # no memory for the pool, and whatever else is not as it should be
         logger.exception("kvcomm: no tiers, pages that leave the KV cache are lost")
         return NoTiers()
-    manifests = Manifests(folder / "manifests-1") if folder else None
+    manifests = [one.manifests() for one in slower]
+    secret = slower[-1].secret if slower else None
     pool = HostPool(manager, finder, stats, engine, len(facts), manifests, secret)
     logger.info(
         "kvcomm: tiers: %.1f GiB of host memory, %d pages%s",
         spec.num_chunks * spec.kv_bytes_per_chunk / GIB,
         spec.num_chunks,
-        f"; up to {config.disk_gb} GiB in {folder}" if folder else "",
+        "".join(f"; {one.told}" for one in slower),
     )
     pool.news()
     return pool
 
 
-def _folder(config: TiersConfig, fingerprint: str) -> tuple[Path, bytes]:
-    """Where this model's pages lie, and the key of tenants' digests.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
+def _disk(config: TiersConfig, fingerprint: str) -> Slower | None:
+    """None where nothing can be written."""
     root = Path(config.disk_path).expanduser()
-    secret = tenant_key(root)
-    folder = root / fingerprint
-    folder.mkdir(exist_ok=True, mode=0o700)
-    probe = folder / "probe"
-    probe.write_bytes(b"")
-    probe.unlink()
-    return folder, secret
+    try:
+        secret = tenant_key(root)
+        folder = root / fingerprint
+        folder.mkdir(exist_ok=True, mode=0o700)
+        probe = folder / "probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        logger.error("kvcomm: tiers.disk_path: %s: nothing is kept on disk", error)
+        return None
+    tier = disk_tier(str(folder), int(config.disk_gb * GIB))
+    manifests = partial(FolderManifests, folder / "manifests-1")
+    return Slower(tier, manifests, secret, f"up to {config.disk_gb} GiB in {folder}")
+
+
+def _shared(config: TiersConfig, fingerprint: str) -> Slower | None:
+    """None where there is no server, or nothing that speaks with it."""
+    try:
+        from kvcomm_vllm.scheduler.tiers.server import AwayError, SharedServer
+        from kvcomm_vllm.scheduler.tiers.stream import StreamManifests
+    except ModuleNotFoundError as error:
+        logger.error(
+            "kvcomm: tiers.shared: %s; pip install 'kvcomm-vllm[shared]': no tier is shared", error
+        )
+        return None
+    server = SharedServer(config.server)
+    try:
+        secret = server.tenant_key()
+    except AwayError as error:
+        logger.error("kvcomm: tiers.shared: %s: %s: no tier is shared", server.name, error)
+        return None
+    prefix, ttl = f"kvcomm:{fingerprint}:", config.shared_ttl_seconds
+
+    def manifests() -> StreamManifests:
+        made = StreamManifests(server, prefix, ttl)
+        made.wait(FIRST_LOOK_SECONDS)
+        return made
+
+    return Slower(valkey_tier(server, prefix, ttl), manifests, secret, f"shared at {server.name}")

@@ -36,7 +36,8 @@ class HostPool:
         manager: vLLM's ``TieringOffloadingManager``.
         finder: knows the KV cache, and what requests need of it.
         ranks: workers, each of which copies its own part of every page.
-        manifests: of what lies on disk, if anything does; ``secret``: of its tenants' digests.
+        manifests: of what lies in slower tiers, if there are any; ``secret``: of their tenants'
+            digests.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class HostPool:
         stats: KVCommStats,
         engine: EngineState,
         ranks: int,
-        manifests: Manifests | None = None,
+        manifests: Listing[Manifests] = (),
         secret: bytes | None = None,
     ) -> None:
         self.secret = secret
@@ -73,16 +74,17 @@ class HostPool:
         self.described(sequence)
 
     def described(self, sequence: Sequence) -> None:
-        if self._manifests is not None and not self._void:
-            self._manifests.append(sequence)
+        if not self._void:
+            for manifests in self._manifests:
+                manifests.append(sequence)
 
     def news(self) -> None:
         now = time.monotonic()
-        if self._manifests is None or self._void or now - self._looked_at < NEWS_SECONDS:
+        if not self._manifests or self._void or now - self._looked_at < NEWS_SECONDS:
             return
         self._looked_at = now
         index = self._finder.index
-        for record in self._manifests.news():
+        for record in itertools.chain.from_iterable(one.news() for one in self._manifests):
             first = record.first_approximate
             sequence = index.add(
                 namespace=record.namespace,
@@ -91,7 +93,8 @@ class HostPool:
                 num_prompt_tokens=record.prompt,
                 first_approximate=None if first < 0 else first,
                 ready=True,
-                owner=f"tiers {next(self._numbers)}",
+                # one record may come by several manifests
+                owner=f"tiers {b''.join(record.names[-1:]).hex()}",
                 generation=record.generation,
             )
             sequence.origin = record.origin(sequence.id)
@@ -127,7 +130,7 @@ class HostPool:
         self._returns.forget(request_id)
 
     def holds(self, sequence: Sequence) -> bool:
-        if self._manifests is not None:  # the disk is not asked for what nobody wants to read
+        if self._manifests:  # slower tiers are not asked for what nobody wants to read
             return True
         return any(in_pool(self._manager, name) for name in sequence.block_hashes)
 
@@ -177,11 +180,20 @@ class HostPool:
         self._awaited += self._returns.abandon()
 
     def clear(self) -> None:
-        if self._manifests is not None:
-            logger.warning("kvcomm: nothing on disk is used any more until this engine starts anew")
-        self._manifests, self._void = None, True
+        if self._manifests:
+            logger.warning(
+                "kvcomm: slower tiers are not used any more until this engine starts anew"
+            )
+        self._close_manifests()
+        self._void = True
         self._drop_unsent()
         self._begin_anew()
 
+    def _close_manifests(self) -> None:
+        for manifests in self._manifests:
+            manifests.close()
+        self._manifests = ()
+
     def close(self) -> None:
+        self._close_manifests()
         self._manager.shutdown()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Valkey or Redis server that may be slow, full or gone at any time: who asks it never waits
+long, and not again and again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import valkey
+from vllm.logger import init_logger
+
+from kvcomm_vllm.config.address import Place
+
+logger = init_logger("vllm.kvcomm")
+
+ANSWER_SECONDS = 2.0  # longest silence of a server that works
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 3.0, 30.0
+KEY = "kvcomm:key"
+
+
+class AwayError(Exception):
+    """The server does not answer, or not now."""
+
+
+class Pause:
+    """What is between a failure and the next attempt, longer from one to the next. One line is
+    logged of the first failure and one of the end. May be used by several threads.
+
+    Args:
+        subject: of those lines.
+    """
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._lock = threading.Lock()
+        self._seconds = 0.0  # none while all is well
+        self._until = 0.0
+
+    @property
+    def on(self) -> bool:
+        return time.monotonic() < self._until
+
+    def failed(self, error: Exception) -> None:
+        with self._lock:
+            if self.on:  # another thread was faster
+                return
+            if not self._seconds:
+                logger.warning("kvcomm: %s: %s; it is tried again", self._subject, error)
+            wanted = max(2 * self._seconds, FIRST_PAUSE_SECONDS)
+            self._seconds = min(wanted, LONGEST_PAUSE_SECONDS)
+            self._until = time.monotonic() + self._seconds
+
+    def worked(self) -> None:
+        with self._lock:
+            if self._seconds and not self.on:
+                self._seconds = 0.0
+                logger.warning("kvcomm: %s: works again", self._subject)
+
+
+class SharedServer:
+    """One of them; may be asked by several threads.
+
+    Args:
+        place: where it is.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.name = f"{place.host}:{place.port}/{place.db}"
+        self.full = Pause(f"storing in {self.name}")
+        self._away = Pause(f"the shared tier at {self.name}")
+        self._closed = False
+        self._client = valkey.Valkey(
+            host=place.host,
+            port=place.port,
+            db=place.db,
+            password=place.password or None,
+            socket_timeout=ANSWER_SECONDS,
+            socket_connect_timeout=ANSWER_SECONDS,
+        )
+
+    def ask(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """Replies to commands that are sent at once; those that are errors are exceptions.
+
+        Raises:
+            AwayError: there is none to some of them, or it is too early to try again.
+        """
+        if self._closed or self._away.on:
+            raise AwayError(f"{self.name} is not asked now")
+        try:
+            replies = self._send(commands)
+        except (valkey.ValkeyError, OSError) as error:
+            if not self._closed:
+                self._away.failed(error)
+            raise AwayError(str(error)) from error
+        self._away.worked()
+        return replies
+
+    def _send(self, commands: tuple[tuple[Any, ...], ...]) -> list[Any]:
+        with self._client.pipeline(transaction=False) as line:
+            for command in commands:
+                line.execute_command(*command)
+            replies: list[Any] = line.execute(raise_on_error=False)
+            return replies
+
+    def tenant_key(self) -> bytes:
+        """What makes digests of tenants' salts: one key for all engines, made by the first. Tells
+        at start whether there is a server; nothing is logged.
+
+        Raises:
+            AwayError: there is none, or it does not give its key.
+        """
+        try:
+            _, key = self._send((("SET", KEY, os.urandom(32), "NX"), ("GET", KEY)))
+        except (valkey.ValkeyError, OSError) as error:
+            raise AwayError(str(error)) from error
+        if not isinstance(key, bytes) or len(key) != 32:
+            raise AwayError(f"{KEY} there is no key of 32 bytes")
+        return key
+
+    def close(self) -> None:
+        """Whoever still asks it is refused."""
+        self._closed = True
