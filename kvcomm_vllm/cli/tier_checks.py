@@ -18,6 +18,7 @@ from kvcomm_vllm.config.tiers import TiersConfig
 
 SHARED_MEMORY = Path("/dev/shm")
 TRIED_MB = 64
+ANSWER_SECONDS = 5.0
 GIB = 2**30
 
 
@@ -34,6 +35,8 @@ def tier_probes(config: Path) -> list[tuple[str, Callable[[], str]]]:
         probes.append(("host pool", partial(host_pool, tiers)))
     if tiers.disk_path:
         probes.append(("disk", partial(disk, tiers)))
+    if tiers.shared:
+        probes.append(("shared tier", partial(shared, tiers)))
     return probes
 
 
@@ -64,6 +67,35 @@ def disk(tiers: TiersConfig) -> str:
     if os.stat(folder).st_mode & 0o077:
         raise AdviceError(f"{told}; others may look into it: chmod 700 {folder}")
     return told
+
+
+def shared(tiers: TiersConfig) -> str:
+    """Whether the server can be reached, and how fast it is."""
+    try:
+        import valkey
+    except ModuleNotFoundError as error:
+        raise ProblemError(f"{error}; pip install 'kvcomm-vllm[shared]'") from error
+    place = tiers.server
+    name = f"{place.host}:{place.port}/{place.db}"
+    client = valkey.Valkey(
+        *(place.host, place.port, place.db),
+        password=place.password or None,
+        socket_timeout=ANSWER_SECONDS,
+        socket_connect_timeout=ANSWER_SECONDS,
+    )
+    key, data = f"kvcomm:doctor:{os.urandom(8).hex()}", os.urandom(2**20)
+    try:
+        began = time.perf_counter()
+        client.set(key, data, ex=60)
+        written = time.perf_counter() - began
+        began = time.perf_counter()
+        found = client.getdel(key)
+        read = time.perf_counter() - began
+    except (valkey.ValkeyError, OSError) as error:
+        raise ProblemError(f"{name}: {error}: nothing would be shared") from error
+    if found != data:
+        raise ProblemError(f"{name}: what was written did not come back: nothing would be shared")
+    return f"{name}: writes {1 / written:.0f} MB/s, reads {1 / read:.0f} MB/s"
 
 
 def _speed(folder: Path) -> tuple[float, float]:

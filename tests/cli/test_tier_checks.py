@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from valkey_server import ValkeyServer
 
 from kvcomm_vllm.cli.checks import AdviceError, ProblemError
-from kvcomm_vllm.cli.tier_checks import disk, host_pool, tier_probes
+from kvcomm_vllm.cli.tier_checks import disk, host_pool, shared, tier_probes
 from kvcomm_vllm.config.tiers import TiersConfig
 
 
@@ -41,6 +42,19 @@ def test_a_disk_is_shown_with_its_speed(tmp_path: Path) -> None:
 def test_a_disk_with_too_little_room_is_a_remark(tmp_path: Path) -> None:
     with pytest.raises(AdviceError, match=r"tiers\.disk_gb is 1000000"):
         disk(TiersConfig(host_gb=1, disk_path=str(tmp_path), disk_gb=1e6))
+
+
+def test_a_shared_server_is_shown_with_its_speed(valkey_server: ValkeyServer) -> None:
+    assert "MB/s" in shared(TiersConfig(host_gb=1, shared=valkey_server.url))
+    assert not valkey_server.client.keys("kvcomm:*"), "nothing is left behind"
+
+
+def test_a_shared_server_that_cannot_be_reached_fails_without_its_password() -> None:
+    with pytest.raises(
+        ProblemError, match=r"127\.0\.0\.1:9/0: .*nothing would be shared"
+    ) as caught:
+        shared(TiersConfig(host_gb=1, shared="valkey://:secret@127.0.0.1:9"))
+    assert "secret" not in str(caught.value)
 
 
 def test_a_path_that_cannot_be_a_folder_fails(tmp_path: Path) -> None:
