@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from engines import Answer, ask, connector, core, make_engine, text
-from valkey_server import ValkeyServer
 from vllm import LLM
 
 from kvcomm_vllm.compat.offload import end_of_step
@@ -139,33 +138,6 @@ def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
         exact = ask(llm, prompt + text(351, 20), hints={"mode": "seam"})[0]
         assert exact.report["local"] == 384
         assert exact.tokens == ask(plain, prompt + text(351, 20))[0].tokens
-    finally:
-        ended(llm)
-
-
-def test_an_engine_elsewhere_reuses_what_another_one_has_put_into_the_shared_server(
-    tiny_llama: str, plain: LLM, valkey_server: ValkeyServer
-) -> None:
-    llm = started(tiny_llama, host_gb=0.05, shared=valkey_server.url)
-    there = quoted(llm, "tenant")
-    prompt = text(350, 400)
-    ask(llm, prompt)
-    rest(llm)
-    ended(llm)
-
-    llm = started(tiny_llama, host_gb=0.05, shared=valkey_server.url)
-    try:
-        answer = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="tenant")[0]
-        assert answer.report["reused"] == there.report["reused"]
-        other = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="another")[0]
-        assert (other.report["local"], other.report["reused"]) == (0, 0)
-        exact = ask(llm, prompt + text(351, 20), hints={"mode": "seam"})[0]
-        assert exact.report["local"] == 384
-        assert exact.tokens == ask(plain, prompt + text(351, 20))[0].tokens
-        valkey_server.kill()
-        alone = ask(llm, text(352, 300), hints={"mode": "seam"})[0]
-        assert alone.tokens == ask(plain, text(352, 300))[0].tokens
-        rest(llm)
     finally:
         ended(llm)
 
