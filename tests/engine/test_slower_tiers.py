@@ -12,15 +12,7 @@ from small_cache import SHARED, ended, quoted, rest, started
 from valkey_server import ValkeyServer
 from vllm import LLM
 
-from kvcomm_vllm.scheduler.tiers.costs import Costs
-
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-
-@pytest.fixture(autouse=True)
-def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages come back even where this small model would compute them sooner."""
-    monkeypatch.setattr(Costs, "worth", lambda costs, behind: True)
 
 
 def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(

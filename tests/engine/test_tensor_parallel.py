@@ -145,6 +145,3 @@ def test_ranks_bring_their_parts_of_pages_back_together(
         answer = ask(llm, prompts[0])[0]
         assert answer.report["local"] == (len(prompts[0]) - 1) // 32 * 32
         assert answer.tokens == dense[0]
-        for seed in range(6):
-            ask(llm, text(470 + seed, 500), tokens=2)
-        assert ask(llm, text(480, 70) + SHARED + TAIL)[0].report["reused"] > 150

@@ -165,7 +165,7 @@ def test_what_ended_is_not_remembered(make_engine: Make) -> None:
         engine.abort(f"r{number}")
     engine.serve("last", words("last", 20))
     engine.step()
-    assert engine.half._ended == {}
+    assert engine.half.reports._ended == {}
 
 
 # ---- cached tokens ------------------------------------------------------------------------------

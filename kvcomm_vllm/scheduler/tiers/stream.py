@@ -73,13 +73,17 @@ class StreamManifests:
             self._send()
 
     def _send(self) -> None:
-        """What the server does not take is lost: its pages are hardly there either."""
+        """What is not answered is sent again: of a record that comes twice one is kept."""
         while self._unsent:
             count = min(AT_ONCE, len(self._unsent))
             records = [self._unsent.popleft() for _ in range(count)]
             head = ("XADD", self._stream, "MAXLEN", "~", MOST_RECORDS, "*")
             adding = ((*head, "from", self._own, "record", record) for record in records)
-            self._server.ask(*adding, ("EXPIRE", self._stream, self._ttl))
+            try:
+                self._server.ask(*adding, ("EXPIRE", self._stream, self._ttl))
+            except AwayError:
+                self._unsent.extendleft(reversed(records))
+                raise
 
     def _receive(self) -> None:
         asked = ("XREAD", "COUNT", AT_ONCE, "STREAMS", self._stream)
