@@ -31,7 +31,10 @@ logger = init_logger("vllm.kvcomm")
 
 def has_tiers() -> bool:
     """Whether this vLLM has tiers as they are used here (0.32)."""
-    return find_spec("vllm.v1.kv_offload.tiering") is not None
+    try:
+        return find_spec("vllm.v1.kv_offload.tiering") is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 def pool_spec(tiers: TiersConfig, config: VllmConfig, caches: KVCacheConfig) -> Any | None:
