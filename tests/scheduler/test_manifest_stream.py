@@ -74,6 +74,7 @@ def test_engines_read_what_others_have_written_once(
     assert [*one.news(), *other.news()] == []
 
 
+@pytest.mark.slow
 def test_an_engine_that_starts_has_read_what_was_there_before_it(
     manifests: Callable[[], StreamManifests],
 ) -> None:
@@ -118,6 +119,7 @@ def test_the_stream_goes_when_nobody_writes_to_it(
     assert 590 < valkey_server.client.ttl(STREAM) <= 600
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_keeps_no_writer_waiting_and_is_used_when_it_is_back(
     manifests: Callable[[], StreamManifests], valkey_server: ValkeyServer
 ) -> None:

@@ -223,6 +223,7 @@ def test_a_killed_server_keeps_nobody_waiting_and_is_used_when_it_is_back(
     assert one.longest < AT_ONCE
 
 
+@pytest.mark.slow
 def test_a_slow_server_keeps_nobody_waiting_and_is_used_when_it_is_back(
     engine: Callable[..., Engine], valkey_server: ValkeyServer
 ) -> None:
@@ -273,6 +274,7 @@ def test_a_full_server_takes_no_page_but_gives_those_it_has(
     assert len(said) == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_asked_less_and_less_and_told_of_once(
     engine: Callable[..., Engine], valkey_server: ValkeyServer, said: list[str]
 ) -> None:
