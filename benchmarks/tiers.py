@@ -102,7 +102,8 @@ def measure(options: argparse.Namespace, folder: Path, progress: Progress) -> di
     for title, (connector, pages, settings) in columns(options).items():
         config = folder / "kvcomm.yaml"
         config.write_text(yaml.safe_dump(settings))
-        extra = [] if pages is None else ["--num-gpu-blocks-override", str(pages)]
+        extra = ["--max-model-len", "2048"]  # which the smallest cache must hold
+        extra += [] if pages is None else ["--num-gpu-blocks-override", str(pages)]
         log = folder / f"{title}.log"
         with (
             started(
