@@ -73,16 +73,11 @@ def shared(tiers: TiersConfig) -> str:
     """Whether the server can be reached, and how fast it is."""
     try:
         import valkey
+
+        from kvcomm_vllm.scheduler.tiers.server import client_of
     except ModuleNotFoundError as error:
         raise ProblemError(f"{error}; pip install 'kvcomm-vllm[shared]'") from error
-    place = tiers.server
-    name = f"{place.host}:{place.port}/{place.db}"
-    client = valkey.Valkey(
-        *(place.host, place.port, place.db),
-        password=place.password or None,
-        socket_timeout=ANSWER_SECONDS,
-        socket_connect_timeout=ANSWER_SECONDS,
-    )
+    name, client = tiers.server.name, client_of(tiers.server, ANSWER_SECONDS)
     key, data = f"kvcomm:doctor:{os.urandom(8).hex()}", os.urandom(2**20)
     try:
         began = time.perf_counter()

@@ -25,6 +25,11 @@ class Place:
     password: str
     db: int
 
+    @property
+    def name(self) -> str:
+        """It without its password."""
+        return f"{self.host}:{self.port}/{self.db}"
+
 
 class Address(str):
     """A URL as it was given. Whoever prints it, vLLM's log of its arguments included, gets it

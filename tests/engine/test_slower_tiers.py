@@ -15,15 +15,36 @@ from vllm import LLM
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
+PROMPT = text(350, 400)
+
+
+def served(llm: LLM) -> int:
+    """Have it serve text that is quoted, and PROMPT; how many tokens were reused."""
+    there = quoted(llm, "tenant")
+    ask(llm, PROMPT)
+    rest(llm)
+    return int(there.report["reused"])
+
+
+def finds_it(llm: LLM, plain: LLM, reused: int) -> None:
+    """Another engine reuses as much for the same tenant, nothing for another one, and the beginning
+    of PROMPT exactly.
+    """
+    answer = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="tenant")[0]
+    assert answer.report["reused"] == reused
+    other = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="another")[0]
+    assert (other.report["local"], other.report["reused"]) == (0, 0)
+    exact = ask(llm, PROMPT + text(351, 20), hints={"mode": "seam"})[0]
+    assert exact.report["local"] == 384
+    assert exact.tokens == ask(plain, PROMPT + text(351, 20))[0].tokens
+
+
 def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
     tiny_llama: str, plain: LLM, tmp_path: Path
 ) -> None:
     folder = tmp_path / "kv"
     llm = started(tiny_llama, host_gb=0.05, disk_path=str(folder))
-    there = quoted(llm, "tenant")
-    prompt = text(350, 400)
-    ask(llm, prompt)
-    rest(llm)
+    reused = served(llm)
     ended(llm)
     assert os.stat(folder).st_mode & 0o777 == 0o700
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -31,13 +52,7 @@ def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
 
     llm = started(tiny_llama, host_gb=0.05, disk_path=str(folder))
     try:
-        answer = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="tenant")[0]
-        assert answer.report["reused"] == there.report["reused"]
-        other = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="another")[0]
-        assert (other.report["local"], other.report["reused"]) == (0, 0)
-        exact = ask(llm, prompt + text(351, 20), hints={"mode": "seam"})[0]
-        assert exact.report["local"] == 384
-        assert exact.tokens == ask(plain, prompt + text(351, 20))[0].tokens
+        finds_it(llm, plain, reused)
     finally:
         ended(llm)
 
@@ -46,21 +61,12 @@ def test_an_engine_elsewhere_reuses_what_another_one_has_put_into_the_shared_ser
     tiny_llama: str, plain: LLM, valkey_server: ValkeyServer
 ) -> None:
     llm = started(tiny_llama, host_gb=0.05, shared=valkey_server.url)
-    there = quoted(llm, "tenant")
-    prompt = text(350, 400)
-    ask(llm, prompt)
-    rest(llm)
+    reused = served(llm)
     ended(llm)
 
     llm = started(tiny_llama, host_gb=0.05, shared=valkey_server.url)
     try:
-        answer = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="tenant")[0]
-        assert answer.report["reused"] == there.report["reused"]
-        other = ask(llm, text(360, 50) + SHARED + text(361, 9), salt="another")[0]
-        assert (other.report["local"], other.report["reused"]) == (0, 0)
-        exact = ask(llm, prompt + text(351, 20), hints={"mode": "seam"})[0]
-        assert exact.report["local"] == 384
-        assert exact.tokens == ask(plain, prompt + text(351, 20))[0].tokens
+        finds_it(llm, plain, reused)
         valkey_server.kill()
         alone = ask(llm, text(352, 300), hints={"mode": "seam"})[0]
         assert alone.tokens == ask(plain, text(352, 300))[0].tokens

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
-from kvcomm_vllm.scheduler.tiers.checked import TAIL, tail_of
+from kvcomm_vllm.scheduler.tiers.checked import TAIL, pages_of, tail_of
 
 logger = init_logger("vllm.kvcomm")
 
@@ -58,11 +58,8 @@ class DiskTier(FileSystemTierManager):
         self._submit(job_metadata, self._load, self._pool.enqueue_load)
 
     def _submit(self, job: TransferJob, work: Callable[[int, Pages], None], enqueue: Any) -> None:
-        size, pool = self._block_size, self._primary_kv_view.cast("B")
-        pages = [
-            (Path(self.file_mapper.get_file_name(key)), pool[chunk * size : (chunk + 1) * size])
-            for key, chunk in zip(job.keys, job.chunk_ids.tolist(), strict=True)
-        ]
+        paths = [Path(self.file_mapper.get_file_name(key)) for key in job.keys]
+        pages = list(zip(paths, pages_of(job, self._primary_kv_view), strict=True))
         self._job_block_counts[job.job_id] = len(pages)
         enqueue(job.job_id, 1, [partial(work, job.job_id, pages)])
 

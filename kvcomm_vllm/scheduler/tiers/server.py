@@ -61,6 +61,18 @@ class Pause:
                 logger.warning("kvcomm: %s: works again", self._subject)
 
 
+def client_of(place: Place, seconds: float) -> valkey.Valkey:
+    """A client that waits so long for an answer, and no longer."""
+    return valkey.Valkey(
+        host=place.host,
+        port=place.port,
+        db=place.db,
+        password=place.password or None,
+        socket_timeout=seconds,
+        socket_connect_timeout=seconds,
+    )
+
+
 class SharedServer:
     """One of them; may be asked by several threads.
 
@@ -69,18 +81,11 @@ class SharedServer:
     """
 
     def __init__(self, place: Place) -> None:
-        self.name = f"{place.host}:{place.port}/{place.db}"
+        self.name = place.name
         self.full = Pause(f"storing in {self.name}")
         self._away = Pause(f"the shared tier at {self.name}")
         self._closed = False
-        self._client = valkey.Valkey(
-            host=place.host,
-            port=place.port,
-            db=place.db,
-            password=place.password or None,
-            socket_timeout=ANSWER_SECONDS,
-            socket_connect_timeout=ANSWER_SECONDS,
-        )
+        self._client = client_of(place, ANSWER_SECONDS)
 
     def ask(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Replies to commands that are sent at once; those that are errors are exceptions.

@@ -30,7 +30,7 @@ from vllm.v1.kv_offload.tiering.base import (
 from vllm.v1.kv_offload.tiering.fs.thread_pool import DualQueueThreadPool
 
 from kvcomm_vllm.compat.offload import name_of
-from kvcomm_vllm.scheduler.tiers.checked import TAIL, tail_of
+from kvcomm_vllm.scheduler.tiers.checked import TAIL, pages_of, tail_of
 from kvcomm_vllm.scheduler.tiers.server import AwayError, SharedServer
 
 logger = init_logger("vllm.kvcomm")
@@ -114,9 +114,7 @@ class ValkeyTier(SecondaryTierManager):
         self._threads.enqueue_load(job_metadata.job_id, 1, [partial(self._load, job)])
 
     def _begin(self, given: TransferJob) -> Job:
-        size, pool = self.block_size_bytes, self._primary_kv_view.cast("B")
-        starts = [int(chunk) * size for chunk in given.chunk_ids]
-        pages = [pool[start : start + size] for start in starts]
+        pages = pages_of(given, self._primary_kv_view)
         job = Job(given.is_promotion, list(given.keys), pages)
         self._jobs[given.job_id] = job
         return job
