@@ -322,11 +322,16 @@ class EngineWithoutWorker(SimulatedWorker):
             kv_connector_output=connector_output,
         )
 
-    def idle(self, steps: int = 100) -> None:
-        """Step as vLLM's loop does while no request is left."""
+    def idle(self, steps: int = 1000) -> None:
+        """Step as vLLM's loop does while no request is left: what a step in flight brings back may
+        be the reason for one more.
+        """
         for _ in range(steps):
             if not self.scheduler.has_requests():
-                break
+                if not self.jobs:
+                    return
+                self.drain()
+                continue
             self.step()
         self.drain()
 
