@@ -116,6 +116,36 @@ METRICS = {
         "event",
         "Bytes copied between the KV cache and the host pool, by each rank: stored, returned.",
     ),
+    "tier_queries": Metric(
+        "vllm:kvcomm_tier_queries",
+        "tier",
+        "Pages that requests looked for in a tier: host (the pool), disk, shared, or what vLLM "
+        "calls one of its own.",
+    ),
+    "tier_hits": Metric("vllm:kvcomm_tier_hits", "tier", "Those of them that lay there."),
+    "tier_read_bytes": Metric(
+        "vllm:kvcomm_tier_read_bytes", "tier", "Bytes read from a tier into the host pool."
+    ),
+    "tier_read_seconds": Metric(
+        "vllm:kvcomm_tier_read_seconds", "tier", "Time that took, in threads of its own."
+    ),
+    "tier_written_bytes": Metric(
+        "vllm:kvcomm_tier_written_bytes", "tier", "Bytes given from the host pool to a tier."
+    ),
+    "tier_written_seconds": Metric(
+        "vllm:kvcomm_tier_written_seconds", "tier", "Time that took, in threads of its own."
+    ),
+    "tier_failures": Metric(
+        "vllm:kvcomm_tier_failures",
+        "tier",
+        "Transfers between the host pool and a tier of which some pages were not there, not whole, "
+        "or not taken.",
+    ),
+    "tier_dropped": Metric(
+        "vllm:kvcomm_tier_dropped",
+        "tier",
+        "Pages that were removed from a tier, as others needed their room.",
+    ),
     "runs": Metric("vllm:kvcomm_runs", "phase", "How often each phase ran."),
 }
 
@@ -190,6 +220,13 @@ class KVCommStats(KVConnectorStats):
     def count_tier_pages(self, event: str, pages: int) -> None:
         if pages:
             self._add("tier_pages", event, pages)
+
+    def count_tier(self, metric: str, tier: str, amount: float) -> None:
+        """Args:
+        metric: ``tier_queries`` and its like.
+        """
+        if amount:
+            self._add(metric, tier, amount)
 
     def count_transfer(self, stored: bool, size: int, seconds: float) -> None:
         """A rank has copied pages."""

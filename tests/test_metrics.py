@@ -189,6 +189,9 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats.count_fidelity("normal", "computed")
     stats.count_tier_pages("stored", 3)
     stats.count_transfer(True, 1 << 20, 0.1)
+    for metric in METRICS:
+        if metric.startswith("tier_") and metric not in ("tier_pages", "tier_bytes"):
+            stats.count_tier(metric, "disk", 1)
     assert {key.split("/")[0] for key in stats.data} == {*METRICS, *HISTOGRAMS}
     exported.observe(stats.data)  # would raise for one that has no counter
 

@@ -8,6 +8,7 @@ everything else: the pool's memory, its bookkeeping and eviction, the copying of
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -27,6 +28,22 @@ if TYPE_CHECKING:
     from kvcomm_vllm.scheduler.tiers.server import SharedServer
 
 logger = init_logger("vllm.kvcomm")
+
+
+_DISK, _SHARED = "kvcomm_disk", "kvcomm_valkey"
+_TIERS = {"primary": "host", _DISK: "disk", _SHARED: "shared"}
+_TIERING = "vllm:kv_offload_tiering_"
+_METRICS = {
+    "chunk_queries": "tier_queries",
+    "chunk_hits": "tier_hits",
+    "read_bytes": "tier_read_bytes",
+    "read_time": "tier_read_seconds",
+    "write_bytes": "tier_written_bytes",
+    "write_time": "tier_written_seconds",
+    "promotion_job_failures": "tier_failures",
+    "cascade_job_failures": "tier_failures",
+    "dropped": "tier_dropped",
+}
 
 
 def has_tiers() -> bool:
@@ -61,13 +78,13 @@ def pool_spec(tiers: TiersConfig, config: VllmConfig, caches: KVCacheConfig) -> 
 
 def disk_tier(folder: str, max_bytes: int) -> dict[str, Any]:
     """Our file tier, as vLLM's specs are told of one."""
-    name = _registered("kvcomm_disk", "kvcomm_vllm.scheduler.tiers.disk", "DiskTier")
+    name = _registered(_DISK, "kvcomm_vllm.scheduler.tiers.disk", "DiskTier")
     return {"type": name, "root_dir": folder, "max_bytes": max_bytes}
 
 
 def valkey_tier(server: SharedServer, prefix: str, ttl_seconds: int) -> dict[str, Any]:
     """The same of our tier on a server, where pages' names begin with ``prefix``."""
-    name = _registered("kvcomm_valkey", "kvcomm_vllm.scheduler.tiers.valkey", "ValkeyTier")
+    name = _registered(_SHARED, "kvcomm_vllm.scheduler.tiers.valkey", "ValkeyTier")
     return {"type": name, "server": server, "prefix": prefix, "ttl_seconds": ttl_seconds}
 
 
@@ -160,6 +177,31 @@ def end_of_step(manager: Any) -> None:
     from vllm.v1.kv_offload.base import ScheduleEndContext
 
     manager.on_schedule_end(ScheduleEndContext(new_req_ids=(), preempted_req_ids=()))
+
+
+def take_counts(manager: Any) -> Iterator[tuple[str, str, float]]:
+    """What each tier has counted since the last call: metric, tier, amount. vLLM keeps each
+    observation until it is asked.
+    """
+    stats = manager.get_stats()
+    for name, values in (stats.data["data"] if stats else {}).items():
+        metric = _METRICS.get(name.removeprefix(_TIERING))
+        if metric is not None:
+            for (label,), amount in values.items():
+                tier = label.partition(":")[2]  # vLLM's is "1:kvcomm_disk"
+                yield metric, _TIERS.get(tier, tier), amount
+
+
+def dropped_pages(tier_type: str, pages: int) -> Any:
+    """A tier's own stats, as vLLM asks for them."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+        OffloadingConnectorStats,
+    )
+
+    stats = OffloadingConnectorStats()
+    if pages:
+        stats.increase_counter(_TIERING + "dropped", pages, (f":{tier_type}",))
+    return stats
 
 
 def drop_slower(manager: Any) -> None:

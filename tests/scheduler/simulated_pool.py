@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A host pool without memory: chunks remember what the pages they were copied from did.
+"""A host pool whose chunks remember what the pages they were copied from did. In the pool's memory
+stands only by which number it is remembered: so slower tiers can take it, and bring it back.
 
 A copy takes some steps, and reads and writes when it ends: who has been given its pages meanwhile
 would be found out.
@@ -7,6 +8,7 @@ would be found out.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -15,20 +17,34 @@ from simulated_memory import SimulatedMemory
 
 from kvcomm_vllm.messages import StepReport, TransferOp
 
+NUMBERS = itertools.count(1)  # of all engines, which may read each other's
 FIELDS = ("written", "token", "position", "context", "exact", "weights")
 
 
 class SimulatedPool:
     """Args:
+    view: of the pool's memory, ``[chunks, bytes]``.
     most_steps: that a copy takes; how many is random.
-    fail: which copies are to fail.
+
+    Attributes:
+        fail: which copies are to fail.
+        kept: what pages did, by number.
+        chunks: those that were written.
     """
 
-    def __init__(self, memory: SimulatedMemory, most_steps: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self,
+        memory: SimulatedMemory,
+        view: Callable[[], memoryview],
+        most_steps: int = 2,
+        seed: int = 0,
+    ) -> None:
         self.memory = memory
+        self.view = view
         self.most_steps = most_steps
         self.fail: Callable[[TransferOp], bool] = lambda op: False
-        self.chunks: dict[int, list[np.ndarray]] = {}
+        self.kept: dict[int, list[np.ndarray]] = {}
+        self.chunks: set[int] = set()
         self.done: list[TransferOp] = []
         self._random = random.Random(seed)
         self._going: list[tuple[int, TransferOp]] = []
@@ -60,11 +76,14 @@ class SimulatedPool:
 
     def _copy(self, op: TransferOp) -> None:
         size = self.memory.block_size
+        rows = [getattr(self.memory, name) for name in FIELDS]
+        numbers = np.asarray(self.view())[:, :8].view(np.int64)[:, 0]
         for page, chunk in zip(op.pages, op.chunks, strict=True):
             slots = slice(page * size, (page + 1) * size)
-            rows = [getattr(self.memory, name) for name in FIELDS]
             if op.stores:
-                self.chunks[chunk] = [row[slots].copy() for row in rows]
+                numbers[chunk] = next(NUMBERS)
+                self.kept[int(numbers[chunk])] = [row[slots].copy() for row in rows]
+                self.chunks.add(chunk)
                 continue
-            for row, kept in zip(rows, self.chunks[chunk], strict=True):
+            for row, kept in zip(rows, self.kept[int(numbers[chunk])], strict=True):
                 row[slots] = kept

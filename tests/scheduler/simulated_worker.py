@@ -60,7 +60,9 @@ class SimulatedWorker:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.memory = SimulatedMemory(num_blocks, block_size)
-        self.host_pool = SimulatedPool(self.memory)
+        self.host_pool = SimulatedPool(
+            self.memory, lambda: self.half.tiers._manager.primary_tier.get_kv_memoryview()
+        )
         self.anchors = SimulatedAnchors()
         self.served: dict[str, Served] = {}
         self.fail: Callable[[RequestOps], bool] = lambda ops: False

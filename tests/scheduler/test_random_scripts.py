@@ -186,6 +186,22 @@ def test_pages_that_left_the_cache_come_back_as_they_were(
     assert not engine.half.tiers.due()
 
 
+@settings(thorough, max_examples=6)
+@given(options=engines, seed=st.integers(0, 2**32), pipeline=st.sampled_from([1, 2]))
+def test_pages_that_left_the_pool_come_back_from_disk_as_they_were(
+    make_engine: Make,
+    tmp_path_factory: pytest.TempPathFactory,
+    options: dict[str, object],
+    seed: int,
+    pipeline: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("tier")
+    tiers = {"host_gb": 0.0001, "disk_path": str(folder), "wait_seconds": 0.2}
+    engine = make_engine(**options, tiers=tiers, pipeline=pipeline)
+    play(engine, seed, steps=150)
+    engine.half.tiers.close()
+
+
 @thorough
 @given(options=engines, seed=st.integers(0, 2**32))
 def test_priorities_preempt_without_harm(

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
+from kvcomm_vllm.compat.offload import dropped_pages
 from kvcomm_vllm.scheduler.tiers.checked import TAIL, pages_of, tail_of
 
 logger = init_logger("vllm.kvcomm")
@@ -49,6 +51,11 @@ class DiskTier(FileSystemTierManager):
         self._max_bytes = max_bytes
         self._unseen = max_bytes  # bytes written since all files were looked at
         self._full_until = 0.0
+        self._dropped: SimpleQueue[int] = SimpleQueue()  # from the thread that stores
+
+    def get_stats(self) -> Any:
+        dropped = sum(self._dropped.get() for _ in range(self._dropped.qsize()))
+        return dropped_pages(self.tier_type, dropped)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         self._submit(job_metadata, self._store, self._pool.enqueue_store)
@@ -82,7 +89,7 @@ class DiskTier(FileSystemTierManager):
                 self._unseen += page.nbytes
             if self._unseen > SLACK * self._max_bytes:
                 self._unseen = 0
-                make_room(self._root, self._max_bytes)
+                self._dropped.put(make_room(self._root, self._max_bytes))
         except OSError as error:
             self._full_until = time.monotonic() + FULL_SECONDS
             logger.warning("kvcomm: nothing is kept on disk for %d s: %s", FULL_SECONDS, error)
@@ -124,9 +131,9 @@ def load_page(path: Path, page: memoryview) -> None:
     os.utime(path)
 
 
-def make_room(root: Path, max_bytes: int) -> None:
+def make_room(root: Path, max_bytes: int) -> int:
     """Remove what was used longest ago, if there is more than the limit, what was never finished,
-    and manifests that are older than every page.
+    and manifests that are older than every page. Says how many pages that were.
     """
     pages: list[tuple[float, int, str]] = []
     manifests: list[tuple[float, str]] = []
@@ -144,15 +151,18 @@ def make_room(root: Path, max_bytes: int) -> None:
                     manifests.append((found.st_mtime, path))
     total = sum(size for _, size, _ in pages)
     if total <= max_bytes:
-        return
+        return 0
+    removed = 0
     pages.sort(reverse=True)
     while pages and total > ROOM * max_bytes:
         _, size, path = pages.pop()
         total -= size
         with suppress(FileNotFoundError):
             os.unlink(path)
+            removed += 1
     oldest = pages[-1][0] if pages else now
     for written, path in manifests:
         if written < oldest:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+    return removed

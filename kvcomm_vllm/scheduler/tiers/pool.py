@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.offload import drop_slower, end_of_step, in_pool
+from kvcomm_vllm.compat.offload import drop_slower, end_of_step, in_pool, take_counts
 from kvcomm_vllm.messages import StepMessage, StepReport, TransferOp
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.engine_state import EngineState
@@ -102,7 +102,9 @@ class HostPool:
     def keep(self, names: Listing[bytes], block_ids: Listing[int]) -> None:
         if self._void or self._engine.resting:
             return
-        self._send(self._stores.begin(next(self._numbers), names, block_ids))
+        op, evicted = self._stores.begin(next(self._numbers), names, block_ids)
+        self._stats.count_tier("tier_dropped", "host", evicted)
+        self._send(op)
 
     def bring(self, state: RequestState, wanted: Iterable[Wanted]) -> bool:
         if self._returns.under_way(state.id):
@@ -138,6 +140,8 @@ class HostPool:
         self._costs.step(time.monotonic(), tokens, goes_on=tokens > 0)
         self._returns.end_of_step()
         end_of_step(self._manager)
+        for metric, tier, amount in take_counts(self._manager):
+            self._stats.count_tier(metric, tier, amount)
         message.transfers, self._ops = self._ops, []
         message.awaited = self._awaited + self._stores.given_away()
         self._awaited = []

@@ -39,25 +39,26 @@ class Stores:
 
     def begin(
         self, number: int, names: Listing[bytes], block_ids: Listing[int]
-    ) -> TransferOp | None:
-        """Copy those of these pages that the pool does not have.
+    ) -> tuple[TransferOp | None, int]:
+        """Copy those of these pages that the pool does not have; and how many others had to go.
 
         None where nothing is to be copied, or there is no room while others are being copied.
         """
         there = zip(names, block_ids, strict=True)
         ids = {key_of(name): page for name, page in there if self._pages.called(page) is not None}
         if not ids:
-            return None
+            return None, 0
         request = TierRequest(self._manager, f"kvcomm store {number}")
         room = self._manager.prepare_store(list(ids), request.context)
         if room is None or not room.keys_to_store:
             request.end()
-            return None
+            return None, 0
         keys = list(room.keys_to_store)
         pages = [ids[key] for key in keys]
         called = [self._pages.called(page) for page in pages]
         self._going[number] = Store(request, keys, pages, called)
-        return TransferOp(number, True, pages, room.store_spec.block_ids.tolist())
+        op = TransferOp(number, True, pages, room.store_spec.block_ids.tolist())
+        return op, len(room.evicted_keys)
 
     def given_away(self) -> list[int]:
         """Stores of which pages have been given to somebody who is about to write them."""
