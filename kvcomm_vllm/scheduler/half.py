@@ -122,11 +122,10 @@ class SchedulerHalf:
         self.tiers = open_tiers(self.pool_spec, facts, self.finder, self.stats, self.engine)
         self.pages.kept, self.pages.healed = self.tiers.keep, self.tiers.described
         self.store.kept = self.tiers.holds
-        self.secret = self.tiers.secret or self.secret
 
     def on_new_request(self, request: Request) -> None:
         self._keep_up()
-        state = new_state(request, self.config, self.secret, self.off)
+        state = new_state(request, self.config, self.tiers.secret or self.secret, self.off)
         self.states[request.request_id] = state
         if self._active(state):
             self.tiers.news()

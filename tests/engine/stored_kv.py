@@ -28,7 +28,8 @@ def first_layer(llm: LLM, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor
         fp32 ``[tokens, kv_heads, head_dim]`` each, tokens rounded down to whole pages.
     """
     scheduler = connector(llm)._scheduler
-    namespace = namespace_of(SimpleNamespace(cache_salt=None), scheduler.secret)  # type: ignore[arg-type]
+    secret = scheduler.tiers.secret or scheduler.secret
+    namespace = namespace_of(SimpleNamespace(cache_salt=None), secret)  # type: ignore[arg-type]
     match = scheduler.store.index.leading(namespace, np.asarray(prompt, dtype=np.int32))
     assert match is not None
     sequence = match.sequence

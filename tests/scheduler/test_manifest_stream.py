@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,7 @@ def manifests(
     made: list[StreamManifests] = []
 
     def make() -> StreamManifests:
-        made.append(StreamManifests(SharedServer(valkey_server.place), PREFIX, 600))
+        made.append(StreamManifests(SharedServer(valkey_server.place), PREFIX, 600, os.urandom(32)))
         made[-1].wait(5)
         return made[-1]
 
@@ -142,16 +143,20 @@ def test_a_server_that_is_away_keeps_no_writer_waiting_and_is_used_when_it_is_ba
 
 
 def test_all_engines_of_a_server_have_one_tenant_key(valkey_server: ValkeyServer) -> None:
-    keys = {SharedServer(valkey_server.place).tenant_key() for _ in range(3)}
+    keys = {SharedServer(valkey_server.place).tenant_key(os.urandom(32)) for _ in range(3)}
     assert [len(key) for key in keys] == [32]
+
+
+def test_a_server_that_has_forgotten_the_key_is_told_it_again(
+    valkey_server: ValkeyServer, manifests: Callable[[], StreamManifests]
+) -> None:
+    one = manifests()
     valkey_server.client.flushall()
-    assert SharedServer(valkey_server.place).tenant_key() not in keys
-
-
-def test_a_key_that_is_none_is_not_used(valkey_server: ValkeyServer) -> None:
-    valkey_server.client.set(server_module.KEY, "x")
-    with pytest.raises(AwayError, match="no key of 32 bytes"):
-        SharedServer(valkey_server.place).tenant_key()
+    end = time.monotonic() + 10
+    while valkey_server.client.get(server_module.KEY) != one.secret:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert manifests().secret == one.secret
 
 
 @pytest.fixture
@@ -164,7 +169,8 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             lines.append(line)
 
     for level in ("warning", "error"):
-        monkeypatch.setattr(opening.logger, level, hear)
+        for module in (opening, server_module):
+            monkeypatch.setattr(module.logger, level, hear)
     return lines
 
 
@@ -175,13 +181,53 @@ def serves(make_engine: Callable[..., Any], url: str) -> None:
     engine.idle()
 
 
-def test_a_server_that_is_not_there_at_start_is_told_of_in_a_line(
-    make_engine: Callable[..., Any], errors: list[str]
+def test_a_server_that_is_not_there_at_start_is_told_of_in_a_line_and_used_when_it_comes(
+    make_engine: Callable[..., Any],
+    errors: list[str],
+    valkey_server: ValkeyServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    serves(make_engine, "valkey://:s3cret@127.0.0.1:1")
+    monkeypatch.setattr("kvcomm_vllm.scheduler.tiers.stream.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(server_module, "FIRST_PAUSE_SECONDS", 0.3)
+    valkey_server.kill()
+    tiers = {"host_gb": 0.002, "shared": valkey_server.url}
+    engine = make_engine(tiers=tiers, audits=False, heal="off")
     [line] = errors
-    assert "127.0.0.1:1" in line
-    assert "s3cret" not in line
+    assert valkey_server.place.name in line
+    assert engine.serve("a", words("a", 50)).report["computed"] == 50
+    engine.idle()
+    valkey_server.start()
+    end = time.monotonic() + 20
+    while not valkey_server.client.exists(server_module.KEY):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    engine.serve("b", words("b", 50))
+    engine.idle()
+    engine.half.tiers.close()
+    other = make_engine(tiers=tiers, audits=False, heal="off")
+    assert len(other.half.store.index) == 2
+    other.half.tiers.close()
+
+
+def test_the_servers_key_counts_from_when_it_is_told(
+    valkey_server: ValkeyServer, manifests: Callable[[], StreamManifests]
+) -> None:
+    one, key = manifests(), os.urandom(32)
+    assert one.secret == valkey_server.client.get(server_module.KEY)
+    valkey_server.client.set(server_module.KEY, key)
+    end = time.monotonic() + 20
+    while one.secret != key:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_key_that_is_none_is_told_of_in_a_line(
+    make_engine: Callable[..., Any], errors: list[str], valkey_server: ValkeyServer
+) -> None:
+    valkey_server.client.set(server_module.KEY, "x")
+    serves(make_engine, valkey_server.url)
+    [line] = errors
+    assert "no key of 32 bytes" in line
 
 
 def test_a_wrong_password_is_told_of_in_a_line(
@@ -193,7 +239,7 @@ def test_a_wrong_password_is_told_of_in_a_line(
         serves(make_engine, server.url.replace(":right@", ""))
         assert len(errors) == 2
         assert all("127.0.0.1" in line and "s3cret" not in line for line in errors)
-        assert len(SharedServer(server.place).tenant_key()) == 32
+        assert len(SharedServer(server.place).tenant_key(bytes(32))) == 32
     finally:
         server.kill()
 
@@ -213,8 +259,10 @@ def test_without_the_package_it_is_told_what_to_install(
 
 def test_an_address_where_nobody_answers_keeps_the_start_waiting_for_seconds_at_most() -> None:
     began = time.monotonic()
+    server = SharedServer(Place("192.0.2.1", 6379, "", 0))
+    assert server.refusal() is None, "it may come"
     with pytest.raises(AwayError):
-        SharedServer(Place("192.0.2.1", 6379, "", 0)).tenant_key()
+        server.tenant_key(bytes(32))
     assert time.monotonic() - began < 5
 
 
@@ -225,8 +273,10 @@ def test_beside_a_disk_all_use_the_servers_key_and_find_each_sequence_once(
     one = make_engine(tiers=tiers, audits=False, heal="off")
     one.serve("a", words("a", 50))
     one.idle()
+    key = one.half.tiers.secret
     one.half.tiers.close()
     other = make_engine(tiers=tiers, audits=False, heal="off")
-    assert one.half.secret == other.half.secret == valkey_server.client.get(server_module.KEY)
+    assert key == other.half.tiers.secret == valkey_server.client.get(server_module.KEY)
+    assert key == (tmp_path / "key").read_bytes(), "the folder had one, and the server none"
     assert len(other.half.store.index) == 1
     other.half.tiers.close()

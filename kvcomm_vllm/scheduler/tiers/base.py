@@ -16,7 +16,9 @@ from kvcomm_vllm.scheduler.tiers.wanted import Wanted
 class Tiers(Protocol):
     """Keeps pages beyond the KV cache."""
 
-    secret: bytes | None  # of tenants' digests, where these are to be the same in other engines
+    @property
+    def secret(self) -> bytes | None:
+        """Of tenants' digests, where these are to be the same in other engines."""
 
     def stored(self, sequence: Sequence, block_ids: Listing[int]) -> None:
         """A request has ended; this is kept of it, in these pages."""

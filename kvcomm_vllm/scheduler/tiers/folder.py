@@ -24,9 +24,11 @@ class FolderManifests:
 
     Args:
         folder: for its owner alone.
+        secret: of tenants' digests.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, secret: bytes | None = None) -> None:
+        self.secret = secret
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         self._read_to: dict[str, int] = {}  # by file name

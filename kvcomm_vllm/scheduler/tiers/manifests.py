@@ -56,7 +56,13 @@ class Record(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Manifests(Protocol):
-    """What engines write down for each other."""
+    """What engines write down for each other.
+
+    Attributes:
+        secret: of tenants' digests in there; None while nobody knows it.
+    """
+
+    secret: bytes | None
 
     def append(self, sequence: Sequence) -> None:
         """Write a sequence down. What cannot be written costs no more than that it is not found

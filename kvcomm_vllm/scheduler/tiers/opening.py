@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
@@ -34,13 +35,14 @@ class Slower:
 
     Args:
         tier: as vLLM is told of it.
-        manifests: makes those of what lies there; ``secret``: of its tenants' digests.
+        manifests: makes those of what lies there.
+        key: makes digests of tenants.
         told: where it is, for the log.
     """
 
     tier: dict[str, Any]
     manifests: Callable[[], Manifests]
-    secret: bytes
+    key: bytes
     told: str
 
 
@@ -62,7 +64,9 @@ def open_tiers(
     if config.disk_path and (disk := _disk(config, spec.fingerprint(layout))):
         slower.append(disk)
     # on disk vLLM tells apart how many ranks have a part of a page
-    if config.shared and (shared := _shared(config, spec.fingerprint(f"{len(facts)} x {layout}"))):
+    key = slower[0].key if slower else os.urandom(32)
+    shape = f"{len(facts)} x {layout}"
+    if config.shared and (shared := _shared(config, spec.fingerprint(shape), key)):
         slower.append(shared)
     try:
         manager = spec.manager_over([one.tier for one in slower])
@@ -71,8 +75,7 @@ def open_tiers(
         logger.exception("kvcomm: no tiers, pages that leave the KV cache are lost")
         return NoTiers()
     manifests = [one.manifests() for one in slower]
-    secret = slower[-1].secret if slower else None
-    pool = HostPool(manager, finder, stats, engine, len(facts), manifests, secret)
+    pool = HostPool(manager, finder, stats, engine, len(facts), manifests)
     logger.info(
         "kvcomm: tiers: %.1f GiB of host memory, %d pages%s",
         spec.num_chunks * spec.kv_bytes_per_chunk / GIB,
@@ -87,7 +90,7 @@ def _disk(config: TiersConfig, fingerprint: str) -> Slower | None:
     """None where nothing can be written."""
     root = Path(config.disk_path).expanduser()
     try:
-        secret = tenant_key(root)
+        key = tenant_key(root)
         folder = root / fingerprint
         folder.mkdir(exist_ok=True, mode=0o700)
         probe = folder / "probe"
@@ -97,14 +100,16 @@ def _disk(config: TiersConfig, fingerprint: str) -> Slower | None:
         logger.error("kvcomm: tiers.disk_path: %s: nothing is kept on disk", error)
         return None
     tier = disk_tier(str(folder), int(config.disk_gb * GIB))
-    manifests = partial(FolderManifests, folder / "manifests-1")
-    return Slower(tier, manifests, secret, f"up to {config.disk_gb} GiB in {folder}")
+    manifests = partial(FolderManifests, folder / "manifests-1", key)
+    return Slower(tier, manifests, key, f"up to {config.disk_gb} GiB in {folder}")
 
 
-def _shared(config: TiersConfig, fingerprint: str) -> Slower | None:
-    """None where there is no server, or nothing that speaks with it."""
+def _shared(config: TiersConfig, fingerprint: str, key: bytes) -> Slower | None:
+    """None where the server refuses us, or there is nothing that speaks with it. One that is away
+    may come.
+    """
     try:
-        from kvcomm_vllm.scheduler.tiers.server import AwayError, SharedServer
+        from kvcomm_vllm.scheduler.tiers.server import SharedServer
         from kvcomm_vllm.scheduler.tiers.stream import StreamManifests
     except ModuleNotFoundError as error:
         logger.error(
@@ -112,16 +117,14 @@ def _shared(config: TiersConfig, fingerprint: str) -> Slower | None:
         )
         return None
     server = SharedServer(config.server)
-    try:
-        secret = server.tenant_key()
-    except AwayError as error:
-        logger.error("kvcomm: tiers.shared: %s: %s: no tier is shared", server.name, error)
+    if (refusal := server.refusal()) is not None:
+        logger.error("kvcomm: tiers.shared: %s: %s: no tier is shared", server.name, refusal)
         return None
     prefix, ttl = f"kvcomm:{fingerprint}:", config.shared_ttl_seconds
 
     def manifests() -> StreamManifests:
-        made = StreamManifests(server, prefix, ttl)
+        made = StreamManifests(server, prefix, ttl, key)
         made.wait(FIRST_LOOK_SECONDS)
         return made
 
-    return Slower(valkey_tier(server, prefix, ttl), manifests, secret, f"shared at {server.name}")
+    return Slower(valkey_tier(server, prefix, ttl), manifests, key, f"shared at {server.name}")

@@ -36,8 +36,8 @@ class HostPool:
         manager: vLLM's ``TieringOffloadingManager``.
         finder: knows the KV cache, and what requests need of it.
         ranks: workers, each of which copies its own part of every page.
-        manifests: of what lies in slower tiers, if there are any; ``secret``: of their tenants'
-            digests.
+        manifests: of what lies in slower tiers, if there are any; the last's tenants' digests are
+            those of all.
     """
 
     def __init__(
@@ -48,9 +48,7 @@ class HostPool:
         engine: EngineState,
         ranks: int,
         manifests: Listing[Manifests] = (),
-        secret: bytes | None = None,
     ) -> None:
-        self.secret = secret
         self._manifests = manifests
         self._looked_at = 0.0
         self._manager = manager
@@ -68,6 +66,11 @@ class HostPool:
         self._ranks_done: Counter[int] = Counter()  # of transfers under way
         self._failed: set[int] = set()
         self._void = False  # nothing that is kept may be read; until nothing is under way
+
+    @property
+    def secret(self) -> bytes | None:
+        known = [one.secret for one in self._manifests if one.secret]
+        return known[-1] if known else None
 
     def stored(self, sequence: Sequence, block_ids: Listing[int]) -> None:
         self.keep(sequence.block_hashes, block_ids)

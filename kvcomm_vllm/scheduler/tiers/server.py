@@ -5,7 +5,6 @@ long, and not again and again.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from typing import Any
@@ -54,9 +53,10 @@ class Pause:
             self._seconds = min(wanted, LONGEST_PAUSE_SECONDS)
             self._until = time.monotonic() + self._seconds
 
-    def worked(self) -> None:
+    def worked(self, began: float) -> None:
+        """An attempt that began then; one from before a failure tells nothing."""
         with self._lock:
-            if self._seconds and not self.on:
+            if self._seconds and began >= self._until:
                 self._seconds = 0.0
                 logger.warning("kvcomm: %s: works again", self._subject)
 
@@ -95,13 +95,14 @@ class SharedServer:
         """
         if self._closed or self._away.on:
             raise AwayError(f"{self.name} is not asked now")
+        began = time.monotonic()
         try:
             replies = self._send(commands)
         except (valkey.ValkeyError, OSError) as error:
             if not self._closed:
                 self._away.failed(error)
             raise AwayError(str(error)) from error
-        self._away.worked()
+        self._away.worked(began)
         return replies
 
     def _send(self, commands: tuple[tuple[Any, ...], ...]) -> list[Any]:
@@ -111,21 +112,39 @@ class SharedServer:
             replies: list[Any] = line.execute(raise_on_error=False)
             return replies
 
-    def tenant_key(self) -> bytes:
-        """What makes digests of tenants' salts: one key for all engines, made by the first. Tells
-        at start whether there is a server; nothing is logged.
-
-        Raises:
-            AwayError: there is none, or it does not give its key.
+    def refusal(self) -> str | None:
+        """Why whoever asks like this will never get anything from a server that answers; nothing
+        is logged.
         """
         try:
-            _, key = self._send((("SET", KEY, os.urandom(32), "NX"), ("GET", KEY)))
-        except (valkey.ValkeyError, OSError) as error:
-            raise AwayError(str(error)) from error
-        if not isinstance(key, bytes) or len(key) != 32:
-            raise AwayError(f"{KEY} there is no key of 32 bytes")
-        return key
+            [reply] = self._send((("GET", KEY),))
+        except valkey.AuthenticationError as error:
+            return str(error)
+        except (valkey.ValkeyError, OSError):
+            return None
+        if isinstance(reply, Exception):
+            return str(reply)
+        return None if reply is None or _is_key(reply) else f"{KEY} there is no key of 32 bytes"
+
+    def tenant_key(self, own: bytes) -> bytes:
+        """What makes digests of tenants' salts: one key for all engines, made by the first.
+
+        Args:
+            own: the key if there is none yet.
+
+        Raises:
+            AwayError: there is no answer, or no key in it.
+        """
+        _, key = self.ask(("SET", KEY, own, "NX"), ("GET", KEY))
+        if not _is_key(key):
+            raise AwayError(f"{KEY} there is no key")
+        found: bytes = key
+        return found
 
     def close(self) -> None:
         """Whoever still asks it is refused."""
         self._closed = True
+
+
+def _is_key(reply: object) -> bool:
+    return isinstance(reply, bytes) and len(reply) == 32

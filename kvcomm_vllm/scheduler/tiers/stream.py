@@ -25,9 +25,15 @@ class StreamManifests:
     Args:
         prefix: of the stream's name.
         ttl_seconds: how long the stream stays after the last record.
+        key: the tenants' key, if the server has none.
+
+    Attributes:
+        secret: the tenants' key. Another one once the server, which may be late, has told it: what
+            was written down before is found by nobody.
     """
 
-    def __init__(self, server: SharedServer, prefix: str, ttl_seconds: int) -> None:
+    def __init__(self, server: SharedServer, prefix: str, ttl_seconds: int, key: bytes) -> None:
+        self.secret: bytes | None = key
         self._server = server
         self._stream = f"{prefix}manifests"
         self._ttl = ttl_seconds
@@ -64,6 +70,7 @@ class StreamManifests:
     def _run(self) -> None:
         while not self._closed:
             with suppress(AwayError):
+                self._agree()
                 self._send()
                 self._receive()
             self._looked.set()
@@ -71,6 +78,13 @@ class StreamManifests:
             self._wake.clear()
         with suppress(AwayError):
             self._send()
+
+    def _agree(self) -> None:
+        assert self.secret is not None
+        key = self._server.tenant_key(self.secret)
+        if key != self.secret:
+            self.secret = key
+            self._unsent.clear()
 
     def _send(self) -> None:
         """What is not answered is sent again: of a record that comes twice one is kept."""

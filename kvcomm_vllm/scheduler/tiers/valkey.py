@@ -6,6 +6,7 @@ A page lies there under its name, with its digest behind it, for a limited time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -163,6 +164,7 @@ class ValkeyTier(SecondaryTierManager):
 
     def _store_part(self, part: list[tuple[OffloadKey, str, memoryview]]) -> bool:
         """Only what is not there is sent."""
+        began = time.monotonic()
         asked = (("EXPIRE", self._prefix + name, self._ttl) for _, name, _ in part)
         there = [reply == 1 for reply in self._server.ask(*asked)]
         sent = [
@@ -174,7 +176,7 @@ class ValkeyTier(SecondaryTierManager):
         if refused:
             self._server.full.failed(refused[0])
         elif sent:
-            self._server.full.worked()
+            self._server.full.worked(began)
         return not refused
 
     def _load(self, job: Job) -> None:
