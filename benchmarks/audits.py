@@ -22,13 +22,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+from pairs import added_by
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from kvcomm_vllm.cli.machine import describe_machine, describe_versions
 from kvcomm_vllm.cli.serve_command import served_name
-from kvcomm_vllm.evaluation.report.intervals import ratio_of_sums
 from kvcomm_vllm.evaluation.serving.client import ChatClient
 from kvcomm_vllm.evaluation.serving.counters import KVCommMeter
 from kvcomm_vllm.evaluation.serving.metrics_page import read_page, totals
@@ -125,15 +125,12 @@ def show(
             column, *(f"{x:.1f}" for x in (statistics.mean(times), statistics.median(times), p90))
         )
     console.print(table)
-    pairs = list(zip(auditing, silent, strict=True))
-    middle = statistics.median(a - b for a, b in pairs)
-    console.print(f"Median of paired differences: {middle:+.1f} ms")
     # the requests of a text belong together
-    ratio = ratio_of_sums((number // readers, a, b) for number, (a, b) in enumerate(pairs))
-    assert ratio is not None  # there are times
-    console.print(f"Added in all: {ratio.value - 1:+.1%}")
-    if ratio.low is not None and ratio.high is not None:
-        console.print(f"95% interval: {ratio.low - 1:+.1%} to {ratio.high - 1:+.1%}")
+    added = added_by(auditing, silent, together=readers)
+    console.print(f"Median of paired differences: {added.middle:+.1f} ms")
+    console.print(f"Added in all: {added.share}")
+    if added.between:
+        console.print(f"95% interval: {added.between}")
 
 
 def main() -> None:

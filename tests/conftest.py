@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from kvcomm_vllm.messages import Divergence
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# nothing here is judged by how long it takes on a machine that may be busy
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.hookimpl(optionalhook=True)

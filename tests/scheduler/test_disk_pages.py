@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcomm_vllm.scheduler.tiers.disk import load_page, make_room, store_page
+from kvcomm_vllm.scheduler.tiers.disk import load_page, store_page
+from kvcomm_vllm.scheduler.tiers.room import make_room
 
 SIZE = 4096
 

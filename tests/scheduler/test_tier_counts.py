@@ -13,7 +13,7 @@ import pytest
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
 
-from kvcomm_vllm.scheduler.tiers.disk import make_room
+from kvcomm_vllm.scheduler.tiers.room import make_room
 
 Make = Callable[..., EngineWithoutWorker]
 SHARED = words("shared", 48)
@@ -64,5 +64,5 @@ def test_pages_that_had_to_go_from_the_disk_are_counted(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.bin"
         path.write_bytes(bytes(1000))
         os.utime(path, (time.time() - number,) * 2)
-    assert make_room(tmp_path, 8000) == 3
-    assert make_room(tmp_path, 8000) == 0
+    assert make_room(tmp_path, 8000) == (7000, 3)
+    assert make_room(tmp_path, 8000) == (7000, 0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,13 +21,11 @@ from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
 from kvcomm_vllm.compat.offload import dropped_pages
 from kvcomm_vllm.scheduler.tiers.checked import TAIL, pages_of, tail_of
+from kvcomm_vllm.scheduler.tiers.room import SharedRoom
 
 logger = init_logger("vllm.kvcomm")
 
-ROOM = 0.9  # of the limit is left when pages had to go
-UNFINISHED_SECONDS = 600
 FULL_SECONDS = 60
-SLACK = 0.02  # of it may be written between two looks at all files
 
 Pages: TypeAlias = list[tuple[Path, memoryview]]
 
@@ -36,7 +33,7 @@ Pages: TypeAlias = list[tuple[Path, memoryview]]
 class DiskTier(FileSystemTierManager):
     """Args:
     root_dir: the folder.
-    max_bytes: most that lies in it, those of other engines included.
+    max_bytes: most that its pages have, those of other engines included.
     """
 
     def __init__(self, *args: Any, root_dir: str, max_bytes: int, **kwargs: Any) -> None:
@@ -47,9 +44,7 @@ class DiskTier(FileSystemTierManager):
             )
         finally:
             os.umask(before)
-        self._root = Path(root_dir)
-        self._max_bytes = max_bytes
-        self._unseen = max_bytes  # bytes written since all files were looked at
+        self._room = SharedRoom(Path(root_dir), max_bytes)
         self._full_until = 0.0
         self._dropped: SimpleQueue[int] = SimpleQueue()  # from the thread that stores
 
@@ -85,11 +80,9 @@ class DiskTier(FileSystemTierManager):
             return
         try:
             for path, page in pages:
+                if not path.exists():
+                    self._dropped.put(self._room.take(page.nbytes + TAIL))
                 store_page(path, page)
-                self._unseen += page.nbytes
-            if self._unseen > SLACK * self._max_bytes:
-                self._unseen = 0
-                self._dropped.put(make_room(self._root, self._max_bytes))
         except OSError as error:
             self._full_until = time.monotonic() + FULL_SECONDS
             logger.warning("kvcomm: nothing is kept on disk for %d s: %s", FULL_SECONDS, error)
@@ -129,40 +122,3 @@ def load_page(path: Path, page: memoryview) -> None:
         path.unlink(missing_ok=True)
         raise OSError(f"{path.name} is not the page that was stored: removed, it is computed")
     os.utime(path)
-
-
-def make_room(root: Path, max_bytes: int) -> int:
-    """Remove what was used longest ago, if there is more than the limit, what was never finished,
-    and manifests that are older than every page. Says how many pages that were.
-    """
-    pages: list[tuple[float, int, str]] = []
-    manifests: list[tuple[float, str]] = []
-    now = time.time()
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = os.path.join(folder, name)
-            with suppress(FileNotFoundError):  # another engine was faster
-                found = os.stat(path)
-                if name.endswith(".tmp") and now - found.st_mtime > UNFINISHED_SECONDS:
-                    os.unlink(path)
-                elif name.endswith(".bin"):
-                    pages.append((found.st_mtime, found.st_size, path))
-                elif name.endswith(".log"):
-                    manifests.append((found.st_mtime, path))
-    total = sum(size for _, size, _ in pages)
-    if total <= max_bytes:
-        return 0
-    removed = 0
-    pages.sort(reverse=True)
-    while pages and total > ROOM * max_bytes:
-        _, size, path = pages.pop()
-        total -= size
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-            removed += 1
-    oldest = pages[-1][0] if pages else now
-    for written, path in manifests:
-        if written < oldest:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-    return removed

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Manifests in a folder, beside the pages on disk: each engine appends to a file of its own."""
+"""Manifests in a folder, beside the pages on disk: each engine appends to files of its own, and the
+oldest of all go when there are too many.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from vllm.logger import init_logger
@@ -16,7 +19,8 @@ from kvcomm_vllm.scheduler.tiers.manifests import DIGEST, DamagedError, Record, 
 logger = init_logger("vllm.kvcomm")
 
 LENGTH = 4  # bytes before a record and its digest: the record's length
-MOST_BYTES = 64 << 20  # in one file; then the next one is begun
+MOST_BYTES = 256 << 20  # of a folder's: more tokens than an index remembers
+FILES = 16  # have that; then the next one is begun
 
 
 class FolderManifests:
@@ -25,12 +29,17 @@ class FolderManifests:
     Args:
         folder: for its owner alone.
         secret: of tenants' digests.
+        max_bytes: most that lies in it, but for what engines that write there at the same time have
+            in their newest files.
     """
 
-    def __init__(self, folder: Path, secret: bytes | None = None) -> None:
+    def __init__(
+        self, folder: Path, secret: bytes | None = None, max_bytes: int = MOST_BYTES
+    ) -> None:
         self.secret = secret
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
+        self._max_bytes = max_bytes
         self._read_to: dict[str, int] = {}  # by file name
         self._own: set[str] = set()
         self._file: Path | None = None
@@ -48,11 +57,29 @@ class FolderManifests:
             logger.warning_once("kvcomm: what is on disk will not be found again: %s", error)
 
     def _current(self) -> Path:
-        if self._file is None or (self._file.exists() and self._file.stat().st_size > MOST_BYTES):
+        """The file that is written; one that has been removed is gone for good."""
+        file, size = self._file, self._max_bytes // FILES
+        if file is None or not file.exists() or file.stat().st_size > size:
+            self._make_room(self._max_bytes - size)
             name = f"{time.time_ns():020d}-{os.getpid()}-{os.urandom(4).hex()}.log"
             self._own.add(name)
-            self._file = self._folder / name
-        return self._file
+            self._file = file = self._folder / name
+        return file
+
+    def _make_room(self, most: int) -> None:
+        """Who is asked for again is written down again: what was written longest ago goes first."""
+        files: list[tuple[int, int, str]] = []
+        for entry in os.scandir(self._folder):
+            with suppress(FileNotFoundError):  # another engine was faster
+                found = entry.stat()
+                files.append((found.st_mtime_ns, found.st_size, entry.name))
+        self._own &= {name for _, _, name in files}
+        total = sum(size for _, size, _ in files)
+        for _, size, name in sorted(files):
+            if total <= most:
+                break
+            total -= size
+            (self._folder / name).unlink(missing_ok=True)
 
     def news(self) -> Iterator[Record]:
         """What others have written since this was last asked, file by file, the oldest first."""
@@ -60,6 +87,8 @@ class FolderManifests:
             names = sorted(entry.name for entry in os.scandir(self._folder))
         except OSError:
             return
+        for name in self._read_to.keys() - names:
+            del self._read_to[name]
         for name in names:
             if name.endswith(".log") and name not in self._own:
                 yield from self._records(name)

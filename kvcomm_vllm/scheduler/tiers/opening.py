@@ -20,12 +20,13 @@ from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.tiers.base import NoTiers, Tiers
-from kvcomm_vllm.scheduler.tiers.folder import FolderManifests, tenant_key
+from kvcomm_vllm.scheduler.tiers.folder import MOST_BYTES, FolderManifests, tenant_key
 from kvcomm_vllm.scheduler.tiers.manifests import Manifests
 from kvcomm_vllm.scheduler.tiers.pool import HostPool
 
 logger = init_logger("vllm.kvcomm")
 GIB = 2**30
+MANIFESTS = 0.01  # of disk_gb is theirs
 FIRST_LOOK_SECONDS = 5.0  # at what other engines have written down so far
 
 
@@ -99,8 +100,10 @@ def _disk(config: TiersConfig, fingerprint: str) -> Slower | None:
     except OSError as error:
         logger.error("kvcomm: tiers.disk_path: %s: nothing is kept on disk", error)
         return None
-    tier = disk_tier(str(folder), int(config.disk_gb * GIB))
-    manifests = partial(FolderManifests, folder / "manifests-1", key)
+    most = int(config.disk_gb * GIB)
+    told = min(int(MANIFESTS * most), MOST_BYTES)
+    tier = disk_tier(str(folder), most - told)
+    manifests = partial(FolderManifests, folder / "manifests-1", key, told)
     return Slower(tier, manifests, key, f"up to {config.disk_gb} GiB in {folder}")
 
 
