@@ -27,17 +27,18 @@ from kvcomm_vllm.evaluation.report.table import markdown
 from kvcomm_vllm.evaluation.serving.client import ChatClient, RequestError
 from kvcomm_vllm.evaluation.serving.server import Server
 
-LOAD = 1000  # number of the first team that is served when the server is killed
+LOAD = 1000  # requests of a client that is served when the server is killed
 
 
 def kill_at_work(server: Server, client: ChatClient, options: argparse.Namespace) -> None:
     """Two clients ask without a pause until there is no server any more."""
 
-    def work(team: int) -> None:
-        others = Teams.of(options, said=[[] for _ in range(team + 50)])
+    others = Teams.of(options, said=[[]] * 3 * LOAD)
+
+    def work(first: int) -> None:
         with suppress(RequestError):
-            for number in range(team, team + 50):
-                others.ask(client, number, 0)
+            for team in range(first, first + LOAD):
+                others.ask(client, team, 0)
 
     with ThreadPoolExecutor(2) as pool:
         at_work = [pool.submit(work, LOAD * number) for number in (1, 2)]

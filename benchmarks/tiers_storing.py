@@ -16,7 +16,18 @@ from contextlib import ExitStack
 from typing import Any
 
 from pairs import added_by
-from tiers_work import QUIET, ROLES, Bench, Teams, asked_for, bench, counted, first_token, write
+from tiers_work import (
+    COUNTS,
+    QUIET,
+    ROLES,
+    Bench,
+    Teams,
+    asked_for,
+    bench,
+    counted,
+    first_token,
+    write,
+)
 
 from kvcomm_vllm.cli.failure import UserError
 from kvcomm_vllm.evaluation.report.table import markdown
@@ -43,10 +54,10 @@ def room(url: str) -> int:
     return int(pages) * int(size)
 
 
-def block(client: ChatClient, teams: Teams, team: int) -> list[tuple[float, float, int]]:
-    """All agents of a team: times to the first and last token, ms, and tokens."""
+def block(client: ChatClient, teams: Teams, team: int) -> list[tuple[float, float]]:
+    """All agents of a team: times to the first and last token, ms."""
     answers = [teams.speak(client, team, agent) for agent in range(len(ROLES))]
-    return [(first_token(one), one.total_ms, one.prompt_tokens + teams.tokens) for one in answers]
+    return [(first_token(one), one.total_ms) for one in answers]
 
 
 def measure(options: argparse.Namespace, at: Bench) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def measure(options: argparse.Namespace, at: Bench) -> dict[str, Any]:
         }
         before = {title: counted(server.base_url) for title, (server, _) in servers.items()}
         teams = {title: Teams.of(options) for title in servers}
-        served: dict[str, list[tuple[float, float, int]]] = {title: [] for title in servers}
+        served: dict[str, list[tuple[float, float]]] = {title: [] for title in servers}
         done = at.told("teams", options.teams * len(servers))
         order = list(servers)
         for team in range(options.teams):
@@ -68,14 +79,13 @@ def measure(options: argparse.Namespace, at: Bench) -> dict[str, Any]:
                 done()
         found = {}
         for title, (server, _) in servers.items():
-            first, last, tokens = zip(*served[title], strict=True)
-            if sum(tokens) > room(server.base_url):
-                raise UserError("Not everything had room in the KV cache: ask for fewer --teams.")
             after = counted(server.base_url)
+            asked = sum(after[name] for name in COUNTS) + len(served[title]) * options.tokens
+            if after["returned_pages"] or asked > room(server.base_url):
+                raise UserError("Not everything had room in the KV cache: ask for fewer --teams.")
             counts = {name: after[name] - before[title][name] for name in after}
+            first, last = zip(*served[title], strict=True)
             found[title] = {"ttft_ms": first, "total_ms": last, **counts}
-            if counts["returned_pages"]:
-                raise UserError(f"Pages have come back, {title}: ask for fewer --teams.")
         return found
 
 
@@ -98,6 +108,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = asked_for(__doc__, teams=12)
     parser.add_argument("--rest", type=float, default=2.0, help="seconds after each team")
+    parser.set_defaults(host_gb=2.0)  # twice, beside three caches
     options = parser.parse_args()
     with bench(options) as at:
         found = measure(options, at)
