@@ -38,6 +38,7 @@ class HostPool:
         ranks: workers, each of which copies its own part of every page.
         manifests: of what lies in slower tiers, if there are any; ``secret``: of their tenants'
             digests.
+        foreign: whether tiers lie behind it that know pages alone.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class HostPool:
         ranks: int,
         manifests: Listing[Manifests] = (),
         secret: bytes | None = None,
+        foreign: bool = False,
     ) -> None:
         self.secret = secret
         self._manifests = manifests
+        self._slower = bool(manifests) or foreign
         self._looked_at = 0.0
         self._manager = manager
         self._stats = stats
@@ -130,7 +133,7 @@ class HostPool:
         self._returns.forget(request_id)
 
     def holds(self, sequence: Sequence) -> bool:
-        if self._manifests:  # slower tiers are not asked for what nobody wants to read
+        if self._slower:  # slower tiers are not asked for what nobody wants to read
             return True
         return any(in_pool(self._manager, name) for name in sequence.block_hashes)
 
@@ -180,11 +183,12 @@ class HostPool:
         self._awaited += self._returns.abandon()
 
     def clear(self) -> None:
-        if self._manifests:
+        if self._slower:
             logger.warning(
                 "kvcomm: slower tiers are not used any more until this engine starts anew"
             )
         self._close_manifests()
+        self._slower = False
         self._void = True
         self._drop_unsent()
         self._begin_anew()
