@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 
 from kvcomm_vllm.config.address import Address
 from kvcomm_vllm.config.key import Key
+from kvcomm_vllm.config.secondary import SecondaryTiers
+
+TIERS = [{"type": "fs", "root_dir": "/kv"}, {"type": "obj", "backpressure": {"a": [1, 0.5, None]}}]
 
 
 def allowed_values(key: Key) -> st.SearchStrategy[object]:
@@ -18,6 +21,8 @@ def allowed_values(key: Key) -> st.SearchStrategy[object]:
         return st.booleans()
     if isinstance(key.default, int):
         return st.integers(key.low, key.high)  # type: ignore[arg-type]
+    if isinstance(key.default, SecondaryTiers):
+        return st.lists(st.sampled_from(TIERS), max_size=2).map(SecondaryTiers)
     if isinstance(key.default, Address):
         return st.sampled_from(["", "valkey://cache:6379", "redis://:x%2Fy@cache:1/2"])
     if isinstance(key.default, str):

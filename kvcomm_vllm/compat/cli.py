@@ -22,6 +22,7 @@ from vllm.config import KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.offload import unknown_tiers
 from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.config.address import Address
 from kvcomm_vllm.config.file import load_file
@@ -168,9 +169,11 @@ def transfer_config(path: str | None) -> KVTransferConfig:
     """What ``--kv-connector kvcomm [--kvcomm-config path]`` stands for.
 
     Raises:
-        ConfigError: see :func:`kvcomm_vllm.config.file.load_file`.
+        ConfigError: see :func:`kvcomm_vllm.config.file.load_file`, and
+            :func:`refuse_unknown_tiers`.
     """
     config = KVCommConfig() if path is None else load_file(path)
+    refuse_unknown_tiers(config, str(path))
     return KVTransferConfig(
         kv_connector="kvcomm",
         kv_role=ROLE,
@@ -183,6 +186,7 @@ def _told(config: KVCommConfig, *, as_given: bool = False) -> dict[str, Any]:
     """Our configuration as vLLM gets it, which logs its arguments: without a password in sight."""
     mapping = config.to_mapping(as_given=as_given)
     mapping["tiers"]["shared"] = Address(config.tiers.shared)
+    mapping["tiers"]["secondary_tiers"] = config.tiers.secondary_tiers or []
     return mapping
 
 
@@ -197,7 +201,18 @@ def checked(config: KVTransferConfig) -> KVCommConfig:
             f"kv_role: {config.kv_role!r} is not allowed; allowed: {ROLE}, kv_both (which is taken "
             f"for {ROLE})"
         )
-    return KVCommConfig.from_mapping(config.kv_connector_extra_config, _EXTRA)
+    found = KVCommConfig.from_mapping(config.kv_connector_extra_config, _EXTRA)
+    refuse_unknown_tiers(found, _EXTRA)
+    return found
+
+
+def refuse_unknown_tiers(config: KVCommConfig, origin: str) -> None:
+    """Raises:
+    ConfigError: a tier's type is none that vLLM knows.
+    """
+    unknown = list(unknown_tiers(config.tiers))
+    if unknown:
+        raise ConfigError.of(unknown, origin)
 
 
 def check_engine(args: EngineArgs, model: ModelConfig) -> None:
@@ -240,7 +255,7 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     if not quiet:
         for warning in config.warnings():
             logger.warning("%s", warning)
-    if config.moved or config.tiers.shared:  # what has moved has been said now
+    if config.moved or config.tiers.confidential:  # what has moved has been said now
         args.kv_transfer_config = dataclasses.replace(
             args.kv_transfer_config, kv_connector_extra_config=_told(config)
         )
@@ -306,7 +321,7 @@ class _TransferConfigFlag(argparse.Action):
                 config = checked(values)
             except ConfigError as error:
                 parser.error(f"argument --kv-transfer-config: {error}")
-            if config.tiers.shared:
+            if config.tiers.confidential:
                 extra = _told(config, as_given=True)
                 values = dataclasses.replace(values, kv_connector_extra_config=extra)
             _add_middleware(namespace)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from kvcomm_vllm.compat.fingerprint import fingerprint
+from kvcomm_vllm.wording import shown
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,27 @@ def valkey_tier(server: SharedServer, prefix: str, ttl_seconds: int) -> dict[str
     """The same of our tier on a server, where pages' names begin with ``prefix``."""
     name = _registered(_SHARED, "kvcomm_vllm.scheduler.tiers.valkey", "ValkeyTier")
     return {"type": name, "server": server, "prefix": prefix, "ttl_seconds": ttl_seconds}
+
+
+def foreign_tier(tier: dict[str, Any], number: int) -> dict[str, Any]:
+    """The same of one of ``tiers.secondary_tiers``."""
+    name = _registered("kvcomm_foreign", "kvcomm_vllm.scheduler.tiers.foreign", "ForeignTier")
+    return {"type": name, "tier": tier, "number": number}
+
+
+def unknown_tiers(tiers: TiersConfig) -> Iterator[str]:
+    """Which of ``tiers.secondary_tiers`` vLLM does not know, a line each."""
+    if not tiers.secondary_tiers or not has_tiers():
+        return
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+
+    known = SecondaryTierFactory._registry
+    for tier in tiers.secondary_tiers:
+        if tier["type"] not in known and tier.get("module_path") is None:
+            yield (
+                f"tiers.secondary_tiers: type {shown(tier['type'])} is not known; "
+                f"allowed: one of {', '.join(known)}, or any with a module_path"
+            )
 
 
 def _registered(name: str, module: str, tier: str) -> str:

@@ -17,6 +17,7 @@ from kvcomm_vllm.config.key import MOST, Key, key
 from kvcomm_vllm.config.mapping import ConfigError, Reader
 from kvcomm_vllm.config.moved import MOVED, moved_warning
 from kvcomm_vllm.config.paper import PaperConfig
+from kvcomm_vllm.config.secondary import SecondaryTiers
 from kvcomm_vllm.config.tiers import TiersConfig
 
 REPORTS = ("auto", "coarse", "full", "off")
@@ -267,14 +268,16 @@ class KVCommConfig:
             as_given: keys that were given by an old name keep it, for who reads it to warn of.
         """
         mapping = asdict(self)
-        mapping["tiers"]["shared"] = self.tiers.shared[:]  # plain text, its password included
+        # plain values, with passwords
+        mapping["tiers"]["shared"] = self.tiers.shared[:]
+        mapping["tiers"]["secondary_tiers"] = self.tiers.secondary_tiers.plain()
         del mapping["moved"]
         for old in self.moved if as_given else ():
             first, _, rest = MOVED[old].partition(".")
             mapping[old] = mapping[first].pop(rest) if rest else mapping.pop(first)
         return mapping
 
-    def values(self) -> dict[str, bool | int | float | str]:
+    def values(self) -> dict[str, bool | int | float | str | SecondaryTiers]:
         """Every key's value, by the names of :func:`keys`."""
         return {name: attrgetter(name)(self) for name in keys()}
 

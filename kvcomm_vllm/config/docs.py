@@ -52,7 +52,7 @@ GROUPS = {
     "What is remembered": ("window_tokens", "max_sequences", "keep_last_page"),
     "Beyond the KV cache": (
         *("tiers.host_gb", "tiers.disk_path", "tiers.disk_gb", "tiers.shared"),
-        *("tiers.shared_ttl_seconds", "tiers.wait_seconds"),
+        *("tiers.shared_ttl_seconds", "tiers.secondary_tiers", "tiers.wait_seconds"),
     ),
     "Anchors: when they are learned and used": (
         *("anchor_seam_tokens", "min_anchors", "max_anchors", "max_anchor_error"),

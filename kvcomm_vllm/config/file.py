@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from kvcomm_vllm.config.config import KVCommConfig, blocks
+from kvcomm_vllm.config.config import KVCommConfig, blocks, keys
 from kvcomm_vllm.config.mapping import ConfigError
+from kvcomm_vllm.config.secondary import SecondaryTiers
 from kvcomm_vllm.wording import one_line, shown
 
 MAX_KB = 64  # ten times a file with every key and its comment; PyYAML reads some 40 KB a second
@@ -107,7 +108,10 @@ def _content(root: yaml.Node | None) -> object:
     content: dict[str, object] = {}
     for name, node in _pairs(root):
         if name in blocks() and isinstance(node, yaml.MappingNode):
-            content[name] = {inner: _value(value) for inner, value in _pairs(node, f"{name}.")}
+            content[name] = {
+                inner: _all(value, set()) if _nested(f"{name}.{inner}") else _value(value)
+                for inner, value in _pairs(node, f"{name}.")
+            }
         else:
             content[name] = _value(node)
     return content
@@ -126,8 +130,30 @@ def _pairs(mapping: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, y
         yield name, value
 
 
+def _nested(name: str) -> bool:
+    return name in keys() and isinstance(keys()[name].default, SecondaryTiers)
+
+
+def _all(node: yaml.Node, seen: set[int]) -> object:
+    """All that is in a list or a mapping.
+
+    Raises:
+        yaml.MarkedYAMLError: one stands in several places, and so may multiply without end.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return _value(node)
+    if id(node) in seen:
+        problem = "an alias of a list or a mapping is not used here"
+        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        return [_all(one, seen) for one in node.value]
+    assert isinstance(node, yaml.MappingNode)
+    return {name: _all(value, seen) for name, value in _pairs(node)}
+
+
 def _value(node: yaml.Node) -> object:
-    """A list or a mapping is no key's value, whatever is in it; blocks were read before."""
+    """A list or a mapping is no other key's value, whatever is in it; blocks were read before."""
     if isinstance(node, yaml.SequenceNode):
         return [...]
     if isinstance(node, yaml.MappingNode):

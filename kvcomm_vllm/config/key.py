@@ -7,7 +7,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvcomm_vllm.config import secondary
 from kvcomm_vllm.config.address import Address
+from kvcomm_vllm.config.secondary import SecondaryTiers
+from kvcomm_vllm.wording import shown
 
 # Of counts, tokens and megabytes: more than any engine has, and yet no more than can be provided
 # for (an index of so many sequences takes 50 MB before it holds the first).
@@ -26,7 +29,7 @@ class Key:
         when_zero: what 0, or no text, means, where it is not simply the number nought.
     """
 
-    default: bool | int | float | str
+    default: bool | int | float | str | SecondaryTiers
     doc: str
     low: float = -math.inf
     high: float = math.inf
@@ -38,6 +41,8 @@ class Key:
         """The allowed values in words, as used in error messages, YAML comments and the docs."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if isinstance(self.default, SecondaryTiers):
+            return secondary.FORM
         if isinstance(self.default, bool):
             return "true or false"
         if isinstance(self.default, str):
@@ -50,6 +55,10 @@ class Key:
         """Why ``value`` is not allowed for this key; None when it is."""
         if self.choices:
             return None if isinstance(value, str) and value in self.choices else "is not known"
+        if isinstance(self.default, SecondaryTiers):
+            if not isinstance(value, (list, tuple)):
+                return _wrong_type(value)
+            return secondary.problem(value)
         if isinstance(self.default, bool):
             return None if isinstance(value, bool) else _wrong_type(value)
         if isinstance(self.default, str):
@@ -72,6 +81,8 @@ class Key:
         """
         if isinstance(self.default, Address) and isinstance(value, str):
             return Address(value)
+        if isinstance(self.default, SecondaryTiers):
+            return secondary.read(value)
         if value is False and "off" in self.choices:
             return "off"
         if value is True and "auto" in self.choices:
@@ -79,6 +90,12 @@ class Key:
         if isinstance(self.default, float) and type(value) is int and abs(value) < 2**53:
             return float(value)
         return value
+
+    def told(self, value: object) -> str:
+        """``value`` for an error message, without a password in it."""
+        if isinstance(self.default, SecondaryTiers):
+            return secondary.told(value)
+        return shown(str(self.normalise(value)) if isinstance(value, str) else value)
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:

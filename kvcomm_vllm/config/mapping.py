@@ -133,11 +133,10 @@ class Reader:
                 yield f"{old}: is the old name of {given.name}, which is given, too; leave it out"
             seen[given.name] = given.told
             key = self.keys[given.name]
-            value = key.normalise(given.value)
-            problem = key.problem(value)
+            problem = key.problem(key.normalise(given.value))
             if problem is not None:
-                told = str(value) if isinstance(value, str) else given.value
-                yield f"{given.told}: {shown(told)} {problem}; allowed: {key.allowed}"
+                told = key.told(given.value)
+                yield f"{given.told}: {told} {problem}; allowed: {key.allowed}"
 
     def _unknown(self, given: Given) -> str:
         if given.told in self.blocks:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvcomm_vllm.config.address import FORM, Address, Place
 from kvcomm_vllm.config.key import key
+from kvcomm_vllm.config.secondary import SecondaryTiers
 from kvcomm_vllm.wording import shown
 
 
@@ -48,6 +49,12 @@ class TiersConfig:
         low=60,
         high=31_536_000,
     )
+    secondary_tiers: SecondaryTiers = key(
+        SecondaryTiers(),
+        "Tiers of vLLM's own, or by module_path of others, where pages are kept as well: each as "
+        "in secondary_tiers of vLLM's tiering connector, passed on unchanged. Needs host_gb, "
+        "through which they pass.",
+    )
     wait_seconds: float = key(
         5.0,
         "Longest time a request waits for pages that are being brought back; then they are "
@@ -61,6 +68,11 @@ class TiersConfig:
         return self.host_gb > 0
 
     @property
+    def confidential(self) -> bool:
+        """Whether there may be a password in it."""
+        return bool(self.shared or self.secondary_tiers)
+
+    @property
     def server(self) -> Place:
         """Where the shared one is.
 
@@ -71,7 +83,7 @@ class TiersConfig:
 
     def problems(self) -> Iterator[str]:
         """Combinations that cannot work, a line each."""
-        for name in ("disk_path", "shared"):
+        for name in ("disk_path", "shared", "secondary_tiers"):
             if getattr(self, name) and not self.wanted:
                 yield f"tiers.{name}: pages pass through host memory; set tiers.host_gb, e.g. to 4"
         try:

@@ -45,7 +45,8 @@ def complete(values: dict[str, object]) -> dict[str, object]:
     """Mode paper comes with a memory, what lies behind a host pool with one."""
     if values.get("mode") == "paper":
         values["paper.memory_mb"] = values.get("paper.memory_mb") or 1
-    if values.get("tiers.disk_path") or values.get("tiers.shared"):
+    behind = ("tiers.disk_path", "tiers.shared", "tiers.secondary_tiers")
+    if any(map(values.get, behind)):
         values["tiers.host_gb"] = values.get("tiers.host_gb") or 1.0
     return values
 

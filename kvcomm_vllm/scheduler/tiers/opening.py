@@ -13,7 +13,8 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.offload import disk_tier, unname, valkey_tier
+from kvcomm_vllm.compat.offload import disk_tier, foreign_tier, unname, valkey_tier
+from kvcomm_vllm.config.secondary import name_of
 from kvcomm_vllm.config.tiers import TiersConfig
 from kvcomm_vllm.messages import WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
@@ -69,19 +70,21 @@ def open_tiers(
     shape = f"{len(facts)} x {layout}"
     if config.shared and (shared := _shared(config, spec.fingerprint(shape), key)):
         slower.append(shared)
+    others = config.secondary_tiers
+    foreign = [foreign_tier(one, number) for number, one in enumerate(others.plain(), 1)]
     try:
-        manager = spec.manager_over([one.tier for one in slower])
+        manager = spec.manager_over([one.tier for one in slower] + foreign)
         unname(manager)
     except Exception:  # no memory for the pool, and whatever else is not as it should be
         logger.exception("kvcomm: no tiers, pages that leave the KV cache are lost")
         return NoTiers()
     manifests = [one.manifests() for one in slower]
-    pool = HostPool(manager, finder, stats, engine, len(facts), manifests)
+    pool = HostPool(manager, finder, stats, engine, len(facts), manifests, bool(foreign))
     logger.info(
         "kvcomm: tiers: %.1f GiB of host memory, %d pages%s",
         spec.num_chunks * spec.kv_bytes_per_chunk / GIB,
         spec.num_chunks,
-        "".join(f"; {one.told}" for one in slower),
+        "".join(f"; {told}" for told in (*(one.told for one in slower), *map(name_of, others))),
     )
     pool.news()
     return pool

@@ -20,6 +20,7 @@ from kvcomm_vllm.scheduler.index import Sequence
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.costs import Costs
+from kvcomm_vllm.scheduler.tiers.events import TierEvents
 from kvcomm_vllm.scheduler.tiers.manifests import Manifests
 from kvcomm_vllm.scheduler.tiers.returns import Returns
 from kvcomm_vllm.scheduler.tiers.stores import Stores
@@ -38,6 +39,7 @@ class HostPool:
         ranks: workers, each of which copies its own part of every page.
         manifests: of what lies in slower tiers, if there are any; the last's tenants' digests are
             those of all.
+        foreign: whether tiers lie behind it that know pages alone.
     """
 
     def __init__(
@@ -48,18 +50,22 @@ class HostPool:
         engine: EngineState,
         ranks: int,
         manifests: Listing[Manifests] = (),
+        foreign: bool = False,
     ) -> None:
         self._manifests = manifests
+        self._slower = bool(manifests) or foreign
         self._looked_at = 0.0
         self._manager = manager
         self._stats = stats
         self._engine = engine
         self._ranks = ranks
         self._finder = finder
-        self._stores = Stores(manager, finder.pages)
         self._costs = Costs(finder.block_size)
         wait_seconds = finder.config.tiers.wait_seconds
         self._returns = Returns(manager, finder.pages, wait_seconds, self._costs)
+        finder.pages.events.remembers = True
+        self._events = TierEvents([finder.pages.events.told, self._returns.exact])
+        self._stores = Stores(manager, finder.pages, self._events)
         self._numbers = itertools.count()
         self._ops: list[TransferOp] = []
         self._awaited: list[int] = []
@@ -135,7 +141,7 @@ class HostPool:
         self._returns.forget(request_id)
 
     def holds(self, sequence: Sequence) -> bool:
-        if self._manifests:  # slower tiers are not asked for what nobody wants to read
+        if self._slower:  # slower tiers are not asked for what nobody wants to read
             return True
         return any(in_pool(self._manager, name) for name in sequence.block_hashes)
 
@@ -169,7 +175,12 @@ class HostPool:
         if self._void and not self._ranks_done:
             self._manager.reset_cache()
             drop_slower(self._manager)
+            list(self._manager.take_events())
             self._void = False
+
+    def events(self) -> Iterable[Any]:
+        told = list(self._manager.take_events())
+        return self._events.take([] if self._void else told)  # of pages that may be read
 
     def due(self) -> bool:
         if self._engine.resting:
@@ -187,11 +198,13 @@ class HostPool:
         self._awaited += self._returns.abandon()
 
     def clear(self) -> None:
-        if self._manifests:
+        if self._slower:
             logger.warning(
                 "kvcomm: slower tiers are not used any more until this engine starts anew"
             )
         self._close_manifests()
+        self._slower = False
+        self._events.clear([] if self._void else self._manager.take_events())
         self._void = True
         self._drop_unsent()
         self._begin_anew()
