@@ -9,6 +9,7 @@ The data path, top down: ``scheduler/half.py`` plans a request (``sources`` -> `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from kvcomm_vllm.reasons import Reason
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -178,6 +180,9 @@ class KVCommConnector(KVConnectorBase_V1):
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, StepReport):
             self._scheduler.on_report(report, connector_output.invalid_block_ids)
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        return self._scheduler.tiers.events()
 
     def request_finished(
         self, request: Request, block_ids: list[int]

@@ -103,8 +103,8 @@ class SchedulerHalf:
     def bind_pool(self, pool: BlockPool) -> None:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
         self.engine.watch(pool)
-        hide = hide_private(pool, self._first_private_page)
-        self.pages = SourcePages(pool, self.block_size, hide)
+        events = hide_private(pool, self._first_private_page)
+        self.pages = SourcePages(pool, self.block_size, events)
         self.finder = SourceFinder(self.config, self.store.index, self.pages)
         self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
         self.audits = Audits(self.config, self.store.index, self.lessons)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvcomm_vllm.compat.events import ExactPage, PageEvents, Unheard
 from kvcomm_vllm.compat.pages import cache_page, evict_soon, name_partial_page
 from kvcomm_vllm.scheduler.index import Match, Sequence
 from kvcomm_vllm.scheduler.spans import Source
@@ -42,15 +43,13 @@ class SourcePages:
     next allocation, so pages are touched before the planned request's own pages are allocated.
 
     Args:
-        hide: is told the names of pages of which nobody is to hear.
+        events: what is published of them.
     """
 
-    def __init__(
-        self, pool: BlockPool, block_size: int, hide: Callable[[bytes], None] = lambda name: None
-    ) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, events: PageEvents | None = None) -> None:
         self.pool = pool
         self.block_size = block_size
-        self._hide = hide
+        self.events = events or Unheard()
         self._held: dict[str, list[KVCacheBlock]] = {}
         # are told of pages with true KV that have been put into the prefix cache, and of sequences
         # that have no others
@@ -69,15 +68,24 @@ class SourcePages:
         name = os.urandom(32)
         if not name_partial_page(self.pool, block_id, name, tokens):
             return None
-        self._hide(name)
+        self.events.hide(name)
         return name
 
-    def put(self, name: bytes, block_id: int, tokens: int) -> bool:
-        """Make a page findable under a name that is known already, unless another one is."""
+    def put(self, name: bytes, block_id: int, tokens: int, exact: ExactPage | None = None) -> bool:
+        """Make a page findable under a name that is known already, unless another one is.
+
+        Args:
+            exact: what everybody may hear of it.
+        """
         if self.lookup(name) is not None:
             return False
-        self._hide(name)
-        return name_partial_page(self.pool, block_id, name, tokens)
+        if not name_partial_page(self.pool, block_id, name, tokens):
+            return False
+        if exact is None:
+            self.events.hide(name)
+        else:
+            self.events.tell(exact)
+        return True
 
     def called(self, block_id: int) -> Any | None:
         """What vLLM's prefix cache calls a page; it has no name once it is somebody else's."""

@@ -19,7 +19,7 @@ from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.refresh import LEAST_LOAD, Refresh
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
-from kvcomm_vllm.scheduler.tiers.wanted import Wanted, chain, missing
+from kvcomm_vllm.scheduler.tiers.wanted import Text, Wanted, chain, missing, text_of
 
 
 class SourceFinder:
@@ -137,17 +137,26 @@ class SourceFinder:
             return
         first = local // self.block_size
         last = (state.request.num_tokens - 1) // self.block_size
-        yield chain(state.request.block_hashes[first:last], self.block_size)
+        yield chain(self._own_text(state, last), first, self.block_size)
         if state.limits is None or state.adoption_tried or not self._adopts(state):
             return
         lead = self._conversation(state)
         if lead is not None:
             last = min(last, lead.length // self.block_size)
-            yield chain(lead.sequence.block_hashes[:last], self.block_size)
+            text = text_of(lead.sequence, state.request.cache_salt)
+            yield chain(replace(text, names=text.names[:last]), 0, self.block_size)
+
+    def _own_text(self, state: RequestState, pages: int) -> Text:
+        """The prompt's first pages."""
+        private = state.taint.first_block
+        exact = len(state.tokens()) if private is None else private * self.block_size
+        names = state.request.block_hashes[:pages]
+        salt = state.request.cache_salt
+        return Text(names, state.tokens(), exact if state.shareable else 0, salt)
 
     def missing(self, state: RequestState, matches: Listing[Match]) -> Iterator[Wanted]:
         """What of these matches no page in the KV cache has."""
-        yield missing(matches, self.pages, state.tokens())
+        yield missing(matches, self.pages, state.tokens(), state.request.cache_salt)
 
     def own(self, state: RequestState) -> int:
         """Free pages that the request will ask for."""

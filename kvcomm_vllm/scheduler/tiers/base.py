@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvcomm_vllm.messages import StepMessage, StepReport
 from kvcomm_vllm.scheduler.index import Sequence
@@ -48,6 +48,9 @@ class Tiers(Protocol):
         """Put into a step's message what is to be copied; it computes so many ``tokens``."""
 
     def on_report(self, report: StepReport) -> None: ...
+
+    def events(self) -> Iterable[Any]:
+        """KV events since this was last asked, for vLLM to publish."""
 
     def due(self) -> bool:
         """Whether vLLM's loop is to go on although no request is left."""
@@ -96,6 +99,9 @@ class NoTiers:
 
     def on_report(self, report: StepReport) -> None:
         pass
+
+    def events(self) -> Iterable[Any]:
+        return ()
 
     def due(self) -> bool:
         return False

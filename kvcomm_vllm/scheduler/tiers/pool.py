@@ -20,6 +20,7 @@ from kvcomm_vllm.scheduler.index import Sequence
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.costs import Costs
+from kvcomm_vllm.scheduler.tiers.events import TierEvents
 from kvcomm_vllm.scheduler.tiers.manifests import Manifests
 from kvcomm_vllm.scheduler.tiers.returns import Returns
 from kvcomm_vllm.scheduler.tiers.stores import Stores
@@ -61,10 +62,12 @@ class HostPool:
         self._engine = engine
         self._ranks = ranks
         self._finder = finder
-        self._stores = Stores(manager, finder.pages)
         self._costs = Costs(finder.block_size)
         wait_seconds = finder.config.tiers.wait_seconds
         self._returns = Returns(manager, finder.pages, wait_seconds, self._costs)
+        finder.pages.events.remembers = True
+        self._events = TierEvents([finder.pages.events.told, self._returns.exact])
+        self._stores = Stores(manager, finder.pages, self._events)
         self._numbers = itertools.count()
         self._ops: list[TransferOp] = []
         self._awaited: list[int] = []
@@ -165,7 +168,12 @@ class HostPool:
         if self._void and not self._ranks_done:
             self._manager.reset_cache()
             drop_slower(self._manager)
+            list(self._manager.take_events())
             self._void = False
+
+    def events(self) -> Iterable[Any]:
+        told = list(self._manager.take_events())
+        return self._events.take([] if self._void else told)  # of pages that may be read
 
     def due(self) -> bool:
         if self._engine.resting:
@@ -189,6 +197,7 @@ class HostPool:
             )
         self._close_manifests()
         self._slower = False
+        self._events.clear([] if self._void else self._manager.take_events())
         self._void = True
         self._drop_unsent()
         self._begin_anew()

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvcomm_vllm.compat.events import ExactPage
 from kvcomm_vllm.compat.offload import Found, TierRequest, key_of, look_up
 from kvcomm_vllm.messages import TransferOp
 from kvcomm_vllm.scheduler.pages import SourcePages
@@ -24,6 +25,7 @@ class Waiting:
         holders: who holds what was brought, and what is read beside it, until that is planned.
         gone: the request has ended meanwhile; ``given_up``: its pages could not be copied;
             ``abandoned``: they must not be read; ``behind``: some came from behind the pool.
+        wanted: what was last looked for.
     """
 
     request: TierRequest
@@ -37,6 +39,7 @@ class Waiting:
     given_up: bool = False
     abandoned: bool = False
     behind: bool = False
+    wanted: Wanted | None = None
 
 
 class Returns:
@@ -69,6 +72,7 @@ class Returns:
         if waiting is None:
             request = TierRequest(self._manager, f"kvcomm return {request_id}")
             waiting = self._waiting[request_id] = Waiting(request, time.monotonic())
+        waiting.wanted = wanted
         if waiting.given_up:
             return [], False
         patient = time.monotonic() - waiting.since < self._wait_seconds
@@ -121,9 +125,10 @@ class Returns:
         self._manager.complete_load(
             [key_of(name) for name in waiting.names], waiting.request.context
         )
-        pages = zip(waiting.names, waiting.block_ids, waiting.tokens, strict=True)
+        exact = [self._exact(waiting, name) for name in waiting.names]
         self._costs.brought(len(waiting.names), time.monotonic() - waiting.since, waiting.behind)
         usable = not failed and not waiting.abandoned
+        pages = zip(waiting.names, waiting.block_ids, waiting.tokens, exact, strict=True)
         brought = sum(self._pages.put(*page) for page in pages) if usable else 0
         waiting.number, waiting.names, waiting.given_up = None, [], failed
         waiting.since, waiting.behind = time.monotonic(), False
@@ -131,6 +136,16 @@ class Returns:
         if waiting.gone:
             self.forget(request_id)
         return brought
+
+    def exact(self, name: bytes) -> ExactPage | None:
+        """What everybody may hear of a page that a request waits for."""
+        found = (self._exact(waiting, name) for waiting in self._waiting.values())
+        return next((page for page in found if page is not None), None)
+
+    def _exact(self, waiting: Waiting, name: bytes) -> ExactPage | None:
+        if not self._pages.events.on or waiting.wanted is None:
+            return None
+        return waiting.wanted.exact(name, self._pages.block_size)
 
     def settled(self, request_id: str) -> None:
         """The request holds what it reads itself."""

@@ -14,6 +14,7 @@ from typing import Any
 from kvcomm_vllm.compat.offload import TierRequest, key_of
 from kvcomm_vllm.messages import TransferOp
 from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.tiers.events import TierEvents
 
 
 @dataclass
@@ -30,9 +31,11 @@ class Stores:
     """Args:
     manager: vLLM's ``OffloadingManager``.
     pages: of the KV cache.
+    events: are told of what is copied.
     """
 
-    def __init__(self, manager: Any, pages: SourcePages) -> None:
+    def __init__(self, manager: Any, pages: SourcePages, events: TierEvents) -> None:
+        self._events = events
         self._manager = manager
         self._pages = pages
         self._going: dict[int, Store] = {}
@@ -56,6 +59,7 @@ class Stores:
         keys = list(room.keys_to_store)
         pages = [ids[key] for key in keys]
         called = [self._pages.called(page) for page in pages]
+        self._events.begin(keys)
         self._going[number] = Store(request, keys, pages, called)
         return TransferOp(number, True, pages, room.store_spec.block_ids.tolist())
 
@@ -79,4 +83,5 @@ class Stores:
             return 0
         self._manager.complete_store(store.keys, store.request.context, not failed)
         store.request.end()
+        self._events.over(store.keys)
         return len(store.keys)
