@@ -60,6 +60,13 @@ class ExactPage:
         )
 
 
+def removed(names: list[Any], medium: str, **where: str | None) -> Any:
+    """The event that pages of these names do not lie there any more."""
+    from vllm.distributed.kv_events import BlockRemoved
+
+    return BlockRemoved(names, medium, group_idx=0, **where)
+
+
 def exact_page(
     names: Sequence[bytes], number: int, tokens: Sequence[int], salt: str | None
 ) -> ExactPage:

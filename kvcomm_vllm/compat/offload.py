@@ -178,6 +178,15 @@ def name_of(key: Any) -> bytes:
     return name
 
 
+def medium_of(event: Any) -> str:
+    """What KV events call the kind of memory that a tier's event is about."""
+    from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE
+    from vllm.v1.kv_offload.base import Medium
+
+    names = {Medium.CPU: MEDIUM_CPU, Medium.STORAGE: MEDIUM_STORAGE}
+    return str(names[event.medium])
+
+
 def look_up(manager: Any, name: bytes, context: Any) -> Found:
     """Where a page lies. What lies in a slower tier begins to come to the pool by that."""
     from vllm.v1.kv_offload.base import LookupResult

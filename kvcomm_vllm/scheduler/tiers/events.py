@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockRemoved
-from vllm.v1.kv_offload.base import Medium, OffloadingEvent
+from kvcomm_vllm.compat.events import ExactPage, removed
+from kvcomm_vllm.compat.offload import medium_of, name_of
 
-from kvcomm_vllm.compat.events import ExactPage
-from kvcomm_vllm.compat.offload import name_of
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import OffloadingEvent
 
-MEDIA = {Medium.CPU: MEDIUM_CPU, Medium.STORAGE: MEDIUM_STORAGE}
+POOL = ("CPU", None)  # as vLLM calls it
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Lying:
     """
 
     page: ExactPage
-    places: set[tuple[Medium, str | None]] = field(default_factory=set)
+    places: set[tuple[str, str | None]] = field(default_factory=set)
     copies: int = 0
 
 
@@ -85,23 +85,24 @@ class TierEvents:
         return told
 
     def _stored(self, event: OffloadingEvent) -> Iterable[Any]:
-        where = _where(event)
+        medium, where = medium_of(event), _where(event)
         for key in event.keys:
             lying = self._known(key)
             if lying is not None:
-                if event.removal_expected or event.medium is Medium.CPU:
-                    lying.places.add((event.medium, event.ownership))
-                yield lying.page.stored(MEDIA[event.medium], **where)
+                place = medium, event.ownership
+                if event.removal_expected or place == POOL:
+                    lying.places.add(place)
+                yield lying.page.stored(medium, **where)
 
     def _removed(self, event: OffloadingEvent) -> Iterable[Any]:
-        place = event.medium, event.ownership
+        place = medium_of(event), event.ownership
         there = [self._pages[key] for key in event.keys if key in self._pages]
         there = [lying for lying in there if place in lying.places]
         for lying in there:
             lying.places.remove(place)
         names = [lying.page.name for lying in there]
         if names:
-            yield BlockRemoved(names, MEDIA[event.medium], group_idx=0, **_where(event))
+            yield removed(names, place[0], **_where(event))
 
     def clear(self, events: Iterable[OffloadingEvent]) -> None:
         """After these events, nothing that lies anywhere may be read any more."""
@@ -110,7 +111,7 @@ class TierEvents:
         for medium, owner in sorted(places, key=str):
             found = (one for one in self._pages.values() if (medium, owner) in one.places)
             names = [lying.page.name for lying in found]
-            self._told.append(BlockRemoved(names, MEDIA[medium], group_idx=0, ownership=owner))
+            self._told.append(removed(names, medium, ownership=owner))
         self._pages.clear()
         self._copied.clear()
 
