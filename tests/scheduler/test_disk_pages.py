@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     make_room(tmp_path, 6 * (SIZE + 24))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"0.bin", "6.bin", "7.bin", "8.bin", "9.bin"}
+
+
+def test_pages_of_a_machine_whose_clock_is_ahead_do_not_stay_forever(tmp_path: Path) -> None:
+    later = time.time() + 86_400
+    for number in range(5):
+        store_page(tmp_path / f"{number}.bin", page(number))
+        os.utime(tmp_path / f"{number}.bin", (later, later))
+    make_room(tmp_path, 6 * (SIZE + 24))
+    assert all(os.stat(path).st_mtime < later - 80_000 for path in tmp_path.iterdir())
 
 
 def test_manifests_go_with_the_last_of_their_pages(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOM = 0.9  # of the limit is left when pages had to go
 UNFINISHED_SECONDS = 600
+SKEW_SECONDS = 60  # beyond that what was used in the future counts as used now
 NUMBER = 8  # bytes of the number in the ledger
 
 
@@ -66,6 +67,9 @@ def make_room(root: Path, max_bytes: int) -> tuple[int, int]:
             path = os.path.join(folder, name)
             with suppress(FileNotFoundError):  # another engine was faster
                 found = os.stat(path)
+                if found.st_mtime > now + SKEW_SECONDS:
+                    os.utime(path)
+                    found = os.stat(path)
                 if name.endswith(".tmp") and now - found.st_mtime > UNFINISHED_SECONDS:
                     os.unlink(path)
                 elif name.endswith(".bin"):
