@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -114,8 +115,9 @@ def tiers_of(engine: EngineWithoutWorker) -> list[Any]:
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     def lines() -> list[str]:
-        found = (record.getMessage() for record in caplog.records)
-        return [line for line in found if "tiers.secondary_tiers" in line]
+        """But for the settings, where it stands as well."""
+        loud = (record for record in caplog.records if record.levelno >= logging.WARNING)
+        return [line for one in loud if "tiers.secondary_tiers" in (line := one.getMessage())]
 
     return lines
 
