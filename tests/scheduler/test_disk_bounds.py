@@ -20,6 +20,7 @@ from kvcomm_vllm.scheduler.tiers.disk import DiskTier
 from kvcomm_vllm.scheduler.tiers.folder import FILES, FolderManifests
 from kvcomm_vllm.scheduler.tiers.manifests import packed
 
+KEY = bytes(32)
 SEQUENCES = 10_000
 PAGE = 256  # bytes
 LIMIT = 100 * (PAGE + TAIL)
@@ -112,14 +113,14 @@ def sequence(number: int) -> Sequence:
 def test_manifests_keep_their_limit_and_the_newest_are_found(tmp_path: Path) -> None:
     record = len(packed(sequence(SEQUENCES))) + 4
     limit = 500 * record
-    one, other = (FolderManifests(tmp_path, max_bytes=limit) for _ in range(2))
+    one, other = (FolderManifests(tmp_path, KEY, max_bytes=limit) for _ in range(2))
     most = 0
     for number in range(SEQUENCES):
         (one if number % 2 else other).append(sequence(number))
         if number % 50 == 0:
             most = max(most, size(tmp_path, ".log"))
     assert 0.8 * limit < most <= limit + limit // FILES + 2 * record
-    found = {record.names[0] for record in FolderManifests(tmp_path, max_bytes=limit).news()}
+    found = {record.names[0] for record in FolderManifests(tmp_path, KEY, max_bytes=limit).news()}
     lately = {number.to_bytes(32, "big") for number in range(SEQUENCES - 400, SEQUENCES)}
     assert lately <= found
 
@@ -127,8 +128,8 @@ def test_manifests_keep_their_limit_and_the_newest_are_found(tmp_path: Path) -> 
 def test_a_reader_remembers_no_file_that_is_gone(tmp_path: Path) -> None:
     limit = 50 * len(packed(sequence(0)))
     writer, reader = (
-        FolderManifests(tmp_path, max_bytes=limit),
-        FolderManifests(tmp_path, max_bytes=limit),
+        FolderManifests(tmp_path, KEY, max_bytes=limit),
+        FolderManifests(tmp_path, KEY, max_bytes=limit),
     )
     for number in range(500):
         writer.append(sequence(number))
@@ -139,11 +140,11 @@ def test_a_reader_remembers_no_file_that_is_gone(tmp_path: Path) -> None:
 
 
 def test_the_index_remembers_no_more_than_it_may_of_what_is_read(tmp_path: Path) -> None:
-    writer = FolderManifests(tmp_path)
+    writer = FolderManifests(tmp_path, KEY)
     for number in range(400):
         writer.append(sequence(number))
     index = SequenceIndex(block_size=32, window_tokens=4, max_sequences=100)
-    for number, record in enumerate(FolderManifests(tmp_path).news()):
+    for number, record in enumerate(FolderManifests(tmp_path, KEY).news()):
         index.add(record.namespace, record.token_ids(), record.names, 1, None, True, f"{number}")
     assert len(index) == 100
     assert index.num_tokens == 100 * TOKENS

@@ -51,6 +51,13 @@ def manifests(
         one.close()
 
 
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def soon(manifests: StreamManifests, count: int) -> list[Record]:
     """The next news, which are so many."""
     found: list[Record] = []
@@ -152,10 +159,7 @@ def test_a_server_that_has_forgotten_the_key_is_told_it_again(
 ) -> None:
     one = manifests()
     valkey_server.client.flushall()
-    end = time.monotonic() + 10
-    while valkey_server.client.get(server_module.KEY) != one.secret:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: valkey_server.client.get(server_module.KEY) == one.secret)
     assert manifests().secret == one.secret
 
 
@@ -197,10 +201,7 @@ def test_a_server_that_is_not_there_at_start_is_told_of_in_a_line_and_used_when_
     assert engine.serve("a", words("a", 50)).report["computed"] == 50
     engine.idle()
     valkey_server.start()
-    end = time.monotonic() + 20
-    while not valkey_server.client.exists(server_module.KEY):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: valkey_server.client.exists(server_module.KEY))
     engine.serve("b", words("b", 50))
     engine.idle()
     engine.half.tiers.close()
@@ -215,10 +216,7 @@ def test_the_servers_key_counts_from_when_it_is_told(
     one, key = manifests(), os.urandom(32)
     assert one.secret == valkey_server.client.get(server_module.KEY)
     valkey_server.client.set(server_module.KEY, key)
-    end = time.monotonic() + 20
-    while one.secret != key:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: one.secret == key)
 
 
 def test_a_key_that_is_none_is_told_of_in_a_line(

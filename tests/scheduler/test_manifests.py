@@ -15,6 +15,8 @@ from kvcomm_vllm.scheduler.index.sequence import Sequence
 from kvcomm_vllm.scheduler.origin import origin
 from kvcomm_vllm.scheduler.tiers.folder import FolderManifests, tenant_key
 
+KEY = bytes(32)
+
 
 def sequence(seed: object, first_approximate: int | None = None) -> Sequence:
     index = SequenceIndex(block_size=4, window_tokens=4)
@@ -27,8 +29,8 @@ def sequence(seed: object, first_approximate: int | None = None) -> Sequence:
 
 def test_a_sequence_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = sequence("a", first_approximate=9)
-    FolderManifests(tmp_path).append(written)
-    (read,) = FolderManifests(tmp_path).news()
+    FolderManifests(tmp_path, KEY).append(written)
+    (read,) = FolderManifests(tmp_path, KEY).news()
     assert read.token_ids().tolist() == written.tokens.tolist()
     assert (read.names, read.namespace) == (written.block_hashes, written.namespace)
     assert (read.prompt, read.first_approximate, read.generation) == (20, 9, 2)
@@ -39,7 +41,7 @@ def test_a_sequence_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_news_are_told_once_and_ones_own_never(tmp_path: Path) -> None:
-    one, other = FolderManifests(tmp_path), FolderManifests(tmp_path)
+    one, other = FolderManifests(tmp_path, KEY), FolderManifests(tmp_path, KEY)
     one.append(sequence("a"))
     assert len(list(other.news())) == 1
     one.append(sequence("b"))
@@ -50,7 +52,7 @@ def test_news_are_told_once_and_ones_own_never(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 11, 12, 100])
 def test_a_record_that_is_being_written_is_read_when_it_is_whole(tmp_path: Path, cut: int) -> None:
-    writer, reader = FolderManifests(tmp_path), FolderManifests(tmp_path)
+    writer, reader = FolderManifests(tmp_path, KEY), FolderManifests(tmp_path, KEY)
     writer.append(sequence("a"))
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -61,20 +63,20 @@ def test_a_record_that_is_being_written_is_read_when_it_is_whole(tmp_path: Path,
 
 
 def test_nothing_behind_a_damaged_record_is_read(tmp_path: Path) -> None:
-    writer = FolderManifests(tmp_path)
+    writer = FolderManifests(tmp_path, KEY)
     for seed in "abc":
         writer.append(sequence(seed))
     (path,) = tmp_path.iterdir()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    reader = FolderManifests(tmp_path)
+    reader = FolderManifests(tmp_path, KEY)
     assert len(list(reader.news())) == 1
     assert not list(reader.news())
 
 
 def test_a_folder_that_cannot_be_written_costs_no_request(tmp_path: Path) -> None:
-    manifests = FolderManifests(tmp_path / "there")
+    manifests = FolderManifests(tmp_path / "there", KEY)
     (tmp_path / "there").rmdir()
     manifests.append(sequence("a"))
     assert not list(manifests.news())

@@ -13,6 +13,7 @@ import pytest
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
 
+from kvcomm_vllm.compat.offload import end_of_step
 from kvcomm_vllm.scheduler.tiers.room import make_room
 
 Make = Callable[..., EngineWithoutWorker]
@@ -26,9 +27,19 @@ def engine(make_engine: Make, tmp_path: Path) -> EngineWithoutWorker:
 
 
 def crowd_out(engine: EngineWithoutWorker) -> None:
+    """The pool gives no page away that is still being written to disk: that is waited for."""
+    written(engine)
     for number in range(4):
         engine.serve(f"other {number}", words(("other", number), 150))
-        engine.idle()
+        written(engine)
+
+
+def written(engine: EngineWithoutWorker) -> None:
+    engine.idle()
+    manager = engine.half.tiers._manager
+    for tier in manager.secondary_tiers:
+        tier.drain_jobs()
+    end_of_step(manager)
 
 
 def test_each_tier_is_counted_by_its_name(
@@ -54,6 +65,7 @@ def test_each_tier_is_counted_by_its_name(
 
 def test_nothing_that_was_counted_piles_up(engine: EngineWithoutWorker) -> None:
     crowd_out(engine)
+    engine.step()
     manager = engine.half.tiers._manager
     assert not manager.primary_tier.allocation_sizes_in_current_batch
     assert manager._metrics._stats.is_empty()

@@ -80,8 +80,8 @@ class DiskTier(FileSystemTierManager):
             return
         try:
             for path, page in pages:
-                if not path.exists():
-                    self._dropped.put(self._room.take(page.nbytes + TAIL))
+                if not path.exists() and (gone := self._room.take(page.nbytes + TAIL)):
+                    self._dropped.put(gone)
                 store_page(path, page)
         except OSError as error:
             self._full_until = time.monotonic() + FULL_SECONDS

@@ -33,9 +33,7 @@ class FolderManifests:
             in their newest files.
     """
 
-    def __init__(
-        self, folder: Path, secret: bytes | None = None, max_bytes: int = MOST_BYTES
-    ) -> None:
+    def __init__(self, folder: Path, secret: bytes, max_bytes: int = MOST_BYTES) -> None:
         self.secret = secret
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder

@@ -59,10 +59,10 @@ class Manifests(Protocol):
     """What engines write down for each other.
 
     Attributes:
-        secret: of tenants' digests in there; None while nobody knows it.
+        secret: of tenants' digests in there.
     """
 
-    secret: bytes | None
+    secret: bytes
 
     def append(self, sequence: Sequence) -> None:
         """Write a sequence down. What cannot be written costs no more than that it is not found

@@ -75,8 +75,7 @@ class HostPool:
 
     @property
     def secret(self) -> bytes | None:
-        known = [one.secret for one in self._manifests if one.secret]
-        return known[-1] if known else None
+        return self._manifests[-1].secret if self._manifests else None
 
     def stored(self, sequence: Sequence, block_ids: Listing[int]) -> None:
         self.keep(sequence.block_hashes, block_ids)

@@ -33,7 +33,7 @@ class StreamManifests:
     """
 
     def __init__(self, server: SharedServer, prefix: str, ttl_seconds: int, key: bytes) -> None:
-        self.secret: bytes | None = key
+        self.secret = key
         self._server = server
         self._stream = f"{prefix}manifests"
         self._ttl = ttl_seconds
@@ -80,7 +80,6 @@ class StreamManifests:
             self._send()
 
     def _agree(self) -> None:
-        assert self.secret is not None
         key = self._server.tenant_key(self.secret)
         if key != self.secret:
             self.secret = key
