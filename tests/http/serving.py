@@ -20,7 +20,10 @@ WORDS = [
     *("river", "stone", "amber", "candle", "market", "winter", "engine", "paper", "garden"),
     *("silver", "bridge", "mountain", "signal", "copper", "harbor", "letter", "window", "forest"),
 ]
-QUIET = "audits: false\nheal: off\n"  # the server does nothing that no test has asked for
+# Servers of two tests run at once: with room for anchors of a few texts they fit into 16 GB.
+FRUGAL = "anchor_memory_mb: 256\npaper:\n  memory_mb: 128\n"
+# the server does nothing that no test has asked for
+QUIET = f"audits: false\nheal: off\n{FRUGAL}"
 PATIENCE_SECONDS = 60.0
 # On one GPU vLLM's worker has no process of its own; told by name a server has none on a CPU
 # either, and starts a third sooner.

@@ -21,7 +21,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
 pytest.importorskip("openai", reason="the bench extra is not installed")
 
-from serving import AS_ON_ONE_GPU  # noqa: E402
+from serving import AS_ON_ONE_GPU, FRUGAL  # noqa: E402
 
 from kvcomm_vllm.evaluation.bench.records import VARYING  # noqa: E402
 
@@ -71,7 +71,7 @@ def ended(rows: Rows) -> set[tuple[str, str]]:
 def command(model: str, out: Path) -> list[str]:
     config = out / "given.yaml"
     # three tasks of random words teach little; here it is enough that they are corrected at all
-    config.write_text("max_anchor_error: 1.0\n")
+    config.write_text(f"max_anchor_error: 1.0\n{FRUGAL}")
     return [
         *[*BENCH, "--model", model, "--workload", "synthetic"],
         *["--tasks", str(TASKS), "--stream", str(STREAM), "--columns", ",".join(COLUMNS)],
@@ -83,12 +83,13 @@ def command(model: str, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def run(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Continued:
     out = tmp_path_factory.mktemp("run")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    first = subprocess.Popen(command(smollm2, out), **quiet)
+    said = out / "said.txt"
+    with said.open("wb") as sink:
+        first = subprocess.Popen(command(smollm2, out), stdout=sink, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + TIMEOUT_SECONDS
         while not ended(read(out)):
-            assert first.poll() is None
+            assert first.poll() is None, said.read_text()
             assert time.monotonic() < end
             time.sleep(0.05)
         # not SIGINT, which what was started in the background may be set to ignore

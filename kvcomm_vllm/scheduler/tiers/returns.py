@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvcomm_vllm.compat.events import ExactPage
-from kvcomm_vllm.compat.offload import Found, TierRequest, key_of, look_up
+from kvcomm_vllm.compat.offload import Found, TierRequest, in_pool, key_of, look_up
 from kvcomm_vllm.messages import TransferOp
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.tiers.costs import Costs
@@ -80,10 +80,13 @@ class Returns:
         here: list[bytes] = []
         coming = False
         for name in names:
-            found = look_up(self._manager, name, waiting.request.context)
+            if patient:
+                found = look_up(self._manager, name, waiting.request.context)
+            else:  # what begins to come to a full pool drives out what has just been found there
+                found = Found.HERE if in_pool(self._manager, name) else Found.NOWHERE
             if found is Found.HERE:
                 here.append(name)
-            elif found is Found.COMING and patient:
+            elif found is Found.COMING:
                 coming = waiting.behind = True
             elif wanted.chained:
                 break
