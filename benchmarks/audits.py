@@ -44,7 +44,18 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "auditing": {},
 }
 READERS = ("writer", "critic", "editor", "lawyer", "clerk")
-ASKED = ("blocks", "texts", "readers", "words", "pause", "gap", "idle", "tokens", "seed")
+ASKED = (
+    "blocks",
+    "texts",
+    "readers",
+    "words",
+    "pause",
+    "gap",
+    "idle",
+    "tokens",
+    "seed",
+    "server_arg",
+)
 # Never corrected, so that nothing else differs.
 SETTINGS = {"min_anchors": 1000, "max_anchors": 1000, "anchor_seam_tokens": 16}
 
@@ -60,7 +71,7 @@ def block(client: ChatClient, options: argparse.Namespace, seed: int) -> list[tu
     times = []
     for _ in range(options.texts):
         text = " ".join(rng.choice(WORDS) for _ in range(options.words))
-        time.sleep(options.pause)
+        time.sleep(rng.uniform(0, 2 * options.pause))
         for role in READERS[: options.readers]:
             time.sleep(rng.expovariate(1 / options.gap))
             answer = client.stream(messages(role, text), options.tokens)
@@ -90,7 +101,14 @@ def column(
     config.write_text(yaml.safe_dump({**SETTINGS, **idle, **COLUMNS[name]}))
     log = folder / f"{name}.log"
     with (
-        started(f"vLLM with kvcomm, {name}", options.model, log, progress, config=config) as server,
+        started(
+            f"vLLM with kvcomm, {name}",
+            options.model,
+            log,
+            progress,
+            config=config,
+            extra=options.server_arg,
+        ) as server,
         closing(ChatClient(server.base_url, served_name(options.model))) as client,
     ):
         yield server.base_url, client
@@ -142,11 +160,12 @@ def main() -> None:
         "--readers", type=int, default=2, help=f"of each text, up to {len(READERS)}"
     )
     parser.add_argument("--words", type=int, default=400, help="of each text")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each text")
+    parser.add_argument("--pause", type=float, default=0.0, help="mean seconds before each text")
     parser.add_argument("--gap", type=float, default=2.0, help="mean seconds between requests")
     parser.add_argument("--idle", type=float, default=5.0, help="audit_idle_seconds")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--server-arg", action="append", default=[], help="passed to vllm serve")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     stop_at_sigterm()

@@ -23,6 +23,7 @@ SETTINGS = {
     "private_price": 0.0,
     "max_unseen_share": 1.0,
     "max_refresh_share": 0.0,
+    "anchor_memory_mb": 256,  # as much as all tiny models together need
     "report": "full",
 }
 

@@ -21,7 +21,7 @@ WORDS = [
     *("silver", "bridge", "mountain", "signal", "copper", "harbor", "letter", "window", "forest"),
 ]
 # Servers of two tests run at once: with room for anchors of a few texts they fit into 16 GB.
-FRUGAL = "anchor_memory_mb: 256\npaper:\n  memory_mb: 128\n"
+FRUGAL = "anchor_memory_mb: 256\n"
 # the server does nothing that no test has asked for
 QUIET = f"audits: false\nheal: off\n{FRUGAL}"
 PATIENCE_SECONDS = 60.0

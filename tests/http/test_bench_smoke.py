@@ -71,7 +71,7 @@ def ended(rows: Rows) -> set[tuple[str, str]]:
 def command(model: str, out: Path) -> list[str]:
     config = out / "given.yaml"
     # three tasks of random words teach little; here it is enough that they are corrected at all
-    config.write_text(f"max_anchor_error: 1.0\n{FRUGAL}")
+    config.write_text(f"max_anchor_error: 1.0\n{FRUGAL}paper: {{memory_mb: 128}}\n")
     return [
         *[*BENCH, "--model", model, "--workload", "synthetic"],
         *["--tasks", str(TASKS), "--stream", str(STREAM), "--columns", ",".join(COLUMNS)],
