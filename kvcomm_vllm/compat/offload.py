@@ -8,6 +8,7 @@ everything else: the pool's memory, its bookkeeping and eviction, the copying of
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -208,6 +209,15 @@ def end_of_step(manager: Any) -> None:
     from vllm.v1.kv_offload.base import ScheduleEndContext
 
     manager.on_schedule_end(ScheduleEndContext(new_req_ids=(), preempted_req_ids=()))
+
+
+def let_finish(manager: Any, seconds: float) -> None:
+    """Wait until slower tiers have what they were given, so long at most."""
+    end = time.monotonic() + seconds
+    end_of_step(manager)
+    while manager._jobs and time.monotonic() < end:
+        time.sleep(0.01)
+        end_of_step(manager)
 
 
 def take_counts(manager: Any) -> Iterator[tuple[str, str, float]]:

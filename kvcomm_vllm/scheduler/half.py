@@ -188,9 +188,9 @@ class SchedulerHalf:
         matches = self.finder.find(state, local)
         if self.finder.worth_waiting(state, matches):
             return AskAgain.IN_FLIGHT
-        if self.tiers.bring(state, self.finder.missing(state, matches)):
+        if self.tiers.bring(state, self.finder.missing(state, local)):
             return AskAgain.RETURNING
-        ready = [match for match in matches if match.sequence.ready]
+        ready = [match for match in self.finder.find(state, local) if match.sequence.ready]
         sources = [part for match in ready for part in self.pages.sources(match, state.tokens())]
         if not sources:
             return Reason.SOURCE_EVICTED if ready else Reason.NO_MATCH

@@ -85,6 +85,8 @@ class SourceFinder:
                 found += self._search(state, local)
             if any(match.approximate_tokens for match in found):
                 found += self._search(state, local, exact=True)
+            if not all(match.sequence.intact for match in found):
+                found += self._search(state, local, intact=True)
             state.matches, state.matches_key = state.hints.clip(found), key
             state.context = state.refresh = None
         return state.matches
@@ -154,9 +156,14 @@ class SourceFinder:
         salt = state.request.cache_salt
         return Text(names, state.tokens(), exact if state.shareable else 0, salt)
 
-    def missing(self, state: RequestState, matches: Listing[Match]) -> Iterator[Wanted]:
-        """What of these matches no page in the KV cache has."""
-        yield missing(matches, self.pages, state.tokens(), state.request.cache_salt)
+    def missing(self, state: RequestState, local: int) -> Iterator[Wanted]:
+        """What of the matches no page in the KV cache has; once more, if meanwhile it has come out
+        that pages of some are lost.
+        """
+        tried: list[Match] | None = None
+        while (matches := self.find(state, local)) is not tried:
+            yield missing(matches, self.pages, state.tokens(), state.request.cache_salt)
+            tried = matches
 
     def own(self, state: RequestState) -> int:
         """Free pages that the request will ask for."""
@@ -167,16 +174,22 @@ class SourceFinder:
         return -(-int(state.request.num_tokens) // self.block_size) - in_use
 
     def _search(
-        self, state: RequestState, local: int, filling: bool = False, exact: bool = False
+        self,
+        state: RequestState,
+        local: int,
+        filling: bool = False,
+        exact: bool = False,
+        intact: bool = False,
     ) -> list[Match]:
         """Matches of other requests' text; ``filling``: also of what is being prefilled."""
         assert state.limits is not None
+        others = self._others(state, filling)
         return self.index.find(
             state.namespace,
             state.tokens()[:-1],  # the last token is always computed: it yields the next one
             local,
             state.limits.min_span_tokens,
-            self._others(state, filling),
+            lambda s: others(s) and (s.intact or not intact),
             Reach(exact=exact, secret=not state.trusted),
         )
 

@@ -48,6 +48,7 @@ class Sequence:
             computed where they stand.
         ready: False while the prefill that writes the KV is running.
         owner: request id.
+        intact: False where a page of it was looked for in tiers in vain.
     """
 
     id: int
@@ -60,6 +61,7 @@ class Sequence:
     owner: str
     generation: int = 0
     origin: Origin | None = None
+    intact: bool = True
 
     @property
     def exact_tokens(self) -> int:

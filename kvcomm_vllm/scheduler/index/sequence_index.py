@@ -161,6 +161,11 @@ class SequenceIndex:
             sequence.first_approximate, sequence.generation, sequence.origin = None, 0, None
         self.version += 1
 
+    def lose(self, sequence: Sequence) -> None:
+        """Pages of it are gone, though not all: another copy of its text is better."""
+        sequence.intact = False
+        self.version += 1
+
     def touch(self, sequence: Sequence) -> None:
         """Make a sequence the most recently used one."""
         if sequence in self:

@@ -12,7 +12,13 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.offload import drop_slower, end_of_step, in_pool, take_counts
+from kvcomm_vllm.compat.offload import (
+    drop_slower,
+    end_of_step,
+    in_pool,
+    let_finish,
+    take_counts,
+)
 from kvcomm_vllm.messages import StepMessage, StepReport, TransferOp
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.engine_state import EngineState
@@ -27,6 +33,7 @@ from kvcomm_vllm.scheduler.tiers.stores import Stores
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
 
 logger = init_logger("vllm.kvcomm")
+LAST_SECONDS = 3.0  # that an engine's end waits for slower tiers; vLLM waits 5 for the engine
 NEWS_SECONDS = 1.0  # between two looks at what other engines have written down
 
 
@@ -120,11 +127,13 @@ class HostPool:
         return not self._void and any(self._bring(state, one) for one in wanted)
 
     def _bring(self, state: RequestState, wanted: Wanted) -> bool:
-        here, coming = self._returns.look(state.id, wanted)
-        if coming or not here or not self._costs.worth(behind=False):
-            return coming
+        found = self._returns.look(state.id, wanted)
+        for sequence in found.lost:
+            self._finder.index.lose(sequence)
+        if found.coming or not found.here or not self._costs.worth(behind=False):
+            return found.coming
         number, own = next(self._numbers), self._finder.own(state)
-        return self._send(self._returns.begin(number, state.id, wanted, here, own))
+        return self._send(self._returns.begin(number, state.id, wanted, found.here, own))
 
     def _send(self, op: TransferOp | None) -> bool:
         if op is None:
@@ -214,5 +223,7 @@ class HostPool:
         self._manifests = ()
 
     def close(self) -> None:
+        if self._slower:
+            let_finish(self._manager, LAST_SECONDS)
         self._close_manifests()
         self._manager.shutdown()

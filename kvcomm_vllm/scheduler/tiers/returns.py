@@ -10,9 +10,12 @@ from typing import Any
 from kvcomm_vllm.compat.events import ExactPage
 from kvcomm_vllm.compat.offload import Found, TierRequest, in_pool, key_of, look_up
 from kvcomm_vllm.messages import TransferOp
+from kvcomm_vllm.scheduler.index import Sequence
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.tiers.costs import Costs
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
+
+MOST_LOSSES = 3
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Waiting:
         gone: the request has ended meanwhile; ``given_up``: its pages could not be copied;
             ``abandoned``: they must not be read; ``behind``: some came from behind the pool.
         wanted: what was last looked for.
+        losses: how often of that was found out that it is lost.
     """
 
     request: TierRequest
@@ -40,6 +44,22 @@ class Waiting:
     abandoned: bool = False
     behind: bool = False
     wanted: Wanted | None = None
+    losses: int = 0
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What came of looking for pages.
+
+    Attributes:
+        here: those that lie in the pool and not in the KV cache.
+        coming: whether more of them may come to the pool, which is worth waiting for.
+        lost: sequences of which pages are nowhere, as is new.
+    """
+
+    here: list[bytes] = field(default_factory=list)
+    coming: bool = False
+    lost: list[Sequence] = field(default_factory=list)
 
 
 class Returns:
@@ -61,23 +81,22 @@ class Returns:
         waiting = self._waiting.get(request_id)
         return waiting is not None and waiting.number is not None
 
-    def look(self, request_id: str, wanted: Wanted) -> tuple[list[bytes], bool]:
-        """What of it lies in the pool and not in the KV cache; and whether more of it may come
-        there, which is worth waiting for.
-        """
+    def look(self, request_id: str, wanted: Wanted) -> Looked:
+        """What of it there is outside the KV cache."""
         names = [name for name in wanted.pages if self._pages.lookup(name) is None]
         if not names:
-            return [], False
+            return Looked()
         waiting = self._waiting.get(request_id)
         if waiting is None:
             request = TierRequest(self._manager, f"kvcomm return {request_id}")
             waiting = self._waiting[request_id] = Waiting(request, time.monotonic())
         waiting.wanted = wanted
         if waiting.given_up:
-            return [], False
+            return Looked()
         patient = time.monotonic() - waiting.since < self._wait_seconds
         patient = patient and self._costs.worth(behind=True)
         here: list[bytes] = []
+        nowhere: set[bytes] = set()
         coming = False
         for name in names:
             if patient:
@@ -90,7 +109,17 @@ class Returns:
                 coming = waiting.behind = True
             elif wanted.chained:
                 break
-        return here, coming
+            else:
+                nowhere.add(name)
+        return Looked(here, coming, self._lost(waiting, wanted, nowhere) if patient else [])
+
+    def _lost(self, waiting: Waiting, wanted: Wanted, names: set[bytes]) -> list[Sequence]:
+        """Each is a reason to look for another copy, and a request waits only so often."""
+        lost = [s for s in wanted.sequences if s.intact and not names.isdisjoint(s.block_hashes)]
+        if not lost or waiting.losses == MOST_LOSSES:
+            return []
+        waiting.losses += 1
+        return lost
 
     def begin(
         self, number: int, request_id: str, wanted: Wanted, names: list[bytes], own: int

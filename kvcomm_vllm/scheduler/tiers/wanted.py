@@ -53,11 +53,13 @@ class Wanted:
 
     Args:
         chained: each is of use only with all before it.
+        sequences: whose pages they are, where others have the same text.
     """
 
     pages: dict[bytes, int]
     texts: Listing[Text]
     chained: bool = False
+    sequences: Listing[Sequence] = ()
 
     def exact(self, name: bytes, size: int) -> ExactPage | None:
         """What everybody may hear of a page; None if it is not exact."""
@@ -75,6 +77,7 @@ def missing(
 ) -> Wanted:
     """The matches' pages whose text no page in the KV cache has."""
     ready = [match for match in matches if match.sequence.ready]
+    ready.sort(key=lambda match: not match.sequence.intact)
     there = np.zeros(len(prompt), np.bool_)
     for match in ready:
         for source in pages.sources(match, prompt):
@@ -85,7 +88,8 @@ def missing(
             if not there[start:end].all():
                 there[start:end] = True
                 found[name] = tokens
-    return Wanted(found, [text_of(match.sequence, salt) for match in ready])
+    texts = [text_of(match.sequence, salt) for match in ready]
+    return Wanted(found, texts, sequences=[match.sequence for match in ready])
 
 
 def _pages_of(match: Match, size: int) -> Iterator[tuple[bytes, int, int, int]]:
