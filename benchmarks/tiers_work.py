@@ -7,6 +7,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Listing
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +128,13 @@ class Bench:
 
     Args:
         folder: for their files, which are of no use afterwards.
+        extra: arguments of all of them.
     """
 
     model: str
     folder: Path
     progress: Progress
+    extra: Listing[str] = ()
 
     @contextmanager
     def serving(
@@ -149,7 +152,7 @@ class Bench:
                 self.progress,
                 connector=settings is not None,
                 config=None if settings is None else config,
-                extra=["--max-model-len", str(MAX_TOKENS), *(extra or [])],
+                extra=["--max-model-len", str(MAX_TOKENS), *self.extra, *(extra or [])],
             ) as server,
             closing(ChatClient(server.base_url, served_name(self.model))) as client,
         ):
@@ -171,6 +174,7 @@ def asked_for(description: str | None, teams: int) -> argparse.ArgumentParser:
     parser.add_argument("--words", type=int, default=300, help="of a question, about a token each")
     parser.add_argument("--tokens", type=int, default=40, help="of an answer")
     parser.add_argument("--host-gb", type=float, default=4.0)
+    parser.add_argument("--server-arg", action="append", default=[], help="passed to vllm serve")
     parser.add_argument("--json", type=Path)
     return parser
 
@@ -180,13 +184,13 @@ def bench(options: argparse.Namespace) -> Iterator[Bench]:
     """Files and the screen while servers work."""
     stop_at_sigterm()
     with TemporaryDirectory() as folder, progress_bar(Console(stderr=True)) as progress:
-        yield Bench(options.model, Path(folder), progress)
+        yield Bench(options.model, Path(folder), progress, options.server_arg)
 
 
 def write(options: argparse.Namespace, names: Iterable[str], found: dict[str, Any]) -> None:
     """What was found as JSON, if that was asked for, and under which conditions."""
     if options.json:
-        conditions = {name: getattr(options, name) for name in names}
+        conditions = {name: getattr(options, name) for name in (*names, "server_arg")}
         conditions |= {"machine": describe_machine(), "versions": describe_versions()}
         text = json.dumps({"conditions": conditions, **found}, indent=1)
         options.json.parent.mkdir(parents=True, exist_ok=True)
