@@ -30,7 +30,6 @@ def settings_of_arguments(args: EngineArgs, model: ModelConfig) -> EngineSetting
         pipeline_ranks=args.pipeline_parallel_size,
         context_ranks=_context_ranks(args),
         expert_ranks=ranks if model.is_moe else 1,
-        lora=bool(args.enable_lora),
         drafts=any(getattr(args, name, None) is not None for name in _SPECULATIVE),
     )
 
@@ -44,7 +43,6 @@ def settings_of_config(config: VllmConfig) -> EngineSettings:
         pipeline_ranks=parallel.pipeline_parallel_size,
         context_ranks=_context_ranks(parallel),
         expert_ranks=parallel.data_parallel_size if experts else 1,
-        lora=config.lora_config is not None,
         drafts=config.speculative_config is not None,
     )
 

@@ -24,7 +24,6 @@ SETTINGS: list[tuple[dict[str, Any], Reason]] = [
     ({"pipeline_parallel_size": 2}, Reason.PIPELINE_PARALLEL),
     ({"decode_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
     ({"prefill_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
-    ({"enable_lora": True}, Reason.LORA_ENABLED),
     ({"speculative_config": DRAFTS}, Reason.SPEC_DECODE),
     ({"spec_method": "ngram"}, Reason.SPEC_DECODE),
     ({"spec_tokens": 2}, Reason.SPEC_DECODE),
@@ -60,7 +59,7 @@ def test_two_sizes_for_the_host_pool_are_refused(args_for: MakeArgs) -> None:
 
 
 def test_vllms_own_offloading_is_left_alone_where_nothing_can_be_reused(args_for: MakeArgs) -> None:
-    args = args_for("LlamaForCausalLM", kv_offloading_size=2.5, enable_lora=True)
+    args = args_for("LlamaForCausalLM", kv_offloading_size=2.5, pipeline_parallel_size=2)
     args.create_model_config()
     assert (args.kv_transfer_config, args.kv_offloading_size) == (None, 2.5)
 
@@ -95,9 +94,7 @@ def test_pages_that_the_checkpoint_wants_packed_count_as_if_asked_for(args_for: 
     assert rules.kv_cache_dtype(args, model) == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    "setting", [{"enable_prefix_caching": False}, {"enable_lora": True}], ids=str
-)
+@pytest.mark.parametrize("setting", [{"enable_prefix_caching": False}, {"spec_tokens": 2}], ids=str)
 def test_without_reuse_windowed_models_keep_the_hybrid_allocator(
     args_for: MakeArgs, setting: dict[str, Any]
 ) -> None:

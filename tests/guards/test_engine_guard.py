@@ -70,7 +70,6 @@ SETTINGS = [
     ("parallel_config__decode_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
     ("parallel_config__prefill_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
     ("parallel_config__data_parallel_size", 2, Reason.EXPERTS_DATA_PARALLEL),
-    ("lora_config", {"max_loras": 1}, Reason.LORA_ENABLED),
     ("speculative_config", {"method": "eagle"}, Reason.SPEC_DECODE),
 ]
 

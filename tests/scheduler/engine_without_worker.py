@@ -16,10 +16,12 @@ from vllm.config import (
     DeviceConfig,
     KVEventsConfig,
     KVTransferConfig,
+    LoRAConfig,
     ModelConfig,
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -75,6 +77,7 @@ class EngineWithoutWorker(SimulatedWorker):
         paper_rows: tokens that mode paper can keep there.
         compares: the model tells which token follows.
         events: what is in the prefix cache is published, into ``published``.
+        loras: adapters that one step can have; 0 for an engine without.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class EngineWithoutWorker(SimulatedWorker):
         paper_rows: int = 4096,
         compares: bool = True,
         events: bool = False,
+        loras: int = 0,
     ) -> None:
         super().__init__(num_blocks, block_size)
         transfer = settings is not None and KVTransferConfig(
@@ -112,6 +116,7 @@ class EngineWithoutWorker(SimulatedWorker):
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=True),
             device_config=DeviceConfig("cpu"),
             kv_transfer_config=transfer or None,
+            lora_config=LoRAConfig(max_loras=loras) if loras else None,
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         config.scheduler_config.async_scheduling = pipeline > 1
@@ -194,11 +199,14 @@ class EngineWithoutWorker(SimulatedWorker):
         salt: str | None = None,
         priority: int = 0,
         resumable: bool = False,
+        adapter: LoRARequest | None = None,
         **sampling: Any,
     ) -> Request:
         """A request that will sample ``answer`` (default: 2 tokens) and then end."""
         answer = [1, 1] if answer is None else answer
-        text = Text.of([*prompt, *answer, 0, 0])  # steps in flight may sample beyond the end
+        number = adapter.lora_int_id if adapter else 0
+        # steps in flight may sample beyond the end
+        text = Text.of([*prompt, *answer, 0, 0], number)
         params = SamplingParams(
             max_tokens=len(answer),
             temperature=0.0,
@@ -217,13 +225,14 @@ class EngineWithoutWorker(SimulatedWorker):
             arrival_time=float(len(self.served)),
             block_hasher=self.hasher,
             resumable=resumable,
+            lora_request=adapter,
         )
         self.served[name] = Served(text, len(prompt))
-        self._note_exact_hashes(text, salt)
+        self._note_exact_hashes(text, salt, adapter)
         self.scheduler.add_request(request)
         return request
 
-    def _note_exact_hashes(self, text: Text, salt: str | None) -> None:
+    def _note_exact_hashes(self, text: Text, salt: str | None, adapter: LoRARequest | None) -> None:
         plain = Request(
             request_id="plain",
             prompt_token_ids=text.tokens.tolist(),
@@ -231,6 +240,7 @@ class EngineWithoutWorker(SimulatedWorker):
             pooling_params=None,
             cache_salt=salt,
             block_hasher=self.hasher,
+            lora_request=adapter,
         )
         for index, block_hash in enumerate(plain.block_hashes):
             self.exact_pages[bytes(block_hash)] = (text, index)
@@ -303,6 +313,10 @@ class EngineWithoutWorker(SimulatedWorker):
         message = job.output.kv_connector_metadata
         if isinstance(message, StepMessage):
             self.host_pool.work(message.transfers, message.awaited)
+        if job.rows:
+            most = self.scheduler.lora_config.max_loras if self.scheduler.lora_config else 0
+            in_use = {row.text.adapter for row in job.rows} - {0}
+            assert len(in_use) <= most, "more adapters in a step than there are slots"
         memory.forget(job.new_pages)
         if isinstance(message, StepMessage):
             if message.requests:

@@ -48,6 +48,7 @@ class Sequence:
             computed where they stand.
         ready: False while the prefill that writes the KV is running.
         owner: request id.
+        adapter: number of the LoRA adapter its KV was computed with; 0 for none.
     """
 
     id: int
@@ -60,6 +61,7 @@ class Sequence:
     owner: str
     generation: int = 0
     origin: Origin | None = None
+    adapter: int = 0
 
     @property
     def exact_tokens(self) -> int:
