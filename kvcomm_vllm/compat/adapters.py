@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
@@ -70,7 +70,7 @@ class Adapters(Protocol):
         Only in steps of which vLLM computes nothing itself.
         """
 
-    def aside(self) -> Any:
+    def aside(self) -> AbstractContextManager[None]:
         """A context for forwards of our own: behind it all is as vLLM has left it."""
 
     def use(self, tokens: Sequence[int], ends: Sequence[int]) -> None:

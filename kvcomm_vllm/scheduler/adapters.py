@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.adapters import adapter_number
+from kvcomm_vllm.compat.adapters import adapter_names, adapter_number
 from kvcomm_vllm.messages import Adapter
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.idle.lesson_queue import LessonQueue
@@ -47,11 +47,23 @@ class Adapters:
         self._pages = pages
         self._lessons = lessons
         self._versions: dict[int, int] = {}
+        self._newest: dict[tuple[str, str], int] = {}  # numbers by name and path
 
     def of(self, request: Request) -> Adapter | None:
-        """The request's adapter as it is now."""
+        """The request's adapter as it is now.
+
+        An adapter that was unloaded and loaded again has a new number. Its files may be others by
+        then, and vLLM goes by name and path: it would find pages of the old one.
+        """
+        names = adapter_names(request)
+        if names is None:
+            return None
         number = adapter_number(request)
-        return Adapter(number, self._versions.get(number, 0)) if number else None
+        before = self._newest.setdefault(names, number)
+        if number > before:
+            self._newest[names] = number
+            self._store.forget_adapter(before, self._pages)
+        return Adapter(number, self._versions.get(number, 0))
 
     def hear(self, versions: dict[int, int]) -> None:
         """Workers tell of new versions. To be called before requests of that step end: none of them

@@ -139,15 +139,16 @@ def test_requests_that_do_not_reuse_answer_as_plain_vllm_beside_those_that_do(
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, extra_args=extra)
     engine = adapted.llm_engine
     for number, (tokens, adapter) in enumerate(zip(running, adapters, strict=True)):
-        engine.add_request(f"runs {number}", {"prompt_token_ids": tokens}, params, adapter)
+        said = {"prompt_token_ids": tokens}
+        engine.add_request(f"runs {number}", said, params, lora_request=adapter)
     done: dict[str, Any] = {}
     hints = {"kv_transfer_params": {"kvcomm": {"mode": "rotate"}}}
     reusing = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, extra_args=hints)
     for step in range(200):
         if step % 5 == 4 and step < 35:
             who = [other, None, one][step // 5 % 3]
-            tokens = prompt(36 + step, shared)
-            engine.add_request(f"reuses {step}", {"prompt_token_ids": tokens}, reusing, who)
+            said = {"prompt_token_ids": prompt(36 + step, shared)}
+            engine.add_request(f"reuses {step}", said, reusing, lora_request=who)
         for output in engine.step():
             if output.finished:
                 done[output.request_id] = output

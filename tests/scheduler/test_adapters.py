@@ -136,6 +136,12 @@ def test_an_adapter_that_is_loaded_anew_under_another_number_begins_anew(
     again = LoRARequest(ONE.lora_name, 7, ONE.lora_path)
     served = engine.serve("second", prompt("b"), adapter=again)
     assert served.declined == ["no_match"]
+    begins_alike = engine.serve("third", prompt("a"), adapter=again)
+    assert begins_alike.report["local"] == 0, "vLLM goes by name and path"
+    served = engine.serve("fourth", prompt("c"), adapter=again)
+    assert served.report["reused"] == 38
+    engine.serve("late", prompt("d"), adapter=ONE)
+    assert engine.serve("fifth", prompt("e"), adapter=again).report["reused"] == 38
 
 
 def test_a_conversation_goes_on_with_its_own_adapter_alone(engine: EngineWithoutWorker) -> None:
