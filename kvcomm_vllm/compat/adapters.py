@@ -8,16 +8,20 @@ vLLM has in its slots: none is read from a file for it.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
+from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     import torch
     from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvcomm.worker")
 
 # What is used of vLLM's manager of adapters.
 _NEEDED = (
@@ -150,7 +154,11 @@ class SlotAdapters:
             if seen is not None and seen() is adapter:
                 continue
             self._seen[number] = weakref.ref(adapter)
-            digest = weights_digest(adapter)
+            try:
+                digest = weights_digest(adapter)
+            except Exception:  # of another version: whatever is read anew counts as replaced
+                logger.debug("kvcomm: weights of adapter %d have no digest", number, exc_info=True)
+                digest = os.urandom(16)
             if self._digests.setdefault(number, digest) != digest:
                 self._digests[number] = digest
                 self.versions[number] = replaced[number] = self.versions.get(number, 0) + 1

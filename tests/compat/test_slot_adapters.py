@@ -226,6 +226,16 @@ def test_other_weights_are_another_version_each_time(manager: Manager) -> None:
     assert adapters.versions == {1: 2}
 
 
+def test_weights_without_a_digest_are_new_whenever_they_are_read(manager: Manager) -> None:
+    strange: Any = SimpleNamespace(loras={"q": object()}, modules_to_save={})
+    adapters = SlotAdapters(manager, apart=False)
+    manager.registered = {1: strange}
+    assert adapters.look() == {}
+    assert adapters.look() == {}
+    manager.registered = {1: SimpleNamespace(**vars(strange))}
+    assert adapters.look() == {1: 1}
+
+
 def test_a_digest_is_of_weights_shapes_and_scales() -> None:
     same = weights_digest(model(1, 5))
     assert weights_digest(model(2, 5)) == same
