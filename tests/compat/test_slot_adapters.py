@@ -227,12 +227,13 @@ def test_other_weights_are_another_version_each_time(manager: Manager) -> None:
 
 
 def test_weights_without_a_digest_are_new_whenever_they_are_read(manager: Manager) -> None:
-    strange: Any = SimpleNamespace(loras={"q": object()}, modules_to_save={})
+    strange, stranger = model(1), model(1)
+    strange.loras["q"] = stranger.loras["q"] = object()  # type: ignore[assignment]
     adapters = SlotAdapters(manager, apart=False)
     manager.registered = {1: strange}
     assert adapters.look() == {}
     assert adapters.look() == {}
-    manager.registered = {1: SimpleNamespace(**vars(strange))}
+    manager.registered = {1: stranger}
     assert adapters.look() == {1: 1}
 
 

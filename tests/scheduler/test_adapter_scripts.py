@@ -50,7 +50,13 @@ def test_nobody_reads_another_adapter_s_kv(
     loras: int,
     num_blocks: int,
 ) -> None:
-    engine = make_engine(mode=mode, pipeline=pipeline, loras=loras, num_blocks=num_blocks)
+    engine = make_engine(
+        mode=mode,
+        paper={"memory_mb": 1},
+        pipeline=pipeline,
+        loras=loras,
+        num_blocks=num_blocks,
+    )
     names = itertools.count()
     for action, given_to in script:
         if action == "ask":

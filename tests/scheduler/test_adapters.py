@@ -222,7 +222,8 @@ def test_a_lesson_whose_adapter_is_gone_is_dropped_and_unlearns_nothing(make_eng
 
 
 def test_mode_paper_keeps_anchors_of_adapters_apart(make_engine: Make) -> None:
-    engine = make_engine(mode="paper", loras=2, num_blocks=256, private_price=0.0)
+    paper = {"mode": "paper", "paper": {"memory_mb": 1}, "min_span_tokens": 12}
+    engine = make_engine(**paper, loras=2, num_blocks=256)
     for number in range(4):
         hear(engine, number, ONE)
         engine.idle()
