@@ -61,8 +61,8 @@ def other(folder: Path) -> LoRARequest:
 
 @pytest.fixture(scope="module")
 def adapted(tiny_llama: str) -> Iterator[LLM]:
-    """vLLM with the plugin, that audits and heals as soon as it is idle; KV is moved as it is."""
-    plugin = {"mode": "rotate", "audit_idle_seconds": 0, "audit_share": 1, "audit_tokens": 64}
+    """vLLM with the plugin, that learns, audits and heals as soon as it is idle."""
+    plugin = {"mode": "anchor", "audit_idle_seconds": 0, "audit_share": 1, "audit_tokens": 256}
     llm = make_engine(tiny_llama, plugin=plugin, **LORA)
     yield llm
     llm.llm_engine.engine_core.shutdown()
@@ -205,12 +205,12 @@ def test_a_healed_conversation_goes_on_exactly(adapted: LLM, truth: LLM, one: Lo
 
 
 def test_placeholders_learn_with_their_adapter(adapted: LLM, one: LoRARequest) -> None:
-    agent, hints = words(60, 70), {"mode": "anchor"}
+    agent = words(60, 70)
 
     def hear(number: int, adapter: LoRARequest | None) -> Answer:
         question = words(1000 + number, 120)
         ask(adapted, words(61, 40) + question + TAIL, tokens=1, adapters=adapter)
-        (found,) = ask(adapted, agent + question + TAIL, hints=hints, adapters=adapter)
+        (found,) = ask(adapted, agent + question + TAIL, adapters=adapter)
         return found
 
     for number in range(5):
