@@ -94,7 +94,11 @@ def test_pages_that_the_checkpoint_wants_packed_count_as_if_asked_for(args_for: 
     assert rules.kv_cache_dtype(args, model) == "bfloat16"
 
 
-@pytest.mark.parametrize("setting", [{"enable_prefix_caching": False}, {"spec_tokens": 2}], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [{"enable_prefix_caching": False}, {"speculative_config": DRAFTS}],
+    ids=["prefix caching", "drafts"],
+)
 def test_without_reuse_windowed_models_keep_the_hybrid_allocator(
     args_for: MakeArgs, setting: dict[str, Any]
 ) -> None:
