@@ -93,7 +93,7 @@ def adapters_of(runner: Any) -> Adapters:
     """
     if getattr(runner.vllm_config, "lora_config", None) is None:
         return NoAdapters()
-    manager = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
+    manager: Any = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
     missing = [name for name in _NEEDED if not hasattr(manager, name)]
     if missing:
         raise UnknownAdaptersError(f"vLLM's manager of adapters has no {missing[0]}")
