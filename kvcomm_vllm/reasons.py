@@ -121,7 +121,9 @@ class Reason(enum.StrEnum):
     SPEC_DECODE = (
         "spec_decode",
         Scope.ENGINE,
-        "Speculative decoding is on; what is computed ahead does not fit what is loaded.",
+        "Tokens are drafted by layers (EAGLE, MTP, draft models, Medusa), or in a way that is not "
+        "known; their KV of what is loaded would be missing. Beside the methods ngram, ngram_gpu "
+        "and suffix, which look tokens up, KV is reused.",
     )
     LORA_ENABLED = (
         "lora_enabled",

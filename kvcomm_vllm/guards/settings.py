@@ -23,7 +23,7 @@ class EngineSettings:
         context_ranks: over which the tokens of a page are spread.
         expert_ranks: data-parallel ones that have to run a mixture of experts together.
         lora: adapters may be used.
-        drafts: tokens are guessed ahead.
+        drafts: tokens are guessed ahead by what has KV of its own, or may have.
     """
 
     prefix_caching: bool

@@ -105,7 +105,7 @@ class SchedulerHalf:
         self.engine.watch(pool)
         events = hide_private(pool, self._first_private_page)
         self.pages = SourcePages(pool, self.block_size, events)
-        self.finder = SourceFinder(self.config, self.store.index, self.pages)
+        self.finder = SourceFinder(self.config, self.store.index, self.pages, self.engine)
         self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
         self.audits = Audits(self.config, self.store.index, self.lessons)
         self.modes = Modes(Parts(self.config, self.lessons, self.pages, self.audits.ledger))

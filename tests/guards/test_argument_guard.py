@@ -17,6 +17,7 @@ from kvcomm_vllm.guards import arguments
 from kvcomm_vllm.reasons import Reason
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+EAGLE = {"method": "eagle3", "model": "a/drafter", "num_speculative_tokens": 2}
 SETTINGS: list[tuple[dict[str, Any], Reason]] = [
     ({"kv_cache_dtype": "int8_per_token_head"}, Reason.KV_QUANTISED),
     ({"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"}, Reason.KV_OFFLOADING),
@@ -25,9 +26,23 @@ SETTINGS: list[tuple[dict[str, Any], Reason]] = [
     ({"decode_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
     ({"prefill_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
     ({"enable_lora": True}, Reason.LORA_ENABLED),
-    ({"speculative_config": DRAFTS}, Reason.SPEC_DECODE),
-    ({"spec_method": "ngram"}, Reason.SPEC_DECODE),
+    ({"speculative_config": EAGLE}, Reason.SPEC_DECODE),
+    ({"speculative_config": {**DRAFTS, "method": "method of tomorrow"}}, Reason.SPEC_DECODE),
+    ({"speculative_config": {"model": "a/drafter"}}, Reason.SPEC_DECODE),
+    ({"speculative_config": {}}, Reason.SPEC_DECODE),
+    ({"speculative_config": {}, "spec_method": "mtp"}, Reason.SPEC_DECODE),
+    ({"spec_method": "draft_model", "spec_model": "a/drafter"}, Reason.SPEC_DECODE),
+    ({"spec_method": "custom_class", "spec_model": "a.Drafter"}, Reason.SPEC_DECODE),
+    ({"spec_method": "medusa"}, Reason.SPEC_DECODE),
+    ({"spec_model": "a/drafter"}, Reason.SPEC_DECODE),
     ({"spec_tokens": 2}, Reason.SPEC_DECODE),
+]
+LOOKED_UP: list[dict[str, Any]] = [
+    {"speculative_config": DRAFTS},
+    {"speculative_config": {**DRAFTS, "method": "ngram_gpu"}},
+    {"speculative_config": {"method": "suffix", "num_speculative_tokens": 8}},
+    {"spec_method": "ngram", "spec_tokens": 2},
+    {"speculative_config": {"prompt_lookup_max": 3}, "spec_method": "ngram", "spec_tokens": 2},
 ]
 
 
@@ -42,6 +57,25 @@ def test_a_setting_that_rules_reuse_out_drops_the_connector_with_one_warning(
         f"KV reuse is off ({reason}): {reason.explanation} "
         "The engine starts without kvcomm and serves exactly."
     ]
+
+
+@pytest.mark.parametrize("setting", LOOKED_UP, ids=lambda setting: str(setting)[:60])
+def test_drafts_that_are_looked_up_in_the_text_leave_reuse_on(
+    args_for: MakeArgs, said: list[str], setting: dict[str, Any]
+) -> None:
+    args = args_for("LlamaForCausalLM", **setting)
+    args.create_model_config()
+    assert args.kv_transfer_config is not None
+    assert said == []
+
+
+def test_an_engine_that_looks_tokens_up_reuses(args_for: MakeArgs) -> None:
+    """The guard of the finished engine says the same of what vLLM has made of the arguments."""
+    for setting in LOOKED_UP[:2] + LOOKED_UP[3:]:  # suffix decoding has a package of its own
+        config = args_for("LlamaForCausalLM", **setting).create_engine_config()
+        assert config.speculative_config is not None
+        assert config.kv_transfer_config is not None
+        assert not rules.settings_of_config(config).drafts
 
 
 def test_a_size_for_offloading_is_that_of_our_host_pool(args_for: MakeArgs) -> None:
