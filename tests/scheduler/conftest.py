@@ -41,6 +41,7 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         "paper_rows",
         "compares",
         "events",
+        "drafts",
     }
 
     numbers = itertools.count(1)

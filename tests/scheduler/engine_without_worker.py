@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from simulated_drafter import NOTHING, Guessed, SimulatedDrafter, speculative
 from simulated_memory import Row, Text
 from simulated_worker import Served, SimulatedWorker
 from vllm.config import (
@@ -27,7 +28,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -62,6 +63,8 @@ class Job:
     rows: list[Row]
     samples: list[list[int]]
     result: ModelRunnerOutput | None = None
+    guessed: dict[str, Guessed] = field(default_factory=dict)
+    guesses: dict[str, list[int]] = field(default_factory=dict)  # for the next step
 
 
 class EngineWithoutWorker(SimulatedWorker):
@@ -75,6 +78,7 @@ class EngineWithoutWorker(SimulatedWorker):
         paper_rows: tokens that mode paper can keep there.
         compares: the model tells which token follows.
         events: what is in the prefix cache is published, into ``published``.
+        drafts: tokens guessed ahead for a request in one step, by speculative decoding.
     """
 
     def __init__(
@@ -91,8 +95,10 @@ class EngineWithoutWorker(SimulatedWorker):
         paper_rows: int = 4096,
         compares: bool = True,
         events: bool = False,
+        drafts: int = 0,
     ) -> None:
         super().__init__(num_blocks, block_size)
+        self.drafter = SimulatedDrafter(drafts)
         transfer = settings is not None and KVTransferConfig(
             kv_connector="kvcomm",
             kv_role=ROLE,
@@ -112,6 +118,7 @@ class EngineWithoutWorker(SimulatedWorker):
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=True),
             device_config=DeviceConfig("cpu"),
             kv_transfer_config=transfer or None,
+            speculative_config=speculative(model, drafts, ahead=pipeline > 1),
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         config.scheduler_config.async_scheduling = pipeline > 1
@@ -198,7 +205,8 @@ class EngineWithoutWorker(SimulatedWorker):
     ) -> Request:
         """A request that will sample ``answer`` (default: 2 tokens) and then end."""
         answer = [1, 1] if answer is None else answer
-        text = Text.of([*prompt, *answer, 0, 0])  # steps in flight may sample beyond the end
+        beyond = [0] * (2 + 3 * self.drafter.most)  # steps in flight may sample beyond the end
+        text = Text.of([*prompt, *answer, *beyond])
         params = SamplingParams(
             max_tokens=len(answer),
             temperature=0.0,
@@ -281,20 +289,47 @@ class EngineWithoutWorker(SimulatedWorker):
     def schedule(self) -> SchedulerOutput:
         output = self.scheduler.schedule()
         new_pages, self._new_pages = self._new_pages, []
-        rows, samples, seen = [], [], {}
+        job = Job(output, new_pages, [], [])
+        seen = {}
         for name, count in output.num_scheduled_tokens.items():
-            request = self.scheduler.requests[name]
             table = list(self.scheduler.kv_cache_manager.get_block_ids(name)[0])
-            end = request.num_computed_tokens
-            rows.append(Row(name, self.served[name].text, table, end - count, end))
-            last = not request.is_prefill_chunk
-            samples.append([int(self.served[name].text.tokens[end])] if last else [])
+            self._take(name, count, table, job)
             seen[name] = (count, table)
         self.trace.append(seen)
-        job = Job(output, new_pages, rows, samples)
         self._execute(job)
         self.jobs.append(job)
         return output
+
+    def _take(self, name: str, count: int, table: list[int], job: Job) -> None:
+        """One request's part of a step: what is computed, what follows, and what may follow that.
+
+        Steps in flight are ahead of the scheduler, which takes their guesses for right until it
+        hears of them.
+        """
+        request, text = self.scheduler.requests[name], self.served[name].text
+        before = [one.guessed[name] for one in self.jobs if name in one.guessed]
+        ahead = sum(one.wrong for one in before if one.preemptions == request.num_preemptions)
+        end = request.num_computed_tokens - ahead
+        tokens = self._guesses(name, job.output)
+        known = end - len(tokens)
+        guessed = self.drafter.judge(text, known, tokens, request.num_preemptions)
+        computed = text.with_guesses(known, tokens) if tokens else text
+        job.rows.append(Row(name, computed, table, end - count, end))
+        follows = known + guessed.right + 1
+        ends = not request.is_prefill_chunk
+        job.samples.append(text.tokens[known:follows].tolist() if ends else [])
+        job.guessed[name] = guessed
+        job.guesses[name] = self.drafter.guess(text, follows) if ends else []
+
+    def _guesses(self, name: str, output: SchedulerOutput) -> list[int]:
+        """The guesses that this step computes; with steps in flight the scheduler only knows how
+        many are wanted, and workers have those of the step before.
+        """
+        wanted = output.scheduled_spec_decode_tokens.get(name, [])
+        if self.pipeline == 1:
+            return list(wanted)
+        known = self.jobs[-1].guesses.get(name, []) if self.jobs else []
+        return [*known, *[NOTHING] * len(wanted)][: len(wanted)]
 
     def _execute(self, job: Job) -> None:
         memory = self.memory
@@ -347,3 +382,6 @@ class EngineWithoutWorker(SimulatedWorker):
                 if output.finish_reason is not None:
                     served.finished = True
                     served.report = (output.kv_transfer_params or {}).get("kvcomm", {})
+        if self.drafter.most and self.pipeline == 1:
+            guesses = DraftTokenIds(list(job.guesses), list(job.guesses.values()))
+            self.scheduler.update_draft_token_ids(guesses)

@@ -24,9 +24,11 @@ CONTEXT_BASE = 1_000_003
 CONTEXT_PRIME = (1 << 61) - 1
 
 
-def contexts(tokens: list[int]) -> NDArray[np.int64]:
-    """Digest of ``tokens[: i + 1]`` for each i, int64 ``[len(tokens)]``."""
-    digests, last = [], 0
+def contexts(tokens: list[int], last: int = 0) -> NDArray[np.int64]:
+    """Digest of ``tokens[: i + 1]`` for each i, int64 ``[len(tokens)]``; they stand behind a text
+    with the digest ``last``.
+    """
+    digests = []
     for token in tokens:
         last = (last * CONTEXT_BASE + token + 1) % CONTEXT_PRIME
         digests.append(last)
@@ -43,6 +45,12 @@ class Text:
     @classmethod
     def of(cls, tokens: list[int]) -> Text:
         return cls(np.array(tokens, np.int64), contexts(tokens))
+
+    def with_guesses(self, at: int, guesses: list[int]) -> Text:
+        """The text up to position ``at`` (> 0), and guesses for what stands behind it."""
+        behind = contexts(guesses, int(self.contexts[at - 1]))
+        tokens = np.concatenate([self.tokens[:at], np.array(guesses, np.int64)])
+        return Text(tokens, np.concatenate([self.contexts[:at], behind]))
 
 
 @dataclass
