@@ -92,7 +92,8 @@ def test_holes_alone_give_exactly_the_dense_answer_beside_guesses(
 
 
 def test_a_step_that_loads_has_guesses_in_it(guessing: LLM, guesses: Guesses) -> None:
-    ask(guessing, SOURCE)
+    ask(guessing, SOURCE, tokens=1)
+    assert guesses == Guesses(), "a prompt that is computed has none"
     (answer,) = ask(guessing, text(721, 61) + SHARED + TAIL, tokens=1)
     assert answer.report["reused"] > 150
     assert (guesses.right, guesses.wrong) == (0, 3), "vLLM fills up what it has no guesses for"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from scripts import VOCABULARY
 from simulated_memory import Text
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 
@@ -69,8 +68,7 @@ class SimulatedDrafter:
         return [self._token(int(token)) for token in text.tokens[at : at + count]]
 
     def _token(self, true: int) -> int:
-        guessed_right = self._random.random() < self.share
-        return true if guessed_right else self._random.choice(VOCABULARY)
+        return true + (self._random.random() >= self.share)
 
     def judge(self, text: Text, at: int, tokens: list[int], preemptions: int) -> Guessed:
         """Which guesses for position ``at`` and behind it are right; all behind a wrong one are
