@@ -18,6 +18,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """With which LoRA adapter KV is computed.
+
+    Args:
+        number: what vLLM calls it (``lora_int_id``), from 1 on.
+        version: how often workers had seen other weights under that number.
+    """
+
+    number: int
+    version: int = 0
+
+
 @dataclass(slots=True)
 class LoadOp:
     """Copy one run of tokens from source pages to the request's pages, re-rotated to its new
@@ -100,6 +113,7 @@ class RequestOps:
         waits: the request waits until its ``last`` piece of work has been reported.
         tokens: int32 ids from ``first_token`` to the end of its plan, to be computed where what was
             to be loaded is not; empty in pieces that load nothing.
+        adapter: None for the model as it is.
     """
 
     request_id: str
@@ -111,6 +125,7 @@ class RequestOps:
     waits: bool = False
     last: bool = True
     tokens: bytes = b""
+    adapter: Adapter | None = None
 
 
 @dataclass(slots=True)
@@ -175,6 +190,7 @@ class LessonOp:
         comparison: how far the prompt was served from exact.
         settles: go on with what was put off in learning the spans of the piece before; there is
             nothing else in this one.
+        adapter: with which all of it is computed; None for the model as it is.
     """
 
     number: int
@@ -185,6 +201,12 @@ class LessonOp:
     anchors: list[AnchorOp] = field(default_factory=list)
     comparison: CompareOp | None = None
     settles: bool = False
+    adapter: Adapter | None = None
+
+    @property
+    def computes(self) -> bool:
+        """Whether it needs forwards."""
+        return self.hole is not None or self.comparison is not None
 
 
 @dataclass(slots=True)
@@ -231,6 +253,7 @@ class StepReport(KVConnectorWorkerMetadata):
         failed: requests whose KV is neither loaded nor computed.
         lesson: number of the lesson this step worked on; negative if none.
         lesson_failed: any rank could not do it.
+        lesson_gone: its adapter is not there any more, as it was; nothing was done.
         unsettled: of what its spans teach something was put off.
         errors: per span of the lesson the sums of ``ErrorSums`` over ranks.
         divergence: the answer to its comparison; every rank that knows it says the same.
@@ -238,6 +261,8 @@ class StepReport(KVConnectorWorkerMetadata):
             not be measured. Mode ``paper`` has one rank alone.
         transferred: transfers that are over, and on how many ranks; ``untransferred``: those that
             failed on any.
+        adapters: new versions of adapters whose weights were replaced before this step's forward,
+            by number.
     """
 
     done: set[str] = field(default_factory=set)
@@ -245,12 +270,14 @@ class StepReport(KVConnectorWorkerMetadata):
     failed: set[str] = field(default_factory=set)
     lesson: int = -1
     lesson_failed: bool = False
+    lesson_gone: bool = False
     unsettled: bool = False
     errors: list[list[float]] = field(default_factory=list)
     divergence: Divergence | None = None
     distances: dict[str, list[list[float]] | None] = field(default_factory=dict)
     transferred: Counter[int] = field(default_factory=Counter)
     untransferred: set[int] = field(default_factory=set)
+    adapters: dict[int, int] = field(default_factory=dict)
 
     @property
     def written(self) -> set[str]:
@@ -268,12 +295,14 @@ class StepReport(KVConnectorWorkerMetadata):
             failed=failed,
             lesson=max(self.lesson, other.lesson),
             lesson_failed=self.lesson_failed or other.lesson_failed,
+            lesson_gone=self.lesson_gone or other.lesson_gone,
             unsettled=self.unsettled or other.unsettled,
             errors=[[a + b for a, b in zip(x, y, strict=True)] for x, y in pairs],
             divergence=self.divergence or other.divergence,
             distances={**self.distances, **other.distances},
             transferred=self.transferred + other.transferred,
             untransferred=self.untransferred | other.untransferred,
+            adapters={**self.adapters, **other.adapters},  # ranks load the same files
         )
 
 

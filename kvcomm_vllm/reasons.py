@@ -121,12 +121,9 @@ class Reason(enum.StrEnum):
     SPEC_DECODE = (
         "spec_decode",
         Scope.ENGINE,
-        "Speculative decoding is on; what is computed ahead does not fit what is loaded.",
-    )
-    LORA_ENABLED = (
-        "lora_enabled",
-        Scope.ENGINE,
-        "LoRA adapters are enabled (--enable-lora); side forwards know nothing of them.",
+        "Tokens are drafted by layers (EAGLE, MTP, draft models, Medusa), or in a way that is not "
+        "known; their KV of what is loaded would be missing. Beside the methods ngram, ngram_gpu "
+        "and suffix, which look tokens up, KV is reused.",
     )
     FLASHINFER_WINDOWS = (
         "flashinfer_windows",
@@ -139,6 +136,13 @@ class Reason(enum.StrEnum):
         Scope.ENGINE,
         "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is set, beside which vLLM takes no KV "
         "connector; without it, or with --enable-cumem-allocator, KV is reused.",
+    )
+    UNKNOWN_ADAPTERS = (
+        "unknown_adapters",
+        Scope.ENGINE,
+        "LoRA is enabled, and how vLLM makes adapters active is not known (before 0.32), or ranks "
+        "or image towers have adapters of their own (expert parallelism, "
+        "enable_tower_connector_lora).",
     )
     UNKNOWN_BACKEND = (
         "unknown_backend",
@@ -234,10 +238,17 @@ class Reason(enum.StrEnum):
         Scope.REQUEST,
         "The prompt arrives in pieces, and vLLM takes back tokens between them.",
     )
-    LORA = (
-        "lora",
+    ADAPTER_REPLACED = (
+        "adapter_replaced",
         Scope.REQUEST,
-        "The request uses a LoRA adapter, and so has KV of its own.",
+        "The weights of the request's LoRA adapter were replaced while it waited.",
+    )
+    ADAPTER_HOLES = (
+        "adapter_holes",
+        Scope.REQUEST,
+        "More is to be computed between shared texts than one step takes (max_hole_tokens, or "
+        "vLLM's token budget). Other requests wait for it in pieces; one with a LoRA adapter "
+        "cannot, since meanwhile its adapter may not be in use.",
     )
     LEARNING = (
         "learning",

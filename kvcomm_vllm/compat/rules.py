@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ from kvcomm_vllm.compat.offload import has_tiers
 from kvcomm_vllm.guards.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
+    from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 _SPECULATIVE = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+# They look tokens up in the text. All others have layers, or may have: a class of the user's own.
+_DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 _FLASHINFER = ("FLASHINFER", "TRITON_FLASHINFER")
 
 
@@ -30,8 +33,7 @@ def settings_of_arguments(args: EngineArgs, model: ModelConfig) -> EngineSetting
         pipeline_ranks=args.pipeline_parallel_size,
         context_ranks=_context_ranks(args),
         expert_ranks=ranks if model.is_moe else 1,
-        lora=bool(args.enable_lora),
-        drafts=any(getattr(args, name, None) is not None for name in _SPECULATIVE),
+        drafts=_asks_for_drafts_with_kv(args),
     )
 
 
@@ -44,9 +46,25 @@ def settings_of_config(config: VllmConfig) -> EngineSettings:
         pipeline_ranks=parallel.pipeline_parallel_size,
         context_ranks=_context_ranks(parallel),
         expert_ranks=parallel.data_parallel_size if experts else 1,
-        lora=config.lora_config is not None,
-        drafts=config.speculative_config is not None,
+        drafts=_drafts_with_kv(config.speculative_config),
     )
+
+
+def _asks_for_drafts_with_kv(args: EngineArgs) -> bool:
+    """Where no method is named, vLLM finds one by the drafter's own files: a model, as a rule."""
+    given = [getattr(args, name, None) for name in _SPECULATIVE]
+    if all(value is None for value in given):
+        return False
+    config, method, *_ = given
+    named = config.get("method") if isinstance(config, Mapping) else config
+    methods = [name for name in (named, method) if name is not None]
+    return not methods or any(name not in _DRAFTS_WITHOUT_KV for name in methods)
+
+
+def _drafts_with_kv(config: SpeculativeConfig | None) -> bool:
+    if config is None:
+        return False
+    return getattr(config, "method", None) not in _DRAFTS_WITHOUT_KV
 
 
 def _context_ranks(sizes: Any) -> int:

@@ -48,6 +48,11 @@ def is_resting(scheduler: Any | None, engine: Any | None) -> bool:
     return paused or asleep or (runs is not None and not runs())
 
 
+def drafted_tokens(scheduler: Any | None) -> int:
+    """Most tokens that are guessed ahead for a request in one step; 0 where none are."""
+    return int(getattr(scheduler, "num_spec_tokens", 0))
+
+
 def weight_version(engine: Any | None) -> str | None:
     """What the weights were called when they were last changed (vLLM 0.32+), or None."""
     version = getattr(engine, "get_weight_version", None)

@@ -22,15 +22,13 @@ class EngineSettings:
         pipeline_ranks: over which layers are spread.
         context_ranks: over which the tokens of a page are spread.
         expert_ranks: data-parallel ones that have to run a mixture of experts together.
-        lora: adapters may be used.
-        drafts: tokens are guessed ahead.
+        drafts: tokens are guessed ahead by what has KV of its own, or may have.
     """
 
     prefix_caching: bool
     pipeline_ranks: int
     context_ranks: int
     expert_ranks: int
-    lora: bool
     drafts: bool
 
 
@@ -41,7 +39,6 @@ def unsupported_settings(settings: EngineSettings) -> Reason | None:
         (settings.pipeline_ranks > 1, Reason.PIPELINE_PARALLEL),
         (settings.context_ranks > 1, Reason.CONTEXT_PARALLEL),
         (settings.expert_ranks > 1, Reason.EXPERTS_DATA_PARALLEL),
-        (settings.lora, Reason.LORA_ENABLED),
         (settings.drafts, Reason.SPEC_DECODE),
     )
     return next((reason for found, reason in checks if found), None)

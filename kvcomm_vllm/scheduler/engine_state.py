@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvcomm_vllm.compat.pages import prefix_cache
-from kvcomm_vllm.compat.scheduler import is_resting, weight_version
+from kvcomm_vllm.compat.scheduler import drafted_tokens, is_resting, weight_version
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -35,6 +35,11 @@ class EngineState:
     def resting(self) -> bool:
         """Whether the engine is paused, asleep or about to end: it is to do nothing of its own."""
         return is_resting(self.scheduler, self.engine)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Most tokens that vLLM guesses ahead for a request in one step."""
+        return drafted_tokens(self.scheduler)
 
     def renewed(self) -> bool:
         """Whether the prefix cache was emptied, or the weights were given another version, since

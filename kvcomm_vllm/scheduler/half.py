@@ -24,12 +24,14 @@ from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFact
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler import near
+from kvcomm_vllm.scheduler.adapters import Adapters
 from kvcomm_vllm.scheduler.computed_hits import ComputedHits
 from kvcomm_vllm.scheduler.cover import AS_IT_IS, cover
 from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.idle.audits import Audits
 from kvcomm_vllm.scheduler.idle.lesson_queue import LessonQueue
 from kvcomm_vllm.scheduler.index import SequenceIndex
+from kvcomm_vllm.scheduler.losses import note_losses
 from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
 from kvcomm_vllm.scheduler.modes.registry import Modes
 from kvcomm_vllm.scheduler.operations import operations
@@ -105,8 +107,9 @@ class SchedulerHalf:
         self.engine.watch(pool)
         events = hide_private(pool, self._first_private_page)
         self.pages = SourcePages(pool, self.block_size, events)
-        self.finder = SourceFinder(self.config, self.store.index, self.pages)
+        self.finder = SourceFinder(self.config, self.store.index, self.pages, self.engine)
         self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
+        self.adapters = Adapters(self.states, self.store, self.pages, self.lessons)
         self.audits = Audits(self.config, self.store.index, self.lessons)
         self.modes = Modes(Parts(self.config, self.lessons, self.pages, self.audits.ledger))
 
@@ -125,7 +128,8 @@ class SchedulerHalf:
 
     def on_new_request(self, request: Request) -> None:
         self._keep_up()
-        state = new_state(request, self.config, self.tiers.secret or self.secret, self.off)
+        secret, adapter = self.tiers.secret or self.secret, self.adapters.of(request)
+        state = new_state(request, self.config, secret, self.off, adapter)
         self.states[request.request_id] = state
         if self._active(state):
             self.tiers.news()
@@ -165,12 +169,11 @@ class SchedulerHalf:
             return 0, False
         state.plan = plan
         self._planned.append(state)
-        return plan.external_tokens, plan.hole_tokens > self._at_once
+        return plan.external_tokens, plan.hole_tokens > self._at_once(state)
 
-    @property
-    def _at_once(self) -> int:
+    def _at_once(self, state: RequestState) -> int:
         """Tokens of holes that this step takes at most; a plan with more takes several."""
-        return self.spread.at_once(alone=len(self.states) == 1)
+        return self.spread.at_once(len(self.states) == 1 or state.adapter is not None)
 
     def _plan(self, state: RequestState, local: int) -> Plan | Reason | AskAgain:
         """A plan whose source pages are held, or why there is none."""
@@ -208,7 +211,10 @@ class SchedulerHalf:
         plan = self.finder.with_rest(state, plan, private)
         taken = self._hole_tokens()
         taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
-        if plan.hole_tokens <= self._at_once and 0 < taken > self._at_once - plan.hole_tokens:
+        room = self._at_once(state) - plan.hole_tokens
+        if room < 0 and state.adapter is not None:
+            return Reason.ADAPTER_HOLES
+        if room >= 0 and 0 < taken > room:
             return AskAgain.STEP_FULL
         if not self.finder.all_written(state, plan, self.states.values()):
             return AskAgain.NOT_WRITTEN
@@ -250,7 +256,8 @@ class SchedulerHalf:
             state.loading = True
             self.computed_hits.admitted(state, plan)
             ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
-            if plan.hole_tokens > self._at_once:
+            ops.adapter = state.adapter
+            if plan.hole_tokens > self._at_once(state):
                 state.awaited = True
                 self.spread.add(ops)
             else:
@@ -302,19 +309,14 @@ class SchedulerHalf:
         return self.off is None and not self.states and (self.tiers.due() or self.lessons.due())
 
     def hear_losses(self, report: StepReport) -> None:
-        """What was not loaded, before vLLM ends requests of that step and asks what became of them:
-        it ends those whose KV is not there at all, where it cannot compute it.
-        """
-        for request_id in report.failed & self.states.keys():
-            self.states[request_id].decline(Reason.LOAD_FAILED)
-        for request_id in report.repaired & self.states.keys():
-            state = self.states[request_id]
-            state.computed_instead()
-            self.computed_hits.not_loaded(state)
+        """What is not as planned, before vLLM ends requests of that step and asks about them."""
+        self.adapters.hear(report.adapters)
+        note_losses(report, self.states, self.computed_hits)
 
     def on_report(self, report: StepReport, lost_pages: set[int]) -> None:
         """``lost_pages``: page ids that were to be written by the loads that failed."""
         self._keep_up()
+        self.adapters.hear(report.adapters)
         self.lessons.on_report(report)
         self.tiers.on_report(report)
         if report.lesson >= 0:
@@ -322,9 +324,8 @@ class SchedulerHalf:
         for request_id, distances in report.distances.items():
             self.modes.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
-            self.store.lose(
-                lost_pages, [*self.states.values(), *self._leaving.values()], self.pages
-            )
+            states = [*self.states.values(), *self._leaving.values()]
+            self.store.lose(lost_pages, states, self.pages)
         for request_id in report.written | report.failed:
             self.pages.release(request_id)
         report = self.spread.on_report(report)

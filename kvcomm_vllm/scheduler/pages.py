@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvcomm_vllm.compat.adapters import adapter_number
 from kvcomm_vllm.compat.events import ExactPage, PageEvents, Unheard
 from kvcomm_vllm.compat.pages import cache_page, evict_soon, name_partial_page
 from kvcomm_vllm.scheduler.index import Match, Sequence
@@ -125,7 +126,8 @@ class SourcePages:
             kept.hashes.append(block_hash)
             chain.append(known or block)
         self.pool.touch(chain)
-        self.kept(kept.hashes, [block.block_id for block in chain])
+        if not adapter_number(request):  # tiers know of no adapters
+            self.kept(kept.hashes, [block.block_id for block in chain])
         self.pool.free_blocks(reversed(chain))
         return kept
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.hints import HintError, Hints, parse_hints
+from kvcomm_vllm.messages import Adapter
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.planner import Limits
 from kvcomm_vllm.scheduler.state import RequestState, namespace_of
@@ -22,12 +23,14 @@ def new_state(
     config: KVCommConfig,
     secret: bytes,
     engine_off: Reason | None = None,
+    adapter: Adapter | None = None,
 ) -> RequestState:
     """Hints that cannot be used are counted and named in the report; what its sender meant may have
     been an exact answer, so that is what the request gets.
 
     Args:
         secret: makes tenants' keys of their cache salts.
+        adapter: of the request.
     """
     hints, message, refused = Hints(), "", None
     try:
@@ -50,7 +53,8 @@ def new_state(
         mode="off" if off else mode,
         shareable=apart is None,
         trusted=request.cache_salt is not None or config.report == "full",
-        namespace=namespace_of(request, secret),
+        namespace=namespace_of(request, secret, adapter),
+        adapter=adapter,
         message=message,
     )
 
@@ -63,8 +67,6 @@ def unshareable(request: Request) -> Reason | None:
         return Reason.PROMPT_EMBEDS
     if request.mm_features:
         return Reason.MULTIMODAL
-    if request.lora_request is not None:
-        return Reason.LORA
     if getattr(request, "resumable", False):
         return Reason.STREAMING_INPUT
     return None

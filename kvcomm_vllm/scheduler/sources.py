@@ -13,6 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.scheduler.context import Context
+from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.origin import origin
 from kvcomm_vllm.scheduler.pages import SourcePages
@@ -28,12 +29,20 @@ class SourceFinder:
     Args:
         index: where text is found.
         pages: where its KV is found.
+        engine: knows how many tokens are guessed ahead.
     """
 
-    def __init__(self, config: KVCommConfig, index: SequenceIndex, pages: SourcePages) -> None:
+    def __init__(
+        self,
+        config: KVCommConfig,
+        index: SequenceIndex,
+        pages: SourcePages,
+        engine: EngineState,
+    ) -> None:
         self.config = config
         self.index = index
         self.pages = pages
+        self.engine = engine
         self.block_size = pages.block_size
 
     def adopt(self, state: RequestState, known: int) -> bool:
@@ -166,12 +175,18 @@ class SourceFinder:
             tried = matches
 
     def own(self, state: RequestState) -> int:
-        """Free pages that the request will ask for."""
+        """Free pages that the request will ask for.
+
+        What a plan leaves to compute is one token, and vLLM adds guesses to that at once; for a
+        request that waits for its pieces it keeps whole pages for both.
+        """
         in_use = 0
         for block_hash in state.request.block_hashes[: state.local // self.block_size]:
             block = self.pages.lookup(block_hash)
             in_use += block is not None and block.ref_cnt > 0
-        return -(-int(state.request.num_tokens) // self.block_size) - in_use
+        tokens, guesses = int(state.request.num_tokens), self.engine.drafted_tokens
+        step = guesses + 1 if guesses else 0
+        return -(-tokens // self.block_size) - (-step // self.block_size) - in_use
 
     def _search(
         self,

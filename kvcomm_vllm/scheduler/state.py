@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vllm.v1.request import RequestStatus
 
+from kvcomm_vllm.compat.adapters import adapter_names
 from kvcomm_vllm.compat.scheduler import count_cached_tokens
 from kvcomm_vllm.hints import Hints
+from kvcomm_vllm.messages import Adapter
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.fidelity import Use
@@ -31,12 +33,18 @@ if TYPE_CHECKING:
     from kvcomm_vllm.scheduler.idle.lesson import Lesson
 
 
-def namespace_of(request: Request, secret: bytes) -> bytes:
-    """Tenant key: text is shared only among requests with the same cache salt.
+def namespace_of(request: Request, secret: bytes, adapter: Adapter | None = None) -> bytes:
+    """Tenant key: text is shared only among requests with the same cache salt, and of those only
+    among requests with the same weights: without adapter, or with one of this number, version, name
+    and path.
 
     Keyed, so that nothing derived from it can be computed, or a salt guessed, outside this process.
     """
-    return hmac.digest(secret, repr(request.cache_salt).encode(), "sha256")[:16]
+    said = repr(request.cache_salt)
+    if adapter is not None:  # a tuple: no salt looks like one
+        of_adapter = (adapter.number, adapter.version, adapter_names(request))
+        said = repr((request.cache_salt, of_adapter))
+    return hmac.digest(secret, said.encode(), "sha256")[:16]
 
 
 @dataclass(slots=True)
@@ -45,6 +53,7 @@ class RequestState:
 
     Attributes:
         limits: None where reuse is off for this request; ``off`` then says why.
+        adapter: with which its KV is computed; None for the model as it is.
         trusted: its sender may know what is shared: only those who know its cache salt share with
             it, or the operator allows it.
         plan: made by the current scheduling attempt, not admitted yet.
@@ -77,6 +86,7 @@ class RequestState:
     trusted: bool
     message: str
     namespace: bytes
+    adapter: Adapter | None
     taint: Taint
     local: int = 0
     plan: Plan | None = None
@@ -151,6 +161,15 @@ class RequestState:
     def restore_exact(self) -> None:
         self.taint.restore()
         self.first_approximate, self.generation, self.local_origin = None, 0, None
+
+    def withdraw(self, reason: Reason) -> None:
+        """From now on it reads nothing of others, others read nothing of it, and nothing is learned
+        from it.
+        """
+        self.limits, self.shareable, self.lesson = None, False, None
+        if not self.admitted:
+            self.restore_exact()
+            self.decline(reason)
 
     def origin_by(self, plan: Plan | None) -> Origin | None:
         """What ``origin`` is once it is served by this plan; None where all of it is exact."""

@@ -54,6 +54,7 @@ class SequenceStore:
                 ready=False,
                 owner=state.id,
                 generation=state.generation,
+                adapter=0 if state.adapter is None else state.adapter.number,
             )
             state.sequence.origin = numbered(state.origin, state.sequence.id)
             self._filling[state.id] = state
@@ -141,6 +142,14 @@ class SequenceStore:
         for sequence in self.index.sweep_candidates(SWEEP):
             if sequence.ready and not (pages.alive(sequence) or self.kept(sequence)):
                 self.index.drop(sequence)
+
+    def forget_adapter(self, number: int, pages: SourcePages) -> None:
+        """No KV that was computed with this adapter so far is found again, by vLLM's own lookup
+        included.
+        """
+        for sequence in self.index.of_adapter(number):
+            pages.evict(list(pages.cached(sequence.block_hashes).values()))
+            self.index.drop(sequence)
 
     def clear(self, states: list[RequestState]) -> None:
         """vLLM emptied its prefix cache: no page can be found any more."""

@@ -14,10 +14,17 @@ from kvcomm_vllm.worker.side_forward import Row, SideForward
 
 
 def compare(
-    op: CompareOp, groups: list[LayerGroup], kernel: LoadKernel, side_forward: SideForward
+    op: CompareOp,
+    groups: list[LayerGroup],
+    kernel: LoadKernel,
+    side_forward: SideForward,
+    adapter: int = 0,
 ) -> Divergence | None:
     """Answer a comparison; None on a rank that is not told all logits, or where they are no
     numbers.
+
+    Args:
+        adapter: vLLM's number of the one the prompt was served with.
 
     Raises:
         Exception: anything failed; only after the forwards, in which the other ranks wait.
@@ -30,7 +37,8 @@ def compare(
             run_loads(groups, moves, kernel)
     except Exception as error:
         failure = error
-    rows = [Row(table, HoleOp(op.position, [op.token])) for table in op.tables]
+    hole = HoleOp(op.position, [op.token])
+    rows = [Row(table, hole, adapter=adapter) for table in op.tables]
     logits = side_forward.last_logits(rows)
     if failure is not None:
         raise failure

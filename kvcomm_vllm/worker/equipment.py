@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.adapters import UnknownAdaptersError
 from kvcomm_vllm.compat.device import allow_amx
 from kvcomm_vllm.compat.layers import attention_layers
 from kvcomm_vllm.compat.model import tells_tokens
@@ -64,7 +65,11 @@ def equip(
     device = groups[0].pages.layers[0].device
     if device.type == "cpu":
         allow_amx()
-    kernel, side_forward = load_kernel(device), SideForward(runner, block_size)
+    kernel = load_kernel(device)
+    try:
+        side_forward = SideForward(runner, block_size)
+    except UnknownAdaptersError as error:
+        raise Unsupported(Reason.UNKNOWN_ADAPTERS, str(error)) from error
     check_page_sizes(layers, side_forward.builders, block_size)
     parallel = vllm_config.parallel_config
     alone = parallel.data_parallel_size == 1

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.adapters import Adapters, NoAdapters
 from kvcomm_vllm.compat.device import any_rank
 from kvcomm_vllm.compat.owners import find_model_runner
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import (
+    Adapter,
     HoleOp,
     LessonOp,
     ProbeOp,
@@ -102,15 +104,23 @@ class WorkerHalf:
         assert self.ready is not None, "nothing is planned for workers that are not ready"
         return self.ready
 
+    @property
+    def adapters(self) -> Adapters:
+        """Those this rank can compute with."""
+        return NoAdapters() if self.ready is None else self.ready.side_forward.adapters
+
     def run(self, message: StepMessage) -> None:
         """Loads and side forward of one step, or a lesson in an idle one."""
         requests, lesson = message.requests, message.lesson
         self._count_times()
+        replaced = self.adapters.look()
+        if replaced:
+            self._report = StepReport(adapters=replaced)
         if message.empty:
             return
         if self.transfers is not None:
             self.transfers.begin(message.transfers, message.awaited)
-        report = self._report = StepReport()
+        report = self._report = StepReport(adapters=replaced)
         for probe in message.probes:
             report.distances[probe.request_id] = self._probe(probe)
         if lesson is not None:
@@ -131,12 +141,22 @@ class WorkerHalf:
         """Requests that could not be loaded on some rank: all of them know, as the side forward
         that follows has collectives.
         """
-        failed = [False] * len(requests)
-        if not self._succeeds("loading all at once", self._load, requests):
-            failed = [not self._succeeds("loading one", self._load, [ops]) for ops in requests]
+        failed = [self._is_past(ops.adapter) for ops in requests]
+        rest = [ops for ops, past in zip(requests, failed, strict=True) if not past]
+        if rest and not self._succeeds("loading all at once", self._load, rest):
+            failed = [
+                past or not self._succeeds("loading one", self._load, [ops])
+                for ops, past in zip(requests, failed, strict=True)
+            ]
         if self.vllm_config.parallel_config.tensor_parallel_size > 1:
             failed = any_rank(failed)
         return {ops.request_id for ops, lost in zip(requests, failed, strict=True) if lost}
+
+    def _is_past(self, adapter: Adapter | None) -> bool:
+        """Whether its weights were replaced since the scheduler half last heard of them."""
+        if adapter is None:
+            return False
+        return self.adapters.versions.get(adapter.number, 0) != adapter.version
 
     def _compute(self, requests: list[RequestOps], lost: set[str]) -> bool:
         """Compute the holes, and of lost requests all of their plans. If that fails, nothing of the
@@ -185,7 +205,7 @@ class WorkerHalf:
     def _fill_holes(self, requests: list[RequestOps], lost: set[str], eager: bool = False) -> None:
         """In the order of requests: one may have the pages of those before it as its own prefix."""
         rows = [
-            Row(ops.block_ids, hole)
+            Row(ops.block_ids, hole, adapter=_number(ops.adapter))
             for ops in requests
             for hole in ([_whole_plan(ops)] if ops.request_id in lost else ops.holes)
         ]
@@ -200,13 +220,21 @@ class WorkerHalf:
         began = self.clock.begin()
         report.lesson = lesson.number
         try:
-            ready = self.equipment
+            ready, adapter = self.equipment, lesson.adapter
+            if adapter is not None and lesson.computes and not self._can_learn_with(adapter):
+                report.lesson_gone = True
+                return
             if lesson.hole is not None:
-                ready.side_forward.run([Row(lesson.block_ids, lesson.hole)])
+                row = Row(lesson.block_ids, lesson.hole, adapter=_number(adapter))
+                ready.side_forward.run([row])
             with torch.inference_mode():
                 if lesson.comparison is not None:
                     report.divergence = compare(
-                        lesson.comparison, ready.groups, ready.kernel, ready.side_forward
+                        lesson.comparison,
+                        ready.groups,
+                        ready.kernel,
+                        ready.side_forward,
+                        _number(adapter),
                     )
                 for correction in ready.corrections.values():
                     if not lesson.settles:
@@ -220,6 +248,10 @@ class WorkerHalf:
             logger.exception("kvcomm: a lesson failed, its placeholders start anew")
             report.lesson_failed = True
         self._took("learning", began)
+
+    def _can_learn_with(self, adapter: Adapter) -> bool:
+        """The same on all ranks, which keep the same adapters in the same slots."""
+        return not self._is_past(adapter) and self.adapters.awaken(adapter.number)
 
     def _took(self, phase: str, began: Any) -> None:
         self.clock.end(phase, began)
@@ -251,6 +283,10 @@ class WorkerHalf:
         """The engine ends."""
         if self.transfers is not None:
             self.transfers.close()
+
+
+def _number(adapter: Adapter | None) -> int:
+    return 0 if adapter is None else adapter.number
 
 
 def _whole_plan(ops: RequestOps) -> HoleOp:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from kvcomm_vllm.compat.adapters import adapters_of
 from kvcomm_vllm.compat.metadata import common_metadata, metadata_builders
 from kvcomm_vllm.compat.model import (
     forward_context,
@@ -40,31 +41,39 @@ class Row:
 
     Args:
         shift: added to positions alone; not 0 only in the check at start.
+        adapter: vLLM's number of the LoRA adapter it is computed with; 0 for none.
     """
 
     block_ids: list[int]
     hole: HoleOp
     shift: int = 0
+    adapter: int = 0
 
     @property
     def end(self) -> int:
         return self.hole.start + len(self.hole.tokens)
 
 
-def batches(rows: list[Row], max_tokens: int, max_rows: int) -> list[list[Row]]:
+def batches(
+    rows: list[Row], max_tokens: int, max_rows: int, apart: bool = False
+) -> list[list[Row]]:
     """Rows in order, cut into forwards of at most ``max_tokens`` and ``max_rows``, for which vLLM's
     metadata builders have room; a row of more tokens is cut itself.
+
+    Args:
+        apart: rows with and without adapter take different forwards.
     """
     done: list[list[Row]] = [[]]
     room = max_tokens
     for row in rows:
         tokens, start = row.hole.tokens, row.hole.start
+        alien = apart and any(bool(other.adapter) != bool(row.adapter) for other in done[-1][-1:])
         while tokens:
-            if not room or len(done[-1]) == max_rows:
+            if not room or len(done[-1]) == max_rows or alien:
                 done.append([])
-                room = max_tokens
+                room, alien = max_tokens, False
             piece, tokens = tokens[:room], tokens[room:]
-            done[-1].append(Row(row.block_ids, HoleOp(start, piece), row.shift))
+            done[-1].append(replace(row, hole=HoleOp(start, piece)))
             start += len(piece)
             room -= len(piece)
     return [batch for batch in done if batch]
@@ -77,7 +86,13 @@ class SideForward:
         runner: vLLM's model runner.
         block_size: tokens per page of the block tables.
 
+    Attributes:
+        adapters: with which rows can be computed.
+
     All its methods raise :class:`RanksApartError` for whatever fails where there are several ranks.
+
+    Raises:
+        UnknownAdaptersError: the runner has LoRA adapters, and it is not known how.
     """
 
     def __init__(self, runner: Any, block_size: int) -> None:
@@ -91,13 +106,14 @@ class SideForward:
         embeds = forwards_embeddings(runner.vllm_config.model_config)
         self.always_eager = embeds and keeps_embeddings(runner.model)
         self.embeds = embeds and not self.always_eager
+        self.adapters = adapters_of(runner)
         self.builders = metadata_builders(runner)
         self.single = runner.vllm_config.parallel_config.tensor_parallel_size == 1
 
     def run(self, rows: list[Row], eager: bool = False) -> None:
         """Writes the rows' K and V into their pages; ``eager`` leaves the compiled model alone."""
         with self._together():
-            for batch in batches(rows, self.max_tokens, self.max_rows):
+            for batch in batches(rows, self.max_tokens, self.max_rows, self.adapters.apart):
                 self._forward(batch, eager or self.always_eager)
 
     def last_logits(self, rows: list[Row]) -> torch.Tensor | None:
@@ -109,13 +125,16 @@ class SideForward:
         """
         with self._together(), torch.inference_mode():
             ends = [self._forward([row], self.always_eager)[-1:].clone() for row in rows]
+            numbers = [row.adapter for row in rows]
+            self.adapters.use(numbers, numbers)
             logits: torch.Tensor | None = self.runner.model.compute_logits(torch.cat(ends))
         return logits
 
     @contextmanager
     def _together(self) -> Iterator[None]:
         try:
-            yield
+            with self.adapters.aside():
+                yield
         except Exception as error:
             if self.single:
                 raise
@@ -155,6 +174,10 @@ class SideForward:
             positions=positions,
             is_prefilling=torch.ones(len(rows), dtype=torch.bool),
         )
+        numbers = np.array([row.adapter for row in rows])
+        # Compiled code is the same for all adapters: vLLM tells them apart in CUDA graphs alone,
+        # which take no part in this.
+        self.adapters.use(np.repeat(numbers, lengths).tolist(), numbers.tolist())
         metadata: dict[str, Any] = {}
         for builder in self.builders:
             metadata.update(dict.fromkeys(builder.layer_names, builder.build(common)))

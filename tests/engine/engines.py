@@ -89,16 +89,17 @@ def ask(
     tokens: int = 8,
     hints: dict[str, Any] | None = None,
     salt: str | None = None,
+    adapters: Any = None,
     **sampling: Any,
 ) -> list[Answer]:
-    """Greedy answers to prompts sent at once."""
+    """Greedy answers to prompts sent at once; ``adapters``: one LoRA request for all, or a list."""
     extra = {"kv_transfer_params": {"kvcomm": hints}} if hints is not None else None
     params = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=extra, **sampling
     )
     tenant = {} if salt is None else {"cache_salt": salt}
     asked: Any = [{"prompt_token_ids": prompt, **tenant} for prompt in prompts]
-    outputs = llm.generate(asked, params, use_tqdm=False)
+    outputs = llm.generate(asked, params, lora_request=adapters, use_tqdm=False)
     answers = []
     for output in outputs:
         first = output.outputs[0]

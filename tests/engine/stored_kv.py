@@ -20,12 +20,19 @@ from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.scheduler.state import namespace_of
 from kvcomm_vllm.worker.load import slots_of
 
+KV = tuple[torch.Tensor, torch.Tensor]
 
-def first_layer(llm: LLM, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of layer 0 of the stored sequence that starts with ``prompt``.
+
+def first_layer(llm: LLM, prompt: list[int]) -> KV:
+    """K and V of layer 0 of the stored sequence that starts with ``prompt``: see :func:`layers`."""
+    return layers(llm, prompt)[0]
+
+
+def layers(llm: LLM, prompt: list[int]) -> list[KV]:
+    """K and V of all layers of the stored sequence that starts with ``prompt``, layer by layer.
 
     Returns:
-        fp32 ``[tokens, kv_heads, head_dim]`` each, tokens rounded down to whole pages.
+        fp32 ``[tokens, kv_heads, head_dim]`` each, of all tokens whose KV is kept.
     """
     scheduler = connector(llm)._scheduler
     secret = scheduler.tiers.secret or scheduler.secret
@@ -36,7 +43,12 @@ def first_layer(llm: LLM, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor
     pages = [scheduler.pages.lookup(block_hash).block_id for block_hash in sequence.block_hashes]
     worker: Any = get_kv_transfer_group()._worker
     slots = slots_of(pages, 0, len(sequence.tokens), scheduler.block_size)
-    return packing.read(worker.equipment.groups[0].pages, 0, torch.from_numpy(slots))
+    groups = [group.pages for group in worker.equipment.groups]
+    return [
+        packing.read(pages, layer, torch.from_numpy(slots))
+        for pages in groups
+        for layer in range(len(pages.layers))
+    ]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from stored_kv import start_log
 from vllm import LLM
 from vllm.model_executor.models.llama import LlamaAttention
 
+from kvcomm_vllm.compat import adapters
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 from kvcomm_vllm.worker import equipment, load
 
@@ -76,11 +77,20 @@ class Case:
     patch: Patch = nothing
 
 
+def adapters_kept_otherwise(patch: pytest.MonkeyPatch) -> None:
+    """As if vLLM had come to call its manager's slots by another name."""
+    needed = (*adapters._NEEDED, "slots of tomorrow")
+    patch.setattr(adapters, "_NEEDED", needed)
+
+
 CASES = {
     "unknown instruction set": Case("unknown_backend", patch=unknown_pages),
     "no model runner": Case("unknown_backend", patch=no_model_runner),
     "wrong kernel": Case("self_check_failed", patch=kernel_that_forgets_to_rotate),
     "other packing": Case("self_check_failed", patch=pages_packed_differently),
+    "unknown adapters": Case(
+        "unknown_adapters", {"enable_lora": True, "max_lora_rank": 8}, adapters_kept_otherwise
+    ),
     "surprise at start": Case("self_check_failed", patch=start_that_raises),
 }
 
@@ -138,11 +148,13 @@ def test_the_report_says_that_nothing_was_reused(served: tuple[Case, Served]) ->
         assert answer.report["local"] + answer.report["computed"] == len(PROMPTS[0])
 
 
-def test_beside_lora_the_engine_is_plain_vllm(tiny_llama: str, dense: list[Answer]) -> None:
+def test_without_prefix_caching_the_engine_is_plain_vllm(
+    tiny_llama: str, dense: list[Answer]
+) -> None:
     """What its arguments say is known before there is a connector."""
-    run = serve(tiny_llama, Case("lora_enabled", {"enable_lora": True, "max_lora_rank": 8}))
+    run = serve(tiny_llama, Case("prefix_caching_off", {"enable_prefix_caching": False}))
     (line,) = run.log
-    assert line.startswith("WARNING KV reuse is off (lora_enabled)")
+    assert line.startswith("WARNING KV reuse is off (prefix_caching_off)")
     assert not run.connected
     assert [a.tokens for a in run.answers] == [a.tokens for a in dense]
     assert [a.report for a in run.answers] == [{}, {}]

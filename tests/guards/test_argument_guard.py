@@ -17,6 +17,7 @@ from kvcomm_vllm.guards import arguments
 from kvcomm_vllm.reasons import Reason
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+EAGLE = {"method": "eagle3", "model": "a/drafter", "num_speculative_tokens": 2}
 SETTINGS: list[tuple[dict[str, Any], Reason]] = [
     ({"kv_cache_dtype": "int8_per_token_head"}, Reason.KV_QUANTISED),
     ({"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"}, Reason.KV_OFFLOADING),
@@ -24,10 +25,23 @@ SETTINGS: list[tuple[dict[str, Any], Reason]] = [
     ({"pipeline_parallel_size": 2}, Reason.PIPELINE_PARALLEL),
     ({"decode_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
     ({"prefill_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
-    ({"enable_lora": True}, Reason.LORA_ENABLED),
-    ({"speculative_config": DRAFTS}, Reason.SPEC_DECODE),
-    ({"spec_method": "ngram"}, Reason.SPEC_DECODE),
+    ({"speculative_config": EAGLE}, Reason.SPEC_DECODE),
+    ({"speculative_config": {**DRAFTS, "method": "method of tomorrow"}}, Reason.SPEC_DECODE),
+    ({"speculative_config": {"model": "a/drafter"}}, Reason.SPEC_DECODE),
+    ({"speculative_config": {}}, Reason.SPEC_DECODE),
+    ({"speculative_config": {}, "spec_method": "mtp"}, Reason.SPEC_DECODE),
+    ({"spec_method": "draft_model", "spec_model": "a/drafter"}, Reason.SPEC_DECODE),
+    ({"spec_method": "custom_class", "spec_model": "a.Drafter"}, Reason.SPEC_DECODE),
+    ({"spec_method": "medusa"}, Reason.SPEC_DECODE),
+    ({"spec_model": "a/drafter"}, Reason.SPEC_DECODE),
     ({"spec_tokens": 2}, Reason.SPEC_DECODE),
+]
+LOOKED_UP: list[dict[str, Any]] = [
+    {"speculative_config": DRAFTS},
+    {"speculative_config": {**DRAFTS, "method": "ngram_gpu"}},
+    {"speculative_config": {"method": "suffix", "num_speculative_tokens": 8}},
+    {"spec_method": "ngram", "spec_tokens": 2},
+    {"speculative_config": {"prompt_lookup_max": 3}, "spec_method": "ngram", "spec_tokens": 2},
 ]
 
 
@@ -42,6 +56,25 @@ def test_a_setting_that_rules_reuse_out_drops_the_connector_with_one_warning(
         f"KV reuse is off ({reason}): {reason.explanation} "
         "The engine starts without kvcomm and serves exactly."
     ]
+
+
+@pytest.mark.parametrize("setting", LOOKED_UP, ids=lambda setting: str(setting)[:60])
+def test_drafts_that_are_looked_up_in_the_text_leave_reuse_on(
+    args_for: MakeArgs, said: list[str], setting: dict[str, Any]
+) -> None:
+    args = args_for("LlamaForCausalLM", **setting)
+    args.create_model_config()
+    assert args.kv_transfer_config is not None
+    assert said == []
+
+
+def test_an_engine_that_looks_tokens_up_reuses(args_for: MakeArgs) -> None:
+    """The guard of the finished engine says the same of what vLLM has made of the arguments."""
+    for setting in LOOKED_UP[:2] + LOOKED_UP[3:]:  # suffix decoding has a package of its own
+        config = args_for("LlamaForCausalLM", **setting).create_engine_config()
+        assert config.speculative_config is not None
+        assert config.kv_transfer_config is not None
+        assert not rules.settings_of_config(config).drafts
 
 
 def test_a_size_for_offloading_is_that_of_our_host_pool(args_for: MakeArgs) -> None:
@@ -60,7 +93,7 @@ def test_two_sizes_for_the_host_pool_are_refused(args_for: MakeArgs) -> None:
 
 
 def test_vllms_own_offloading_is_left_alone_where_nothing_can_be_reused(args_for: MakeArgs) -> None:
-    args = args_for("LlamaForCausalLM", kv_offloading_size=2.5, enable_lora=True)
+    args = args_for("LlamaForCausalLM", kv_offloading_size=2.5, pipeline_parallel_size=2)
     args.create_model_config()
     assert (args.kv_transfer_config, args.kv_offloading_size) == (None, 2.5)
 
@@ -95,14 +128,9 @@ def test_pages_that_the_checkpoint_wants_packed_count_as_if_asked_for(args_for: 
     assert rules.kv_cache_dtype(args, model) == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    "setting", [{"enable_prefix_caching": False}, {"enable_lora": True}], ids=str
-)
-def test_without_reuse_windowed_models_keep_the_hybrid_allocator(
-    args_for: MakeArgs, setting: dict[str, Any]
-) -> None:
+def test_without_reuse_windowed_models_keep_the_hybrid_allocator(args_for: MakeArgs) -> None:
     """Beside a connector that is of no use, their KV would take several times the memory."""
-    config = args_for("Gemma3ForCausalLM", **setting).create_engine_config()
+    config = args_for("Gemma3ForCausalLM", enable_prefix_caching=False).create_engine_config()
     assert config.kv_transfer_config is None
     assert not config.scheduler_config.disable_hybrid_kv_cache_manager
 

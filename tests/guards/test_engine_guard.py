@@ -59,6 +59,11 @@ def test_a_plain_engine_may_reuse_with_tensor_parallelism() -> None:
     assert engine_off(engine(), pages(FULL, hash_block_size=32)) is None
 
 
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
+def test_drafts_without_kv_may_reuse(method: str) -> None:
+    assert engine_off(engine(speculative_config={"method": method}), pages(FULL)) is None
+
+
 def test_windowed_layers_in_whole_pages_may_reuse() -> None:
     """Without the hybrid allocator vLLM keeps all pages of a window layer."""
     assert engine_off(engine(), pages(kv.FullAttentionSpec(**PAGE, sliding_window=64))) is None
@@ -70,12 +75,15 @@ SETTINGS = [
     ("parallel_config__decode_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
     ("parallel_config__prefill_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
     ("parallel_config__data_parallel_size", 2, Reason.EXPERTS_DATA_PARALLEL),
-    ("lora_config", {"max_loras": 1}, Reason.LORA_ENABLED),
     ("speculative_config", {"method": "eagle"}, Reason.SPEC_DECODE),
+    ("speculative_config", {"method": "extract_hidden_states"}, Reason.SPEC_DECODE),
+    ("speculative_config", {"method": "custom_class"}, Reason.SPEC_DECODE),
+    ("speculative_config", {}, Reason.SPEC_DECODE),
 ]
+NAMES = [f"{setting} {value}" for setting, value, _ in SETTINGS]
 
 
-@pytest.mark.parametrize(("setting", "value", "reason"), SETTINGS, ids=[s[0] for s in SETTINGS])
+@pytest.mark.parametrize(("setting", "value", "reason"), SETTINGS, ids=NAMES)
 def test_a_setting_that_rules_reuse_out_is_named(setting: str, value: Any, reason: Reason) -> None:
     off = engine_off(engine(**{setting: value}), pages(FULL))
     assert off is not None

@@ -41,6 +41,8 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         "paper_rows",
         "compares",
         "events",
+        "loras",
+        "drafts",
     }
 
     numbers = itertools.count(1)

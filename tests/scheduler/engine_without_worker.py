@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from simulated_drafter import NOTHING, Guessed, SimulatedDrafter, speculative
 from simulated_memory import Row, Text
 from simulated_worker import Served, SimulatedWorker
 from vllm.config import (
@@ -16,10 +17,12 @@ from vllm.config import (
     DeviceConfig,
     KVEventsConfig,
     KVTransferConfig,
+    LoRAConfig,
     ModelConfig,
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -27,7 +30,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -62,6 +65,8 @@ class Job:
     rows: list[Row]
     samples: list[list[int]]
     result: ModelRunnerOutput | None = None
+    guessed: dict[str, Guessed] = field(default_factory=dict)
+    guesses: dict[str, list[int]] = field(default_factory=dict)  # for the next step
 
 
 class EngineWithoutWorker(SimulatedWorker):
@@ -75,6 +80,8 @@ class EngineWithoutWorker(SimulatedWorker):
         paper_rows: tokens that mode paper can keep there.
         compares: the model tells which token follows.
         events: what is in the prefix cache is published, into ``published``.
+        loras: adapters that one step can have; 0 for an engine without.
+        drafts: tokens guessed ahead for a request in one step, by speculative decoding.
     """
 
     def __init__(
@@ -91,8 +98,11 @@ class EngineWithoutWorker(SimulatedWorker):
         paper_rows: int = 4096,
         compares: bool = True,
         events: bool = False,
+        loras: int = 0,
+        drafts: int = 0,
     ) -> None:
         super().__init__(num_blocks, block_size)
+        self.drafter = SimulatedDrafter(drafts)
         transfer = settings is not None and KVTransferConfig(
             kv_connector="kvcomm",
             kv_role=ROLE,
@@ -112,6 +122,8 @@ class EngineWithoutWorker(SimulatedWorker):
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=True),
             device_config=DeviceConfig("cpu"),
             kv_transfer_config=transfer or None,
+            lora_config=LoRAConfig(max_loras=loras) if loras else None,
+            speculative_config=speculative(model, drafts, ahead=pipeline > 1),
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         config.scheduler_config.async_scheduling = pipeline > 1
@@ -194,11 +206,14 @@ class EngineWithoutWorker(SimulatedWorker):
         salt: str | None = None,
         priority: int = 0,
         resumable: bool = False,
+        adapter: LoRARequest | None = None,
         **sampling: Any,
     ) -> Request:
         """A request that will sample ``answer`` (default: 2 tokens) and then end."""
         answer = [1, 1] if answer is None else answer
-        text = Text.of([*prompt, *answer, 0, 0])  # steps in flight may sample beyond the end
+        number = adapter.lora_int_id if adapter else 0
+        beyond = [0] * (2 + 3 * self.drafter.most)  # steps in flight may sample beyond the end
+        text = Text.of([*prompt, *answer, *beyond], number)
         params = SamplingParams(
             max_tokens=len(answer),
             temperature=0.0,
@@ -217,13 +232,14 @@ class EngineWithoutWorker(SimulatedWorker):
             arrival_time=float(len(self.served)),
             block_hasher=self.hasher,
             resumable=resumable,
+            lora_request=adapter,
         )
         self.served[name] = Served(text, len(prompt))
-        self._note_exact_hashes(text, salt)
+        self._note_exact_hashes(text, salt, adapter)
         self.scheduler.add_request(request)
         return request
 
-    def _note_exact_hashes(self, text: Text, salt: str | None) -> None:
+    def _note_exact_hashes(self, text: Text, salt: str | None, adapter: LoRARequest | None) -> None:
         plain = Request(
             request_id="plain",
             prompt_token_ids=text.tokens.tolist(),
@@ -231,6 +247,7 @@ class EngineWithoutWorker(SimulatedWorker):
             pooling_params=None,
             cache_salt=salt,
             block_hasher=self.hasher,
+            lora_request=adapter,
         )
         for index, block_hash in enumerate(plain.block_hashes):
             self.exact_pages[bytes(block_hash)] = (text, index)
@@ -281,20 +298,47 @@ class EngineWithoutWorker(SimulatedWorker):
     def schedule(self) -> SchedulerOutput:
         output = self.scheduler.schedule()
         new_pages, self._new_pages = self._new_pages, []
-        rows, samples, seen = [], [], {}
+        job = Job(output, new_pages, [], [])
+        seen = {}
         for name, count in output.num_scheduled_tokens.items():
-            request = self.scheduler.requests[name]
             table = list(self.scheduler.kv_cache_manager.get_block_ids(name)[0])
-            end = request.num_computed_tokens
-            rows.append(Row(name, self.served[name].text, table, end - count, end))
-            last = not request.is_prefill_chunk
-            samples.append([int(self.served[name].text.tokens[end])] if last else [])
+            self._take(name, count, table, job)
             seen[name] = (count, table)
         self.trace.append(seen)
-        job = Job(output, new_pages, rows, samples)
         self._execute(job)
         self.jobs.append(job)
         return output
+
+    def _take(self, name: str, count: int, table: list[int], job: Job) -> None:
+        """One request's part of a step: what is computed, what follows, and what may follow that.
+
+        Steps in flight are ahead of the scheduler, which takes their guesses for right until it
+        hears of them.
+        """
+        request, text = self.scheduler.requests[name], self.served[name].text
+        before = [one.guessed[name] for one in self.jobs if name in one.guessed]
+        ahead = sum(one.wrong for one in before if one.preemptions == request.num_preemptions)
+        end = request.num_computed_tokens - ahead
+        tokens = self._guesses(name, job.output)
+        known = end - len(tokens)
+        guessed = self.drafter.judge(text, known, tokens, request.num_preemptions)
+        computed = text.with_guesses(known, tokens) if tokens else text
+        job.rows.append(Row(name, computed, table, end - count, end))
+        follows = known + guessed.right + 1
+        ends = not request.is_prefill_chunk
+        job.samples.append(text.tokens[known:follows].tolist() if ends else [])
+        job.guessed[name] = guessed
+        job.guesses[name] = self.drafter.guess(text, follows) if ends else []
+
+    def _guesses(self, name: str, output: SchedulerOutput) -> list[int]:
+        """The guesses that this step computes; with steps in flight the scheduler only knows how
+        many are wanted, and workers have those of the step before.
+        """
+        wanted = output.scheduled_spec_decode_tokens.get(name, [])
+        if self.pipeline == 1:
+            return list(wanted)
+        known = self.jobs[-1].guesses.get(name, []) if self.jobs else []
+        return [*known, *[NOTHING] * len(wanted)][: len(wanted)]
 
     def _execute(self, job: Job) -> None:
         memory = self.memory
@@ -303,6 +347,10 @@ class EngineWithoutWorker(SimulatedWorker):
         message = job.output.kv_connector_metadata
         if isinstance(message, StepMessage):
             self.host_pool.work(message.transfers, message.awaited)
+        if job.rows:
+            most = self.scheduler.lora_config.max_loras if self.scheduler.lora_config else 0
+            in_use = {row.text.adapter for row in job.rows} - {0}
+            assert len(in_use) <= most, "more adapters in a step than there are slots"
         memory.forget(job.new_pages)
         if isinstance(message, StepMessage):
             if message.requests:
@@ -347,3 +395,6 @@ class EngineWithoutWorker(SimulatedWorker):
                 if output.finish_reason is not None:
                     served.finished = True
                     served.report = (output.kv_transfer_params or {}).get("kvcomm", {})
+        if self.drafter.most and self.pipeline == 1:
+            guesses = DraftTokenIds(list(job.guesses), list(job.guesses.values()))
+            self.scheduler.update_draft_token_ids(guesses)

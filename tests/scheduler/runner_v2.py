@@ -15,6 +15,7 @@ from simulated_memory import Row as ComputedRow
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.worker.gpu import kv_connector as runner_v2
 
+from kvcomm_vllm.compat.adapters import NoAdapters
 from kvcomm_vllm.connector import KVCommConnector
 from kvcomm_vllm.messages import RequestOps
 from kvcomm_vllm.worker.half import WorkerHalf
@@ -63,6 +64,8 @@ class SimulatedHalf(WorkerHalf):
 
 class SideForward:
     """What :class:`SimulatedHalf` computes with."""
+
+    adapters = NoAdapters()
 
     def __init__(self, half: SimulatedHalf) -> None:
         self.half = half

@@ -4,12 +4,14 @@
 A slot holds a token, its position (the rotation its key carries) and a digest of all tokens up to
 it (the context its KV was computed in). ``exact`` says that a dense prefill of that context would
 have produced the same. ``weights`` counts how often the model's weights had been replaced when it
-was written. Reading a slot that was never written, or that holds something else than the reader
-expects, is an ``AssertionError``: on a real machine it would be a wrong answer.
+was written; ``adapter`` says with which adapter that was, and how often its own had been. Reading a
+slot that was never written, or that holds something else than the reader expects, is an
+``AssertionError``: on a real machine it would be a wrong answer.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import inf
 
@@ -24,9 +26,11 @@ CONTEXT_BASE = 1_000_003
 CONTEXT_PRIME = (1 << 61) - 1
 
 
-def contexts(tokens: list[int]) -> NDArray[np.int64]:
-    """Digest of ``tokens[: i + 1]`` for each i, int64 ``[len(tokens)]``."""
-    digests, last = [], 0
+def contexts(tokens: list[int], last: int = 0) -> NDArray[np.int64]:
+    """Digest of ``tokens[: i + 1]`` for each i, int64 ``[len(tokens)]``; they stand behind a text
+    with the digest ``last``.
+    """
+    digests = []
     for token in tokens:
         last = (last * CONTEXT_BASE + token + 1) % CONTEXT_PRIME
         digests.append(last)
@@ -35,14 +39,23 @@ def contexts(tokens: list[int]) -> NDArray[np.int64]:
 
 @dataclass
 class Text:
-    """All tokens a request will ever have, and the contexts they stand in."""
+    """All tokens a request will ever have, the contexts they stand in, and the number of its
+    adapter, if it has one.
+    """
 
     tokens: NDArray[np.int64]
     contexts: NDArray[np.int64]
+    adapter: int = 0
 
     @classmethod
-    def of(cls, tokens: list[int]) -> Text:
-        return cls(np.array(tokens, np.int64), contexts(tokens))
+    def of(cls, tokens: list[int], adapter: int = 0) -> Text:
+        return cls(np.array(tokens, np.int64), contexts(tokens), adapter)
+
+    def with_guesses(self, at: int, guesses: list[int]) -> Text:
+        """The text up to position ``at`` (> 0), and guesses for what stands behind it."""
+        behind = contexts(guesses, int(self.contexts[at - 1]))
+        tokens = np.concatenate([self.tokens[:at], np.array(guesses, np.int64)])
+        return Text(tokens, np.concatenate([self.contexts[:at], behind]))
 
 
 @dataclass
@@ -83,6 +96,8 @@ class SimulatedMemory:
         self.exact = np.zeros(size, np.bool_)
         self.weights = np.zeros(size, np.int64)
         self.weights_now = 0
+        self.adapter = np.zeros((size, 2), np.int64)
+        self.versions: Counter[int] = Counter()  # of adapters, how often they were replaced
         self.garbage = False  # a load failed in this step: what is computed on top is void, too
 
     def slots(self, table: list[int], start: int, end: int) -> Slots:
@@ -132,17 +147,16 @@ class SimulatedMemory:
     def expect_true(self, table: list[int], begin: int, end: int, text: Text) -> None:
         """Positions ``begin .. end`` hold what a dense prefill writes."""
         true = self.slots(table, begin, end)
-        self._expect(true, text.tokens[begin:end], np.arange(begin, end), "lesson, true KV")
+        self._expect(true, text, begin, np.arange(begin, end), "lesson, true KV")
         fits = self.exact[true] & (self.context[true] == text.contexts[begin:end])
         assert fits.all(), "a lesson was taught from KV that is not true"
 
     def expect_source(self, op: LoadOp, text: Text, name: str) -> None:
         """A load's source holds the text of its place in the prompt."""
-        begin, end = op.prompt_start, op.prompt_start + op.length
         at = op.source_offset
         source = self.slots(op.source_blocks, at, at + op.length)
         positions = np.arange(op.source_start, op.source_start + op.length)
-        self._expect(source, text.tokens[begin:end], positions, name)
+        self._expect(source, text, op.prompt_start, positions, name)
 
     def forward(self, rows: list[Row], name: str) -> None:
         """One forward: all rows' KV is written before any of them attends, layer by layer."""
@@ -153,7 +167,8 @@ class SimulatedMemory:
         for row in rows:
             self._expect(
                 self.slots(row.table, 0, row.end),
-                row.text.tokens[: row.end],
+                row.text,
+                0,
                 np.arange(row.end),
                 f"{name} of {row.request_id} {row.start}..{row.end}",
             )
@@ -222,10 +237,12 @@ class SimulatedMemory:
         self.position[target] = np.arange(begin, end)
         self.context[target] = text.contexts[begin:end]
         self.weights[target] = self.weights_now
+        self.adapter[target] = text.adapter, self.versions[text.adapter]
 
     def _expect(
-        self, slots: Slots, tokens: NDArray[np.int64], positions: NDArray[np.int64], name: str
+        self, slots: Slots, text: Text, begin: int, positions: NDArray[np.int64], name: str
     ) -> None:
+        tokens = text.tokens[begin : begin + len(slots)]
         good = self.written[slots]
         if self.garbage and not good.all():
             return
@@ -234,6 +251,8 @@ class SimulatedMemory:
             ("wrong tokens", self.token[slots] == tokens),
             ("wrong positions", self.position[slots] == positions),
             ("KV of old weights", self.weights[slots] == self.weights_now),
+            ("another adapter's KV", self.adapter[slots, 0] == text.adapter),
+            ("KV of its old weights", self.adapter[slots, 1] == self.versions[text.adapter]),
         ):
             bad = np.flatnonzero(~fits)
             assert not len(bad), (

@@ -18,7 +18,7 @@ from simulated_memory import SimulatedMemory
 from kvcomm_vllm.messages import StepReport, TransferOp
 
 NUMBERS = itertools.count(1)  # of all engines, which may read each other's
-FIELDS = ("written", "token", "position", "context", "exact", "weights")
+FIELDS = ("written", "token", "position", "context", "exact", "weights", "adapter")
 
 
 class SimulatedPool:

@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from kvcomm_vllm.messages import (
+    Adapter,
     CompareOp,
     Divergence,
     HoleOp,
@@ -49,6 +50,7 @@ class Served:
 
 class SimulatedWorker:
     """Args:
+    gone: adapters that are in memory no more.
     fail, fail_lesson: which operations are to fail, and cannot be repaired.
     break_load: of which operations the loads fail and the plan is computed instead.
     settle_pieces: how many each taught span takes to be settled.
@@ -65,6 +67,8 @@ class SimulatedWorker:
         )
         self.anchors = SimulatedAnchors()
         self.served: dict[str, Served] = {}
+        self.gone: set[int] = set()
+        self._told: dict[int, int] = {}  # versions of adapters
         self.fail: Callable[[RequestOps], bool] = lambda ops: False
         self.break_load: Callable[[RequestOps], bool] = lambda ops: False
         self.fail_lesson: Callable[[LessonOp], bool] = lambda op: False
@@ -89,14 +93,28 @@ class SimulatedWorker:
             tables: block tables of the step's requests.
             active: the scheduler's lesson under way.
         """
-        done = None
+        done = self._look()
         if message.requests:
             done = self._load(copy.deepcopy(message.requests), tables)
         if message.probes:
             done = self._probe(message.probes, done)
         if message.lesson is not None:
             done = self._teach(copy.deepcopy(message.lesson), active)
+        if done is not None:
+            assert isinstance(done.kv_connector_worker_meta, StepReport)
+            done.kv_connector_worker_meta.adapters = self._new_versions
         return done
+
+    def _look(self) -> KVConnectorOutput | None:
+        """Which adapters have other weights than in the step before."""
+        versions = self.memory.versions
+        self._new_versions = {n: v for n, v in versions.items() if self._told.get(n, 0) != v}
+        self._told.update(self._new_versions)
+        empty = KVConnectorOutput(kv_connector_worker_meta=StepReport())
+        return empty if self._new_versions else None
+
+    def _is_past(self, adapter: Adapter | None) -> bool:
+        return adapter is not None and adapter.version != self.memory.versions[adapter.number]
 
     def transfer(self, found: KVConnectorOutput | None) -> KVConnectorOutput | None:
         """Copies to and from the host pool, which go on beside the steps."""
@@ -129,7 +147,11 @@ class SimulatedWorker:
                 },
             )
         texts = {ops.request_id: self.served[ops.request_id].text for ops in requests}
+        for ops in requests:
+            number = ops.adapter.number if ops.adapter else 0
+            assert number == texts[ops.request_id].adapter, "computed with another adapter"
         lost = {ops.request_id for ops in requests if ops.loads and self.break_load(ops)}
+        lost |= {ops.request_id for ops in requests if self._is_past(ops.adapter)}
         whole = [ops for ops in requests if ops.request_id not in lost]
         for op in (op for ops in whole for op in ops.loads if op.entry >= 0):
             assert self.taught[op.entry] == self.memory.weights_now, "corrected for old weights"
@@ -178,12 +200,18 @@ class SimulatedWorker:
         """A lesson's piece: true KV is computed or stands there already, base KV is read."""
         assert active is not None
         assert active.number == op.number
+        number = active.adapter.number if active.adapter else 0
         text = next(
             served.text
             for served in self.served.values()
             if served.text.tokens[: len(active.tokens)].tolist() == active.tokens.tolist()
+            and served.text.adapter == number
         )
         report = StepReport(lesson=op.number)
+        assert op.settles or op.adapter == active.adapter
+        if op.computes and (number in self.gone or self._is_past(op.adapter)):
+            report.lesson_gone = True
+            return KVConnectorOutput(kv_connector_worker_meta=report)
         if self.fail_lesson(op):
             report.lesson_failed, self.unsettled = True, 0
             return KVConnectorOutput(kv_connector_worker_meta=report)

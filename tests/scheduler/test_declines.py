@@ -11,7 +11,6 @@ import torch
 from checks import check_idle, check_report
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
-from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
@@ -117,17 +116,12 @@ def image() -> dict[str, Any]:
     return {"mm_features": [MultiModalFeatureSpec(None, "image", "hash", where)]}
 
 
-def lora() -> dict[str, Any]:
-    return {"lora_request": LoRARequest("adapter", 1, "folder")}
-
-
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         (embeds, "prompt_embeds"),
         (mixed_embeds, "prompt_embeds"),
         (image, "multimodal"),
-        (lora, "lora"),
     ],
 )
 def test_what_does_not_follow_from_token_ids_is_neither_served_nor_stored(

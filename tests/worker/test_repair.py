@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvcomm_vllm.compat.adapters import NoAdapters
 from kvcomm_vllm.compat.device import any_rank
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import HoleOp, LessonOp, LoadOp, RequestOps, StepMessage, StepReport
@@ -38,6 +39,7 @@ class SideForward:
     """Notes what it computes; the first ``failures`` times it fails."""
 
     def __init__(self, error: Exception) -> None:
+        self.adapters = NoAdapters()
         self.rows: list[Row] = []
         self.eager = False
         self.failures = 0

@@ -59,6 +59,7 @@ class Audits:
         tokens = state.tokens()
         lesson = state.lesson or Lesson(None, self.lessons.number(), tokens[:0], [], [])
         lesson.taint, lesson.comparison = state.taint, comparison
+        lesson.adapter = state.adapter
         ends = [len(lesson.tokens), comparison.position if comparison else 0]
         if self._heals:
             pages, stats = self.lessons.pages, self.lessons.stats

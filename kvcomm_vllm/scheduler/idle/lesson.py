@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvcomm_vllm.messages import HoleOp, LessonOp, LoadOp, StepReport
+from kvcomm_vllm.messages import Adapter, HoleOp, LessonOp, LoadOp, StepReport
 from kvcomm_vllm.scheduler.idle.comparison import SPARE, Comparison
 from kvcomm_vllm.scheduler.idle.healing import Healing
 from kvcomm_vllm.scheduler.index import Match
@@ -89,6 +89,7 @@ class Lesson:
         taint: computes all of the exact hashes as it starts, so that no request waits for that.
         healing: None if its true KV is not kept.
         comparison: None if it has been made, or is not to be.
+        adapter: of the request.
 
     Attributes:
         pages: where its true KV is, or will be.
@@ -107,6 +108,7 @@ class Lesson:
     taint: Taint | None = None
     healing: Healing | None = None
     comparison: Comparison | None = None
+    adapter: Adapter | None = None
     pages: list[int] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     taught: list[Part] = field(default_factory=list)
@@ -194,8 +196,8 @@ class Lesson:
             end = next((n * self._size for n in pages if n in self._cached), end)
             hole = HoleOp(start, self.tokens[start:end].tolist())
             self.computed = self._behind_cached(end)
-            return LessonOp(self.number, self.pages, hole)
-        op = LessonOp(self.number, self.pages, None)
+            return LessonOp(self.number, self.pages, hole, adapter=self.adapter)
+        op = LessonOp(self.number, self.pages, None, adapter=self.adapter)
         if not self.parts:
             assert self.comparison is not None, "something is left to be done"
             self._comparing = True

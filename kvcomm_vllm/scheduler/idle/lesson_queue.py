@@ -165,6 +165,10 @@ class LessonQueue:
         if lesson is None or lesson.number != report.lesson:
             return
         learned, self._learned = self._learned, None
+        if report.lesson_gone:
+            self._active = None
+            self.stats.count_lesson("dropped")
+            return
         if report.lesson_failed:
             self._active = None
             self.stats.count_lesson("failed")
@@ -180,6 +184,15 @@ class LessonQueue:
             self._count_finished(lesson)
         elif self._interrupted:
             self._put_back()
+
+    def forget_adapter(self, number: int) -> None:
+        """What waits to be learned with this adapter cannot be any more. Of what is under way
+        workers say so.
+        """
+        kept = [one for one in self._waiting if one.adapter is None or one.adapter.number != number]
+        for _ in range(len(self._waiting) - len(kept)):
+            self.stats.count_lesson("dropped")
+        self._waiting = deque(kept)
 
     def clear(self) -> None:
         """Weights or caches were reset: what waits is about KV that is gone."""

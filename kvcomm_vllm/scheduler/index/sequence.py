@@ -49,6 +49,7 @@ class Sequence:
         ready: False while the prefill that writes the KV is running.
         owner: request id.
         intact: False where a page of it was looked for in tiers in vain.
+        adapter: number of the LoRA adapter its KV was computed with; 0 for none.
     """
 
     id: int
@@ -62,6 +63,7 @@ class Sequence:
     generation: int = 0
     origin: Origin | None = None
     intact: bool = True
+    adapter: int = 0
 
     @property
     def exact_tokens(self) -> int:

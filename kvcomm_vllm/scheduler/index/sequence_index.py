@@ -88,6 +88,7 @@ class SequenceIndex:
         ready: bool,
         owner: str,
         generation: int = 0,
+        adapter: int = 0,
     ) -> Sequence:
         """Store a sequence; it is the newest and the most recently used. Fields as in `Sequence`.
 
@@ -115,6 +116,7 @@ class SequenceIndex:
             ready=ready,
             owner=owner,
             generation=generation,
+            adapter=adapter,
         )
         self._next_id += 1
         if len(self) == self.max_sequences:
@@ -197,6 +199,10 @@ class SequenceIndex:
     def recent(self, namespace: bytes) -> Iterator[Sequence]:
         """A namespace's sequences, the most recently used first."""
         return (s for s in reversed(self._row_of) if s.namespace == namespace)
+
+    def of_adapter(self, number: int) -> list[Sequence]:
+        """Sequences whose KV was computed with this adapter, whosever they are."""
+        return [sequence for sequence in self._row_of if sequence.adapter == number]
 
     def sweep_candidates(self, count: int) -> list[Sequence]:
         """The next `count` sequences in turn, or all: for the caller to check that they live."""

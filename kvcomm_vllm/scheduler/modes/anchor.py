@@ -70,7 +70,8 @@ class AnchorMode(PlainMode):
             end = max(span.end for span in taught)
             hashes = state.taint.exact_hashes(-(-end // self.pages.block_size))
             number = self.lessons.number()
-            state.lesson = Lesson(self, number, tokens[:end].copy(), hashes, taught)
+            text = tokens[:end].copy()
+            state.lesson = Lesson(self, number, text, hashes, taught, adapter=state.adapter)
         return must and state.lesson is not None
 
     def _teaching(

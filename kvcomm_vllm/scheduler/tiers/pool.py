@@ -40,6 +40,9 @@ NEWS_SECONDS = 1.0  # between two looks at what other engines have written down
 class HostPool:
     """Keeps pages of requests that have ended, and brings them back.
 
+    Not of those with a LoRA adapter: which weights it has is known to this engine's workers alone,
+    and while they serve; numbers and paths are no more than names.
+
     Args:
         manager: vLLM's ``TieringOffloadingManager``.
         finder: knows the KV cache, and what requests need of it.
@@ -85,11 +88,13 @@ class HostPool:
         return self._manifests[-1].secret if self._manifests else None
 
     def stored(self, sequence: Sequence, block_ids: Listing[int]) -> None:
+        if sequence.adapter:
+            return
         self.keep(sequence.block_hashes, block_ids)
         self.described(sequence)
 
     def described(self, sequence: Sequence) -> None:
-        if not self._void:
+        if not self._void and not sequence.adapter:
             for manifests in self._manifests:
                 manifests.append(sequence)
 
@@ -122,6 +127,8 @@ class HostPool:
         self._send(op)
 
     def bring(self, state: RequestState, wanted: Iterable[Wanted]) -> bool:
+        if state.adapter is not None:
+            return False
         if self._returns.under_way(state.id):
             return True
         return not self._void and any(self._bring(state, one) for one in wanted)
@@ -149,6 +156,8 @@ class HostPool:
         self._returns.forget(request_id)
 
     def holds(self, sequence: Sequence) -> bool:
+        if sequence.adapter:
+            return False
         if self._slower:  # slower tiers are not asked for what nobody wants to read
             return True
         return any(in_pool(self._manager, name) for name in sequence.block_hashes)

@@ -254,7 +254,8 @@ class PaperMode:
         tokens = state.tokens()
         taught = [TaughtSpan(m.key, m.span.start, (m.span.source,), m.behind_end) for m in messages]
         hashes = state.taint.exact_hashes(-(-len(tokens) // self.pages.block_size))
-        return Lesson(self, self.lessons.number(), tokens.copy(), hashes, taught)
+        number = self.lessons.number()
+        return Lesson(self, number, tokens.copy(), hashes, taught, adapter=state.adapter)
 
     def admitted(self, state: RequestState, plan: Plan | None) -> None:
         """The request is served as planned: what the gate said counts now."""
