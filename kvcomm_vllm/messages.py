@@ -31,6 +31,11 @@ class Adapter:
     version: int = 0
 
 
+def number_of(adapter: Adapter | None) -> int:
+    """As vLLM has it: 0 is the model as it is."""
+    return 0 if adapter is None else adapter.number
+
+
 @dataclass(slots=True)
 class LoadOp:
     """Copy one run of tokens from source pages to the request's pages, re-rotated to its new

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
+from kvcomm_vllm.messages import number_of
 from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.origin import numbered
 from kvcomm_vllm.scheduler.pages import SourcePages
@@ -54,7 +55,7 @@ class SequenceStore:
                 ready=False,
                 owner=state.id,
                 generation=state.generation,
-                adapter=0 if state.adapter is None else state.adapter.number,
+                adapter=number_of(state.adapter),
             )
             state.sequence.origin = numbered(state.origin, state.sequence.id)
             self._filling[state.id] = state

@@ -29,6 +29,7 @@ from kvcomm_vllm.messages import (
     StepMessage,
     StepReport,
     WorkerFacts,
+    number_of,
 )
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
@@ -114,9 +115,7 @@ class WorkerHalf:
         requests, lesson = message.requests, message.lesson
         self._count_times()
         replaced = self.adapters.look()
-        if replaced:
-            self._report = StepReport(adapters=replaced)
-        if message.empty:
+        if message.empty and not replaced:
             return
         if self.transfers is not None:
             self.transfers.begin(message.transfers, message.awaited)
@@ -205,7 +204,7 @@ class WorkerHalf:
     def _fill_holes(self, requests: list[RequestOps], lost: set[str], eager: bool = False) -> None:
         """In the order of requests: one may have the pages of those before it as its own prefix."""
         rows = [
-            Row(ops.block_ids, hole, adapter=_number(ops.adapter))
+            Row(ops.block_ids, hole, adapter=number_of(ops.adapter))
             for ops in requests
             for hole in ([_whole_plan(ops)] if ops.request_id in lost else ops.holes)
         ]
@@ -225,7 +224,7 @@ class WorkerHalf:
                 report.lesson_gone = True
                 return
             if lesson.hole is not None:
-                row = Row(lesson.block_ids, lesson.hole, adapter=_number(adapter))
+                row = Row(lesson.block_ids, lesson.hole, adapter=number_of(adapter))
                 ready.side_forward.run([row])
             with torch.inference_mode():
                 if lesson.comparison is not None:
@@ -234,7 +233,7 @@ class WorkerHalf:
                         ready.groups,
                         ready.kernel,
                         ready.side_forward,
-                        _number(adapter),
+                        number_of(adapter),
                     )
                 for correction in ready.corrections.values():
                     if not lesson.settles:
@@ -283,10 +282,6 @@ class WorkerHalf:
         """The engine ends."""
         if self.transfers is not None:
             self.transfers.close()
-
-
-def _number(adapter: Adapter | None) -> int:
-    return 0 if adapter is None else adapter.number
 
 
 def _whole_plan(ops: RequestOps) -> HoleOp:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
+from slower_tiers import settle
 
-from kvcomm_vllm.compat.offload import TierRequest, end_of_step, in_pool, look_up
+from kvcomm_vllm.compat.offload import TierRequest, in_pool, look_up
 
 Make = Callable[..., EngineWithoutWorker]
 FIRST, SECOND = words("first", 16), words("second", 16)
@@ -28,16 +29,6 @@ def engine(make_engine: Make, tmp_path: Path) -> EngineWithoutWorker:
 
     disk._lookup_manager.lookup = at_once
     return engine
-
-
-def settle(engine: EngineWithoutWorker) -> None:
-    engine.idle()
-    manager = engine.half.tiers._manager
-    for _ in range(2):  # what was asked for goes out; what has come is seen
-        end_of_step(manager)
-        for tier in manager.secondary_tiers:
-            tier.drain_jobs()
-    end_of_step(manager)
 
 
 def test_what_the_pool_has_is_read_while_only_the_disk_has_the_rest(

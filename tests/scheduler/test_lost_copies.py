@@ -9,19 +9,10 @@ from pathlib import Path
 import pytest
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
-
-from kvcomm_vllm.compat.offload import end_of_step
+from slower_tiers import settle
 
 Make = Callable[..., EngineWithoutWorker]
 SHARED = words("shared", 48)
-
-
-def written(engine: EngineWithoutWorker) -> None:
-    engine.idle()
-    manager = engine.half.tiers._manager
-    for tier in manager.secondary_tiers:
-        tier.drain_jobs()
-    end_of_step(manager)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -34,11 +25,11 @@ def test_text_of_which_one_copy_is_lost_is_read_from_the_other(
     for name in ("a", "b"):
         before = set(tmp_path.rglob("*.bin"))
         engine.serve(name, words(name, 21 + len(copies)) + SHARED + words((name, "end"), 3))
-        written(engine)
+        settle(engine)
         copies.append(set(tmp_path.rglob("*.bin")) - before)
     for number in range(4):
         engine.serve(f"other {number}", words(("other", number), 150))
-        written(engine)
+        settle(engine)
     for path in copies[lost]:
         path.unlink()
     served = engine.serve("c", words("c", 24) + SHARED + words("d", 3))

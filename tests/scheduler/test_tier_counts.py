@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
+from slower_tiers import settle
 
-from kvcomm_vllm.compat.offload import end_of_step
 from kvcomm_vllm.scheduler.tiers.room import make_room
 
 Make = Callable[..., EngineWithoutWorker]
@@ -28,18 +28,10 @@ def engine(make_engine: Make, tmp_path: Path) -> EngineWithoutWorker:
 
 def crowd_out(engine: EngineWithoutWorker) -> None:
     """The pool gives no page away that is still being written to disk: that is waited for."""
-    written(engine)
+    settle(engine)
     for number in range(4):
         engine.serve(f"other {number}", words(("other", number), 150))
-        written(engine)
-
-
-def written(engine: EngineWithoutWorker) -> None:
-    engine.idle()
-    manager = engine.half.tiers._manager
-    for tier in manager.secondary_tiers:
-        tier.drain_jobs()
-    end_of_step(manager)
+        settle(engine)
 
 
 def test_each_tier_is_counted_by_its_name(

@@ -15,7 +15,7 @@ from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.tiers.costs import Costs
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
 
-MOST_LOSSES = 3
+MOST_LOSSES = 3  # for which one request looks for other copies
 
 
 @dataclass
@@ -115,10 +115,10 @@ class Returns:
 
     def _lost(self, waiting: Waiting, wanted: Wanted, names: set[bytes]) -> list[Sequence]:
         """Each is a reason to look for another copy, and a request waits only so often."""
-        lost = [s for s in wanted.sequences if s.intact and not names.isdisjoint(s.block_hashes)]
-        if not lost or waiting.losses == MOST_LOSSES:
+        if not names or waiting.losses == MOST_LOSSES:
             return []
-        waiting.losses += 1
+        lost = [s for s in wanted.sequences if s.intact and not names.isdisjoint(s.block_hashes)]
+        waiting.losses += bool(lost)
         return lost
 
     def begin(
