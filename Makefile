@@ -28,7 +28,7 @@ MODEL_FILES := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model model-gemma model-qwen model-qwen-1.5b
-.PHONY: demo test test-fast gpu soak lint format bench clean
+.PHONY: demo test test-fast gpu soak soak-models lint format bench clean
 
 help: ## this list
 	@echo 'make TARGET [MODEL=folder-or-huggingface-id] [ARGS="..."] [VENV=.venv] [PYTHON=python3.11]'
@@ -76,6 +76,9 @@ gpu: $(READY) $(SMOLLM2)/config.json ## proves the CUDA path on this machine's G
 
 soak: $(READY) $(SMOLLM2)/config.json ## ten minutes of everything at once; SECONDS=600 SEED=number
 	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(BIN)/python -m pytest tests/soak -m soak $(ARGS)
+
+soak-models: $(READY) ## a thousand mixed requests to a tiny model of each kind
+	$(BIN)/python -m pytest tests/engine/test_mixed_soak.py -m soak -n0 $(ARGS)
 
 lint: $(READY) ## ruff (rules, format) and mypy
 	$(BIN)/ruff check .

@@ -100,13 +100,15 @@ def ask(
     tenant = {} if salt is None else {"cache_salt": salt}
     asked: Any = [{"prompt_token_ids": prompt, **tenant} for prompt in prompts]
     outputs = llm.generate(asked, params, lora_request=adapters, use_tqdm=False)
-    answers = []
-    for output in outputs:
-        first = output.outputs[0]
-        report = (output.kv_transfer_params or {}).get("kvcomm", {})
-        steps = [{i: p.logprob for i, p in step.items()} for step in first.logprobs or []]
-        answers.append(Answer(list(first.token_ids), report, steps))
-    return answers
+    return [answer_of(output) for output in outputs]
+
+
+def answer_of(output: Any) -> Answer:
+    """The first choice of what vLLM has answered."""
+    first = output.outputs[0]
+    report = (output.kv_transfer_params or {}).get("kvcomm", {})
+    steps = [{i: p.logprob for i, p in step.items()} for step in first.logprobs or []]
+    return Answer(list(first.token_ids), report, steps)
 
 
 def settle(llm: LLM) -> None:
