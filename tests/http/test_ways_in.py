@@ -366,12 +366,12 @@ def test_of_a_stream_of_several_prompts_and_samples_each_choice_has_its_report(
         assert_adds_up({"kvcomm": told})
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_a_beam_search_in_a_stream_has_no_report(agents: Agents, path: str, shared: str) -> None:
-    way = (chat if path == CHAT else prompts)(stream=True, **BEAMS)
-    answer = post(agents, path, way.body("editor", shared))
-    assert answer.text.endswith("data: [DONE]\n\n")
-    assert "kvcomm" not in answer.text
+def test_a_stream_that_ends_with_an_error_is_as_vllm_has_it(agents: Agents, shared: str) -> None:
+    """As a beam search does; the requests of its beams have reports, which belong nowhere."""
+    way = chat(stream=True, **BEAMS)
+    chunks = chunks_of(post(agents, CHAT, way.body("editor", shared)))
+    assert "error" in chunks[-1]
+    assert not [chunk for chunk in chunks if "kv_transfer_params" in chunk]
 
 
 def test_a_message_that_is_streamed_has_the_report_where_it_ends(
@@ -393,7 +393,7 @@ def test_tokens_that_are_streamed_have_the_report_where_they_end(agents: Agents)
     assert_adds_up(last["kv_transfer_params"])
 
 
-def test_a_request_that_is_refused_in_its_stream_or_hung_up_on_leaves_streams_alone(
+def test_a_client_that_hangs_up_on_its_stream_takes_nothing_from_the_next(
     agents: Agents, shared: str
 ) -> None:
     body = {"model": agents.model, **chat(stream=True, max_tokens=4000).body("editor", shared)}
