@@ -24,6 +24,7 @@ from kvcomm_vllm.compat.offload import offloading_worker, pool_spec
 from kvcomm_vllm.compat.owners import find_engine, find_scheduler, find_wake_up
 from kvcomm_vllm.compat.scheduler import (
     add_reports,
+    data_parallel_rank,
     hear_before_outputs,
     let_go_before_resets,
     recovers_failed_loads,
@@ -76,6 +77,7 @@ class KVCommConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             from kvcomm_vllm.scheduler.engine_state import EngineState
             from kvcomm_vllm.scheduler.half import SchedulerHalf
+            from kvcomm_vllm.scheduler.trace import open_trace
 
             self._off = engine_off(vllm_config, kv_cache_config)
             if not recovers_failed_loads(vllm_config):
@@ -96,6 +98,10 @@ class KVCommConnector(KVConnectorBase_V1):
                 find_wake_up(),
                 spec,
             )
+            trace = open_trace(
+                self.config.trace, data_parallel_rank(vllm_config), self._scheduler.stats
+            )
+            self._scheduler.reports.trace = trace
             if self._vllm_scheduler is not None:
                 let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
                 hear_before_outputs(self._vllm_scheduler, self._hear)
@@ -235,6 +241,7 @@ class KVCommConnector(KVConnectorBase_V1):
     def shutdown(self) -> None:
         if self.role is KVConnectorRole.SCHEDULER:
             self._scheduler.tiers.close()
+            self._scheduler.reports.trace.close()
         else:
             self._worker.close()
 

@@ -104,6 +104,12 @@ METRICS = {
         "Placeholders that audits found beyond fidelity_budget: longer_seams_gained, computed_lost "
         "and so on; the difference of both is how many are treated so.",
     ),
+    "trace": Metric(
+        "vllm:kvcomm_trace_records",
+        "outcome",
+        "Records of finished requests for trace.file: written, or dropped as the disk was full or "
+        "too slow; counted with the next request.",
+    ),
     "anchors": Metric("vllm:kvcomm_anchors", "event", "Anchors gained and lost, likewise."),
     "tier_pages": Metric(
         "vllm:kvcomm_tier_pages",
@@ -216,6 +222,11 @@ class KVCommStats(KVConnectorStats):
             if now != before:
                 self._add(metric, "gained" if now > before else "lost", abs(now - before))
         self._held = placeholders, anchors
+
+    def count_trace(self, written: int, dropped: int) -> None:
+        for outcome, records in (("written", written), ("dropped", dropped)):
+            if records:
+                self._add("trace", outcome, records)
 
     def count_tier_pages(self, event: str, pages: int) -> None:
         if pages:

@@ -189,6 +189,7 @@ def test_everything_that_is_counted_is_exported(exported: KVCommPromMetrics) -> 
     stats.count_fidelity("normal", "computed")
     stats.count_tier_pages("stored", 3)
     stats.count_transfer(True, 1 << 20, 0.1)
+    stats.count_trace(1, 1)
     for metric in METRICS:
         if metric.startswith("tier_") and metric not in ("tier_pages", "tier_bytes"):
             stats.count_tier(metric, "disk", 1)

@@ -37,7 +37,7 @@ def _problem(column: Column, client: ChatClient) -> str | None:
             client.stream(messages, TOKENS, salt, hints=column.hints)
             if column.hints is None:
                 continue
-            # only a response that is not streamed says how it was served
+            # one that is not streamed says how it was served, whatever middleware the server has
             answer = client.complete(messages, TOKENS, f"{salt} again", hints=column.hints)
         except RefusedError as error:
             return str(error)

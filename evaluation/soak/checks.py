@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvcomm_vllm.evaluation.soak.events import Event
-from kvcomm_vllm.evaluation.soak.item import BATCH, RESPONSES, Outcome
+from kvcomm_vllm.evaluation.soak.item import BATCH, MESSAGES, RESPONSES, Outcome
 from kvcomm_vllm.evaluation.soak.promises import Fault, Promise
 
 
@@ -66,10 +66,12 @@ def wrong_ends(unhurt: Sequence[Outcome]) -> list[Fault]:
 
 
 def reports(one: Outcome) -> bool:
-    """Whether this answer has a place for a report. Streams, batches and beams have none."""
+    """Whether this answer has a report beside its choices: beams have none, streamed responses and
+    messages have it elsewhere, and so have batches.
+    """
     assert isinstance(one.item.body, dict)
-    streamed, beams = one.item.body.get("stream"), one.item.engine_requests is None
-    return not streamed and not beams and one.item.path != BATCH
+    nested = one.item.body.get("stream") and one.item.path in (MESSAGES, RESPONSES)
+    return not nested and one.item.engine_requests is not None and one.item.path != BATCH
 
 
 def without_report(answered: Sequence[Outcome]) -> list[Fault]:

@@ -154,6 +154,8 @@ def config_file(path: Path) -> str:
 
     try:
         config = load_file(path)
+        if problems := [*config.trace.problems()]:
+            raise ConfigError.of(problems, str(path))
     except ConfigError as error:
         raise ProblemError(str(error)) from error
     if notes := config.warnings():

@@ -4,7 +4,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,27 +19,33 @@ COARSE = (
 
 def explain(
     request: Annotated[
-        Path, typer.Argument(help="File with the JSON body of a request, or - for stdin.")
+        Path,
+        typer.Argument(
+            help="File with the JSON body of a request, or - for stdin; with --record, the trace "
+            "of a server (trace.file)."
+        ),
     ],
     server: Annotated[str, typer.Option(help="A running server.")] = "http://localhost:8000",
+    record: Annotated[
+        str | None,
+        typer.Option(help="Explain this request of a trace: its name, how it begins, or last."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the picture.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the picture as an image.")] = None,
 ) -> None:
-    """What a running server reuses for one request, by place; it is served, for one token."""
+    """What a running server reuses for one request, by place; it is served, for one token.
+
+    Or what a server has reused for one that is in its trace.
+    """
+    from kvcomm_vllm.estimate import trace
     from kvcomm_vllm.estimate.flaws import EstimateError
     from kvcomm_vllm.estimate.live import explain as ask
     from kvcomm_vllm.estimate.style import page
 
-    try:
-        text = sys.stdin.read() if str(request) == "-" else request.read_text(encoding="utf-8")
-        body = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{request}: {error}")
-    if not isinstance(body, dict):
-        fail(f"{request}: must be a JSON object, the body of a request")
     console = Console()
     try:
-        found = ask(server, body)
+        body = _body(request) if record is None else {}
+        found = ask(server, body) if record is None else trace.explain(request, record)
         report = found.report
         counts = ", ".join(f"{name} {report[name]:,}" for name in ("local", "reused", "computed"))
         console.print(f"{report['prompt_tokens']:,} tokens: {counts}", highlight=False)
@@ -59,3 +65,14 @@ def explain(
             write_png(found.picture, png)
     except (EstimateError, OSError) as error:
         fail(str(error))
+
+
+def _body(request: Path) -> dict[str, Any]:
+    try:
+        text = sys.stdin.read() if str(request) == "-" else request.read_text(encoding="utf-8")
+        body = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{request}: {error}")
+    if not isinstance(body, dict):
+        fail(f"{request}: must be a JSON object, the body of a request")
+    return body

@@ -26,9 +26,8 @@ from kvcomm_vllm.compat.offload import unknown_tiers
 from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.config.address import Address
 from kvcomm_vllm.config.file import load_file
-from kvcomm_vllm.front import late_reports
+from kvcomm_vllm.front import hints_http, late_reports, stream_reports
 from kvcomm_vllm.front.carried_hints import with_carried_hints
-from kvcomm_vllm.front.hints_http import MIDDLEWARE
 from kvcomm_vllm.guards.arguments import unsupported_arguments
 from kvcomm_vllm.guards.model import unsupported_model
 
@@ -40,6 +39,7 @@ NAMES = ("kvcomm", "KVCommConnector")
 # and holds freed pages back. A producer differs from it in nothing else that it does.
 ROLE = "kv_producer"
 _EXTRA = "kv_connector_extra_config"
+MIDDLEWARE = (hints_http.MIDDLEWARE, stream_reports.MIDDLEWARE)
 _BOTH = (
     "--kv-transfer-config and --kv-connector/--kvcomm-config both say which KV connector to use; "
     "give one of them"
@@ -95,6 +95,8 @@ def wrap_front_end(serving: bool) -> None:
     output = "new_token_ids pooling_output finish_reason stop_reason kv_transfer_params"
     _wrap(*_OUTPUTS, "make_request_output", late_reports.with_kept_report, output)
     if serving:
+        begin = "request_id external_req_id parent_req request_index"
+        _wrap(*_OUTPUTS, "__init__", stream_reports.with_listener, begin)
         chat, text = late_reports.with_batch_reports, late_reports.with_choices_reports
         _wrap(*_BATCHES, "chat_completion_full_generator_batch", chat, "request generators")
         _wrap(*_TEXTS, "request_output_to_completion_response", text, "final_res_batch")
@@ -170,10 +172,10 @@ def transfer_config(path: str | None) -> KVTransferConfig:
 
     Raises:
         ConfigError: see :func:`kvcomm_vllm.config.file.load_file`, and
-            :func:`refuse_unknown_tiers`.
+            :func:`refuse_what_is_not_here`.
     """
     config = KVCommConfig() if path is None else load_file(path)
-    refuse_unknown_tiers(config, str(path))
+    refuse_what_is_not_here(config, str(path))
     return KVTransferConfig(
         kv_connector="kvcomm",
         kv_role=ROLE,
@@ -202,17 +204,17 @@ def checked(config: KVTransferConfig) -> KVCommConfig:
             f"for {ROLE})"
         )
     found = KVCommConfig.from_mapping(config.kv_connector_extra_config, _EXTRA)
-    refuse_unknown_tiers(found, _EXTRA)
+    refuse_what_is_not_here(found, _EXTRA)
     return found
 
 
-def refuse_unknown_tiers(config: KVCommConfig, origin: str) -> None:
+def refuse_what_is_not_here(config: KVCommConfig, origin: str) -> None:
     """Raises:
-    ConfigError: a tier's type is none that vLLM knows.
+    ConfigError: a tier's type is none that vLLM knows, or the trace cannot be written.
     """
-    unknown = list(unknown_tiers(config.tiers))
-    if unknown:
-        raise ConfigError.of(unknown, origin)
+    problems = [*unknown_tiers(config.tiers), *config.trace.problems()]
+    if problems:
+        raise ConfigError.of(problems, origin)
 
 
 def check_engine(args: EngineArgs, model: ModelConfig) -> None:
@@ -343,7 +345,9 @@ def _connector_name(value: str) -> str:
 
 
 def _add_middleware(namespace: argparse.Namespace) -> None:
-    """First in the list is next to the routes: what others make of a body, ours sees as well."""
+    """First in the list is next to the routes: what others make of a body, ours sees as well, and
+    what ours makes of a response, they see.
+    """
     given = getattr(namespace, "middleware", None)
-    if given is not None and MIDDLEWARE not in given:
-        namespace.middleware = [MIDDLEWARE, *given]
+    if given is not None:
+        namespace.middleware = [*(one for one in MIDDLEWARE if one not in given), *given]

@@ -53,6 +53,15 @@ def drafted_tokens(scheduler: Any | None) -> int:
     return int(getattr(scheduler, "num_spec_tokens", 0))
 
 
+def data_parallel_rank(config: VllmConfig) -> int:
+    """Which of several engines behind one address this one is; 0 for an engine that is alone.
+
+    vLLM runs engines that need nothing of each other as if each were alone, but for the index.
+    """
+    parallel = config.parallel_config
+    return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+
+
 def weight_version(engine: Any | None) -> str | None:
     """What the weights were called when they were last changed (vLLM 0.32+), or None."""
     version = getattr(engine, "get_weight_version", None)

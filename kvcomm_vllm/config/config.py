@@ -19,6 +19,7 @@ from kvcomm_vllm.config.moved import MOVED, moved_warning
 from kvcomm_vllm.config.paper import PaperConfig
 from kvcomm_vllm.config.secondary import SecondaryTiers
 from kvcomm_vllm.config.tiers import TiersConfig
+from kvcomm_vllm.config.trace import TraceConfig
 
 REPORTS = ("auto", "coarse", "full", "off")
 MODES = ("off", "rotate", "seam", "anchor", "paper")
@@ -238,6 +239,7 @@ class KVCommConfig:
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     paper: PaperConfig = field(default_factory=PaperConfig)
     tiers: TiersConfig = field(default_factory=TiersConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     # names of the previous version that keys were given by; no key itself
     moved: tuple[str, ...] = field(default=(), compare=False, repr=False)
 

@@ -54,6 +54,7 @@ GROUPS = {
         *("tiers.host_gb", "tiers.disk_path", "tiers.disk_gb", "tiers.shared"),
         *("tiers.shared_ttl_seconds", "tiers.secondary_tiers", "tiers.wait_seconds"),
     ),
+    "What is written down": ("trace.file", "trace.max_mb", "trace.tokens"),
     "Anchors: when they are learned and used": (
         *("anchor_seam_tokens", "min_anchors", "max_anchors", "max_anchor_error"),
         *("bootstrap_requests", "learn_from_approximate", "max_placeholders"),

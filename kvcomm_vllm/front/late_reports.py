@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from kvcomm_vllm.front.stream_reports import tell_listener
 from kvcomm_vllm.hints import FIELD
 
 KEPT = "kvcomm_report"
@@ -35,6 +36,7 @@ def with_kept_report(make_output: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if finish_reason is not None:
             kv_transfer_params = kv_transfer_params or getattr(self, KEPT, None)
+            tell_listener(self, kv_transfer_params)
         elif kv_transfer_params is not None and FIELD in kv_transfer_params:
             setattr(self, KEPT, kv_transfer_params)
             kv_transfer_params = None

@@ -250,7 +250,7 @@ class SchedulerHalf:
             if not state.is_private(state.local, self.block_size):
                 state.restore_exact()
             plan = None
-        first_time, state.admitted, state.plan = not state.admitted, True, None
+        first_time, state.plan = state.admit(), None
         if plan is not None:
             assert external == plan.external_tokens, "vLLM takes external tokens as offered"
             state.loading = True
@@ -361,7 +361,7 @@ class SchedulerHalf:
             self.tiers.stored(kept, block_ids[: len(kept.block_hashes)])
         self.audits.ended(state)
         self.stats.count_request(state)
-        self.tiers.forget(state.id)
+        state.promoted = self.tiers.forget(state.id)
         return self.reports.ended(state)
 
     def tell(self, request_id: str) -> dict[str, Any] | None:

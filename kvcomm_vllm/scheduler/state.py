@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from kvcomm_vllm.scheduler.fidelity import Use
 from kvcomm_vllm.scheduler.index import Match, Origin, Sequence
 from kvcomm_vllm.scheduler.origin import origin_by
 from kvcomm_vllm.scheduler.planner import Limits
+from kvcomm_vllm.scheduler.promoted import Promoted
 from kvcomm_vllm.scheduler.refresh import Refresh
 from kvcomm_vllm.scheduler.repeats import repeats
 from kvcomm_vllm.scheduler.spans import Plan, Treatment
@@ -75,6 +77,8 @@ class RequestState:
         lesson: what can be learned from the last plan.
         near: lines of the report about text stored in another rendering; None where not looked for.
         mode_data: what its mode keeps of it.
+        arrived: by the engine's monotonic clock; ``waited``: for how many seconds until it was
+            admitted; ``promoted``: what came back for it meanwhile.
     """
 
     request: Request
@@ -122,6 +126,9 @@ class RequestState:
     mode_data: object | None = None
     declined: Counter[str] = field(default_factory=Counter)
     near: list[list[int | float | str]] | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    waited: float | None = None
+    promoted: Promoted | None = None
     _tokens: np.ndarray | None = None
 
     @classmethod
@@ -145,6 +152,13 @@ class RequestState:
         if self._tokens is None or len(self._tokens) != count:
             self._tokens = np.asarray(self.request.all_token_ids[:count], dtype=np.int32)
         return self._tokens
+
+    def admit(self) -> bool:
+        """vLLM takes it up; whether for the first time, or as if it were."""
+        if self.admitted:
+            return False
+        self.admitted, self.waited = True, time.monotonic() - self.arrived
+        return True
 
     # ---- exact or private ------------------------------------------------------------------------
 

@@ -128,3 +128,58 @@ def test_a_server_that_refuses_or_is_none_is_told_in_one_line(
         assert result.exit_code == 1
         assert len(result.stderr.strip().splitlines()) == 1
     assert "status 400" in refused.stderr
+
+
+# ---- of a trace ----------------------------------------------------------------------------------
+
+RECORD = {"time": 1.0, "id": "chatcmpl-a-1", "outcome": "reused", "mode": "anchor", **FULL}
+ABORTED = {"time": 2.0, "id": "chatcmpl-b-1", "outcome": "aborted", "prompt_tokens": 30}
+
+
+@pytest.fixture
+def traced(tmp_path: Path) -> Path:
+    """Its third line was cut off, and its last one is being written."""
+    path = tmp_path / "trace.jsonl"
+    lines = [{**RECORD, "id": "chatcmpl-a-0", "reused": 9, "computed": 17}, RECORD, ABORTED]
+    texts = [json.dumps(line) for line in lines]
+    path.write_text("\n".join([*texts[:2], texts[0][:50], "", "7", texts[2], texts[1][:30]]))
+    return path
+
+
+@pytest.mark.parametrize("name", ["chatcmpl-a-1", "chatcmpl-a"])
+def test_a_request_of_a_trace_is_drawn_without_its_text(
+    traced: Path, tmp_path: Path, name: str
+) -> None:
+    page = tmp_path / "page.html"
+    given = ["explain", str(traced), "--record", name, "--html", str(page)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    assert "30 tokens: local 4, reused 10, computed 16" in result.output
+    text = page.read_text()
+    assert "chatcmpl-a-1, reused" in text
+    assert "<pre>" not in text
+    for kind in ("local", "gap", "reused", "computed", "copy"):
+        assert f'<b class="{kind}"' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("chatcmpl-x", "no request chatcmpl-x in it"),
+        ("last", "chatcmpl-b-1, aborted: nothing is known of how it was served"),
+    ],
+)
+def test_a_request_that_is_not_there_or_was_not_served_is_told_in_one_line(
+    traced: Path, name: str, said: str
+) -> None:
+    result = CliRunner().invoke(app, ["explain", str(traced), "--record", name])
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_trace_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        result = CliRunner().invoke(app, ["explain", str(path), "--record", "last"])
+        assert result.exit_code == 1
+        assert len(result.stderr.strip().splitlines()) == 1

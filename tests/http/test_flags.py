@@ -21,7 +21,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from kvcomm_vllm import plugin
 from kvcomm_vllm.compat import cli
 from kvcomm_vllm.config import KVCommConfig, keys
-from kvcomm_vllm.front.hints_http import MIDDLEWARE
 from kvcomm_vllm.guards import version
 
 OURS = {"kv_connector": "kvcomm", "kv_role": "kv_both"}
@@ -190,12 +189,14 @@ def test_other_connectors_pass_unchecked(parser: FlexibleArgumentParser) -> None
 @pytest.mark.parametrize(
     "ours", [["--kv-connector", "kvcomm"], ["--kv-transfer-config", transfer_json()]]
 )
-def test_the_server_checks_hints_beside_the_users_own_middleware(
+def test_the_server_looks_at_bodies_beside_the_users_own_middleware(
     parser: FlexibleArgumentParser, ours: list[str]
 ) -> None:
     for flags in ([*ours, "--middleware", "a.b"], ["--middleware", "a.b", *ours]):
         namespace = parser.parse_args(["serve", "some-model", *flags])
-        assert sorted(namespace.middleware) == ["a.b", MIDDLEWARE]
+        assert sorted(namespace.middleware) == ["a.b", *sorted(cli.MIDDLEWARE)]
+    namespace = parser.parse_args(["serve", "some-model", "--middleware", "a.b", *ours])
+    assert namespace.middleware == [*cli.MIDDLEWARE, "a.b"], "ours are next to the routes"
 
 
 def test_a_flag_that_vllm_has_come_to_own_is_left_alone(config_file: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the demo extra is not installed")
 
-from serving import QUIET, Agents, report, story, wait_until  # noqa: E402
+from serving import QUIET, WORDS, Agents, report, story, wait_until  # noqa: E402
 
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
 from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
@@ -31,7 +32,8 @@ def agents(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     """One server, set up the way a ``vllm serve --config FILE`` user would."""
     folder = tmp_path_factory.mktemp("server")
     ours, theirs = folder / "kvcomm.yaml", folder / "vllm.yaml"
-    ours.write_text(f"seam_tokens: 8\nreport: full\n{QUIET}")
+    trace = f"trace:\n  file: {folder / 'trace.jsonl'}\n"
+    ours.write_text(f"seam_tokens: 8\nreport: full\n{QUIET}{trace}")
     theirs.write_text(f"kv-connector: kvcomm\nkvcomm-config: {ours}\n")
     port = free_port()
     # with the routes for developers vLLM logs a traceback for every HTTP error, unless told not to
@@ -104,6 +106,37 @@ def test_streamed_answers_reuse_and_are_whole(agents: Agents, shared: str) -> No
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert chunks[-1].usage.prompt_tokens > 300
     assert wait_until(lambda: agents.counters()["requests/reused"] == before + 1)
+    assert_adds_up(chunks[-1])
+    assert report(chunks[-1])["reused"] > 0
+    (end,) = [c for c in chunks if c.choices and c.choices[0].finish_reason]
+    assert report(end) == report(chunks[-1])
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_streams_of_many_clients_at_once_have_each_its_own_report(
+    agents: Agents, shared: str, samples: int
+) -> None:
+    """All of them named alike by their clients."""
+    named = {"extra_headers": {"X-Request-Id": "the same"}}
+
+    def ask(number: int) -> tuple[int, dict[int, Any]]:
+        role, options = "editor " * number, {"n": samples, "temperature": 1.0}
+        usage = {"stream_options": {"include_usage": True}}
+        stream = agents.ask(role, shared, tokens=6, stream=True, **named, **usage, **options)
+        chunks = list(stream)
+        ends = [c for c in chunks if c.choices and c.choices[0].finish_reason]
+        return chunks[-1].usage.prompt_tokens, {c.choices[0].index: report(c) for c in ends}
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        found = list(pool.map(ask, range(1, CLIENTS + 1)))
+    lengths = [length for length, _ in found]
+    assert sorted(set(lengths)) == lengths, "no two prompts are of one length"
+    for length, reports in found:
+        assert sorted(reports) == [*range(samples)]
+        assert {told["prompt_tokens"] for told in reports.values()} == {length}
+        assert all(
+            told["local"] + told["reused"] + told["computed"] == length for told in reports.values()
+        )
 
 
 def test_a_client_may_opt_out(agents: Agents, shared: str) -> None:
@@ -212,6 +245,25 @@ def test_nothing_stale_is_reused_after_a_reset(agents: Agents, shared: str, quer
     assert (told["local"], told["reused"]) == (0, 0)
     assert set(told["declined"]) <= {"no_match", "source_evicted"}
     assert report(agents.ask("critic", shared))["reused"] > 0
+
+
+def test_the_trace_has_what_a_client_was_told(agents: Agents, shared: str) -> None:
+    told = report(agents.ask("editor", shared, **hints(agent="traced")))
+    path = agents.server.log.parent / "trace.jsonl"
+
+    def found() -> list[dict[str, Any]]:
+        lines = path.read_text().splitlines()
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return [record for record in records if record.get("agent") == "traced"]
+
+    assert wait_until(lambda: len(found()) == 1)
+    (record,) = found()
+    assert record["id"].startswith("chatcmpl-")
+    assert (record["outcome"], record["output_tokens"]) == ("reused", 6)
+    assert {name: record[name] for name in told} == told
+    assert path.stat().st_mode & 0o777 == 0o600
+    for word in WORDS:
+        assert word not in path.read_text()
 
 
 def test_the_log_says_once_that_reuse_is_on_and_nothing_went_wrong(agents: Agents) -> None:

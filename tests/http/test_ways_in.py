@@ -316,14 +316,93 @@ def test_each_of_several_prompts_has_a_report(agents: Agents, shared: str) -> No
     assert params[2] == params[3] != params[0]
 
 
-def test_streams_end_as_they_did(agents: Agents, shared: str) -> None:
-    """Their chunks have no field for a report; none gets in, and the last one still says why."""
-    body = chat(stream=True, stop=LETTERS, **LATE).body("editor", shared)
-    lines = [line for line in post(agents, CHAT, body).text.splitlines() if line]
-    assert lines[-1] == "data: [DONE]"
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-    assert [c for c in chunks if c["choices"][0]["finish_reason"] == "stop"] == chunks[-1:]
-    assert "kvcomm" not in "".join(lines)
+def chunks_of(answer: Any) -> list[Body]:
+    """What a stream consists of; nothing but events, the last of which says that it is over."""
+    *lines, end = answer.text.split("\n\n")
+    assert (lines.pop(), end) == ("data: [DONE]", "")
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+STREAMS = {
+    "chat": chat(stream=True, stop=LETTERS, **LATE),
+    "chat, by SageMaker's route": chat("/invocations", stream=True, stop=LETTERS, **LATE),
+    "text": prompts(stream=True, stop=LETTERS, **LATE),
+}
+
+
+@pytest.mark.parametrize("usage", [False, True], ids=["", "with usage"])
+@pytest.mark.parametrize("way", STREAMS.values(), ids=STREAMS)
+def test_the_chunk_that_ends_a_stream_has_the_report(
+    agents: Agents, way: Way, usage: bool, shared: str
+) -> None:
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    chunks = chunks_of(post(agents, way.path, {**way.body("editor", shared), **options}))
+    told = [chunk for chunk in chunks if "kv_transfer_params" in chunk]
+    assert told == chunks[-2 if usage else -1 :]
+    assert told[0]["choices"][0]["finish_reason"] == "stop"
+    assert_adds_up(told[0]["kv_transfer_params"])
+    if usage:
+        assert told[1]["kv_transfer_params"] == told[0]["kv_transfer_params"]
+        assert_adds_up(told[1]["kv_transfer_params"], told[1]["usage"]["prompt_tokens"])
+
+
+def test_of_a_stream_of_several_prompts_and_samples_each_choice_has_its_report(
+    agents: Agents, shared: str
+) -> None:
+    options = {"stream_options": {"include_usage": True}}
+    way = prompts(count=2, n=2, temperature=1.0, stop=LETTERS, stream=True, **LATE, **options)
+    chunks = chunks_of(post(agents, TEXT, way.body("editor", shared)))
+    ends = {
+        chunk["choices"][0]["index"]: chunk["kv_transfer_params"]["kvcomm"]
+        for chunk in chunks
+        if chunk["choices"] and chunk["choices"][0]["finish_reason"]
+    }
+    assert sorted(ends) == [0, 1, 2, 3]
+    assert chunks[-1]["kv_transfer_params"]["kvcomm"] == ends[0]
+    lengths = [ends[index]["prompt_tokens"] for index in range(4)]
+    assert lengths[0] == lengths[1] < lengths[2] == lengths[3]
+    assert lengths[0] + lengths[2] == chunks[-1]["usage"]["prompt_tokens"]
+    for told in ends.values():
+        assert_adds_up({"kvcomm": told})
+
+
+def test_a_stream_that_ends_with_an_error_is_as_vllm_has_it(agents: Agents, shared: str) -> None:
+    """As a beam search does; the requests of its beams have reports, which belong nowhere."""
+    way = chat(stream=True, **BEAMS)
+    chunks = chunks_of(post(agents, CHAT, way.body("editor", shared)))
+    assert "error" in chunks[-1]
+    assert not [chunk for chunk in chunks if "kv_transfer_params" in chunk]
+
+
+def test_a_message_that_is_streamed_has_the_report_where_it_ends(
+    agents: Agents, shared: str
+) -> None:
+    way = anthropic(stream=True)
+    text = post(agents, way.path, way.body("editor", shared)).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    (told,) = [event for event in events if "kv_transfer_params" in event]
+    assert told["type"] == "message_delta"
+    assert_adds_up(told["kv_transfer_params"])
+    assert events[-1]["type"] == "message_stop"
+
+
+def test_tokens_that_are_streamed_have_the_report_where_they_end(agents: Agents) -> None:
+    way = tokens(stream=True)
+    *_, last = chunks_of(post(agents, way.path, way.body("editor", story(5, WORDS))))
+    assert last["choices"][0]["finish_reason"]
+    assert_adds_up(last["kv_transfer_params"])
+
+
+def test_a_client_that_hangs_up_on_its_stream_takes_nothing_from_the_next(
+    agents: Agents, shared: str
+) -> None:
+    body = {"model": agents.model, **chat(stream=True, max_tokens=4000).body("editor", shared)}
+    url = agents.server.base_url + CHAT
+    with httpx.stream("POST", url, json={**body, "ignore_eos": True}, timeout=300) as answer:
+        assert next(answer.iter_lines()).startswith("data: {")
+    assert wait_until(lambda: agents.running() == 0)
+    chunks = chunks_of(post(agents, CHAT, chat(stream=True).body("critic", shared)))
+    assert_adds_up(chunks[-1]["kv_transfer_params"])
 
 
 def test_the_last_event_of_a_streamed_response_has_the_report(agents: Agents, shared: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from kvcomm_vllm.messages import StepMessage, StepReport
 from kvcomm_vllm.scheduler.index import Sequence
+from kvcomm_vllm.scheduler.promoted import Promoted
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
 
@@ -40,8 +41,8 @@ class Tiers(Protocol):
     def settled(self, request_id: str) -> None:
         """The request has been planned, with what was brought: its plan holds what it reads."""
 
-    def forget(self, request_id: str) -> None:
-        """The request has ended."""
+    def forget(self, request_id: str) -> Promoted | None:
+        """The request has ended; what was brought back for it, if anything."""
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether pages of a sequence lie there, though none may be left in the KV cache."""
@@ -90,8 +91,8 @@ class NoTiers:
     def settled(self, request_id: str) -> None:
         pass
 
-    def forget(self, request_id: str) -> None:
-        pass
+    def forget(self, request_id: str) -> Promoted | None:
+        return None
 
     def holds(self, sequence: Sequence) -> bool:
         return False

@@ -23,6 +23,7 @@ from kvcomm_vllm.messages import StepMessage, StepReport, TransferOp
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.index import Sequence
+from kvcomm_vllm.scheduler.promoted import Promoted
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.costs import Costs
@@ -152,8 +153,8 @@ class HostPool:
     def settled(self, request_id: str) -> None:
         self._returns.settled(request_id)
 
-    def forget(self, request_id: str) -> None:
-        self._returns.forget(request_id)
+    def forget(self, request_id: str) -> Promoted | None:
+        return self._returns.forget(request_id)
 
     def holds(self, sequence: Sequence) -> bool:
         if sequence.adapter:

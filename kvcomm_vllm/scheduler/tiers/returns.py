@@ -12,6 +12,7 @@ from kvcomm_vllm.compat.offload import Found, TierRequest, in_pool, key_of, look
 from kvcomm_vllm.messages import TransferOp
 from kvcomm_vllm.scheduler.index import Sequence
 from kvcomm_vllm.scheduler.pages import SourcePages
+from kvcomm_vllm.scheduler.promoted import Promoted
 from kvcomm_vllm.scheduler.tiers.costs import Costs
 from kvcomm_vllm.scheduler.tiers.wanted import Wanted
 
@@ -30,6 +31,7 @@ class Waiting:
             ``abandoned``: they must not be read; ``behind``: some came from behind the pool.
         wanted: what was last looked for.
         losses: how often of that was found out that it is lost.
+        promoted: what has been brought back; None before the first transfer is over.
     """
 
     request: TierRequest
@@ -45,6 +47,7 @@ class Waiting:
     behind: bool = False
     wanted: Wanted | None = None
     losses: int = 0
+    promoted: Promoted | None = None
 
 
 @dataclass(frozen=True)
@@ -158,10 +161,13 @@ class Returns:
             [key_of(name) for name in waiting.names], waiting.request.context
         )
         exact = [self._exact(waiting, name) for name in waiting.names]
-        self._costs.brought(len(waiting.names), time.monotonic() - waiting.since, waiting.behind)
+        took = time.monotonic() - waiting.since
+        self._costs.brought(len(waiting.names), took, waiting.behind)
         usable = not failed and not waiting.abandoned
         pages = zip(waiting.names, waiting.block_ids, waiting.tokens, exact, strict=True)
         brought = sum(self._pages.put(*page) for page in pages) if usable else 0
+        waiting.promoted = waiting.promoted or Promoted()
+        waiting.promoted.add(brought, took, waiting.behind)
         waiting.number, waiting.names, waiting.given_up = None, [], failed
         waiting.since, waiting.behind = time.monotonic(), False
         waiting.abandoned = False
@@ -204,13 +210,15 @@ class Returns:
         for request_id in self._waiting:
             self.settled(request_id)
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request_id: str) -> Promoted | None:
+        """The request has ended; what was brought back for it, if anything."""
         waiting = self._waiting.get(request_id)
         if waiting is None:
-            return
+            return None
         if waiting.number is not None:
             waiting.gone = True
-            return
+            return waiting.promoted
         self.settled(request_id)
         del self._waiting[request_id]
         waiting.request.end()
+        return waiting.promoted
