@@ -181,6 +181,17 @@ class RequestState:
 
     # ---- the report ------------------------------------------------------------------------------
 
+    def serve(self, plan: Plan | None, block_size: int) -> None:
+        """How the prompt is served at its first admission."""
+        self.served, self.served_local = plan, self.local
+        if self.is_private(self.local, block_size):
+            assert self.first_approximate is not None
+            self.served_approximate = self.local - self.first_approximate
+        if plan is not None:
+            self.declined.clear()
+            self.placeholders = self.planned_placeholders
+            count_cached_tokens(self.request, plan.local, plan.reused_tokens)
+
     @property
     def written(self) -> bool:
         """Whether the plan's KV is there. A request that has output without a failure has it: vLLM
