@@ -21,8 +21,8 @@ from kvcomm_vllm.messages import WorkerFacts
 Make = Callable[..., EngineBeside]
 
 SHARED = words("shared", 40)
-FIRST = [*words("one", 10), *SHARED, *words("end", 3)]
-SECOND = [*words("two", 14), *SHARED, *words("end", 3)]
+FIRST = [*words("one", 10), *SHARED, *words("first", 3)]
+SECOND = [*words("two", 14), *SHARED, *words("second", 3)]
 ORDERS = pytest.mark.parametrize("last", [False, True], ids=["ours first", "ours last"])
 ENGINE = {"block_size", "num_blocks", "budget", "pipeline", "last", "chunks", "late", "seed"}
 
@@ -69,14 +69,14 @@ def test_reuse_goes_on_and_all_that_is_stored_under_exact_names_is_exact(
 
 @ORDERS
 def test_an_exact_request_loads_nothing_that_was_reused(make_beside: Make, last: bool) -> None:
-    engine = make_beside(last=last, num_blocks=32, audits=False, heal="off")
+    engine = make_beside(last=last, num_blocks=32, chunks=256, audits=False, heal="off")
     engine.serve("first", FIRST)
     engine.serve("second", SECOND)
     rest(engine)
     fill(engine, "fill")
     exact = engine.serve("exact", SECOND, hints={"mode": "off"})
-    assert exact.report["local"] == 12, "the pages before the first that was reused"
-    assert exact.outputs[0].prefill_stats.num_external_cached_tokens == 12
+    assert exact.report["local"] == 16, "the pages before the first that was reused"
+    assert exact.outputs[0].prefill_stats.num_external_cached_tokens == 16
     rest(engine)
     check_idle(engine)
 
@@ -85,7 +85,7 @@ def test_an_exact_request_loads_nothing_that_was_reused(make_beside: Make, last:
 def test_what_was_computed_exactly_comes_back_and_is_a_source_again(
     make_beside: Make, last: bool
 ) -> None:
-    engine = make_beside(last=last, num_blocks=32)
+    engine = make_beside(last=last, num_blocks=32, chunks=256)
     engine.serve("first", FIRST)
     rest(engine)
     fill(engine, "fill")
@@ -102,7 +102,7 @@ def test_whoever_is_listed_first_loads(make_beside: Make) -> None:
     lead = words("lead", 16)
     prompt = [*lead, *words("between", 5), *SHARED, 3]
     for last in (False, True):
-        engine = make_beside(last=last, num_blocks=48)
+        engine = make_beside(last=last, num_blocks=48, chunks=256)
         engine.serve("lead", [*lead, 5])
         rest(engine)
         fill(engine, "fill")
@@ -176,6 +176,19 @@ def test_a_load_that_fails_for_good_takes_what_was_stored_of_it_along(
     again = engine.serve("again", SECOND, hints={"mode": "off"})
     assert again.report["reused"] == 0
     check_idle(engine)
+
+
+@ORDERS
+def test_reports_stand_beside_what_the_other_one_tells(make_beside: Make, last: bool) -> None:
+    engine = make_beside(last=last)
+    theirs = {"remote": [1, 2]}
+    engine.offloading.request_finished = lambda *_: (False, dict(theirs))
+    engine.serve("first", FIRST)
+    second = engine.serve("second", SECOND)
+    *_, end = second.outputs
+    assert end.kv_transfer_params is not None
+    assert end.kv_transfer_params.keys() == {"kvcomm", "remote"}
+    assert second.report["reused"] == 38
 
 
 def test_workers_words_reach_the_part_they_are_for(make_beside: Make) -> None:
