@@ -59,6 +59,7 @@ class RequestState:
         plan: made by the current scheduling attempt, not admitted yet.
         block_ids: its block table at its last admission.
         loading: operations are on their way to the workers; ``awaited``: over several steps.
+        supplied: another connector loads, or has loaded, for its last admission.
         hits: tokens to be loaded by them that vLLM has counted as hits.
         served: the plan of the first admission, ``served_local`` its local hit, of which
             ``served_approximate`` tokens are approximate: what the report speaks of.
@@ -94,6 +95,7 @@ class RequestState:
     block_ids: list[int] = field(default_factory=list)
     loading: bool = False
     awaited: bool = False
+    supplied: bool = False
     hits: int = 0
     served: Plan | None = None
     served_local: int = 0

@@ -32,6 +32,7 @@ class Turns:
         state = self._states.get(request.request_id)
         if state is None or state.loading:
             return
+        state.supplied = False
         if state.plan is not None:
             state.plan = None
             self._pages.release(state.id)
@@ -55,3 +56,4 @@ class Turns:
         state = self._states.get(request.request_id)
         if state is not None:
             state.local += tokens
+            state.supplied = True

@@ -56,6 +56,11 @@ class EngineBeside(EngineWithoutWorker):
         assert isinstance(ours, KVCommConnector)
         return ours
 
+    @property
+    def others_load(self) -> bool:
+        jobs = self.offloading.connector_scheduler._jobs.values()
+        return any(not job.is_store for job in jobs)
+
     def transfer_config(self, settings: dict[str, Any]) -> KVTransferConfig:
         ours = transfer_config(settings)
         parts = [

@@ -148,6 +148,11 @@ class EngineWithoutWorker(SimulatedWorker):
         return self.scheduler.connector
 
     @property
+    def others_load(self) -> bool:
+        """Whether another connector has KV of a request on its way."""
+        return False
+
+    @property
     def half(self) -> SchedulerHalf:
         return self.connector._scheduler
 

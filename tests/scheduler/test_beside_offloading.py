@@ -179,6 +179,26 @@ def test_a_load_that_fails_for_good_takes_what_was_stored_of_it_along(
 
 
 @ORDERS
+def test_a_reset_leaves_a_request_alone_that_the_other_one_loads(
+    make_beside: Make, last: bool
+) -> None:
+    """Once its own load has failed, which is what our part of a reset looks for."""
+    engine = make_beside(last=last, num_blocks=32, chunks=256)
+    engine.serve("lead", FIRST)
+    rest(engine)
+    fill(engine, "fill")
+    engine.add("back", [*FIRST, *words("more", 9)])
+    while not engine.others_load:
+        engine.schedule()
+    engine.half.states["back"].failed = True
+    with pytest.raises(RuntimeError, match="remote KV"):  # as vLLM has it
+        engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.drain()
+    engine.run("back")
+    check_idle(engine)
+
+
+@ORDERS
 def test_reports_stand_beside_what_the_other_one_tells(make_beside: Make, last: bool) -> None:
     engine = make_beside(last=last)
     theirs = {"remote": [1, 2]}
