@@ -6,6 +6,7 @@ vLLM's own may, so that who has been given their pages meanwhile would be found 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class LateCopies:
     Attributes:
         strict: what is stored under an exact hash must be exact. Otherwise, where loads fail for
             good, it is only what is read that must be.
+        take: of two numbers of steps, a random one and the most.
         stored: hashes under which pages were stored.
     """
 
@@ -43,6 +45,7 @@ class LateCopies:
         self.exact_pages = exact_pages
         self.most_steps = most_steps
         self.strict = True
+        self.take: Callable[[tuple[int, int]], int] = min
         self.stored: list[bytes] = []
         self._names: dict[int, bytes] = {}  # of chunks
         self._kept: dict[int, list[np.ndarray]] = {}
@@ -88,6 +91,12 @@ class LateCopies:
         """``wait_for_save``."""
         self._queued.update(told.store_jobs)
 
+    @property
+    def going(self) -> dict[int, TransferJob]:
+        """Stores that have begun, or will with the next step."""
+        stores = {number: job for number, (_, job, stores) in self._going.items() if stores}
+        return {**stores, **self._queued}
+
     def report(self) -> tuple[OffloadingWorkerMetadata | None, set[str]]:
         """At the end of a step: what is over, and which requests have what they waited for."""
         for number, (left, job, stores) in list(self._going.items()):
@@ -105,7 +114,8 @@ class LateCopies:
         self._queued.clear()
 
     def _begin(self, number: int, job: TransferJob, stores: bool) -> None:
-        self._going[number] = self._random.randint(0, self.most_steps), job, stores
+        steps = self.take((self._random.randint(0, self.most_steps), self.most_steps))
+        self._going[number] = steps, job, stores
 
     def _end(self, number: int) -> None:
         _, job, stores = self._going.pop(number)

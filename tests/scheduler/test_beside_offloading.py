@@ -198,6 +198,50 @@ def test_a_reset_leaves_a_request_alone_that_the_other_one_loads(
     check_idle(engine)
 
 
+def as_late_as_may_be(engine: EngineBeside) -> None:
+    """Copies that begin from now on end when they are waited for, or after a long time."""
+    engine.copies.most_steps = 60
+    engine.copies.take = max
+
+
+@ORDERS
+def test_lessons_take_no_page_that_is_still_to_be_copied(make_beside: Make, last: bool) -> None:
+    engine = make_beside(last=last)
+    engine.serve("first", FIRST)
+    as_late_as_may_be(engine)
+    engine.serve("second", SECOND)
+    waited = 0
+    while engine.offloading.has_pending_push_work():
+        engine.step()
+        waited += 1
+        assert not engine.lessons
+    assert waited > 30
+    engine.idle()
+    assert engine.lessons
+
+
+@ORDERS
+def test_pages_of_a_request_that_waits_for_its_pieces_are_copied_before_they_are_written(
+    make_beside: Make, last: bool
+) -> None:
+    engine = make_beside(last=last, num_blocks=34, budget=16, audits=False, heal="off")
+    engine.serve("source", FIRST, hints={"mode": "off"})
+    rest(engine)
+    as_late_as_may_be(engine)
+    engine.serve("other", words("other", 40), hints={"mode": "off"})
+    begun = dict(engine.copies.going)
+    assert begun
+    late = engine.add("late", [*words("late", 26), *SHARED, 3])
+    while not engine.half.states["late"].awaited:
+        engine.step()
+    table = set(engine.scheduler.kv_cache_manager.get_block_ids("late")[0])
+    pages = {page for job in begun.values() for page in job.src_spec.block_ids.tolist()}
+    assert table & pages, "it has been given pages that were still to be copied"
+    engine.run("late")
+    assert late.num_output_tokens == 2
+    rest(engine)
+
+
 @ORDERS
 def test_reports_stand_beside_what_the_other_one_tells(make_beside: Make, last: bool) -> None:
     engine = make_beside(last=last)
