@@ -29,6 +29,8 @@ class EngineBeside(EngineWithoutWorker):
     late: most steps that its copies take.
     """
 
+    has_others = True
+
     def __init__(
         self,
         model: ModelConfig,

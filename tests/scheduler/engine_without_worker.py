@@ -147,6 +147,8 @@ class EngineWithoutWorker(SimulatedWorker):
         assert isinstance(self.scheduler.connector, KVCommConnector)
         return self.scheduler.connector
 
+    has_others = False  # other connectors beside ours
+
     @property
     def others_load(self) -> bool:
         """Whether another connector has KV of a request on its way."""
