@@ -20,6 +20,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.beside import (
+    Alone,
+    Neighbours,
+    makers,
+    part_of_report,
+    share_handshakes,
+)
 from kvcomm_vllm.compat.offload import offloading_worker, pool_spec
 from kvcomm_vllm.compat.owners import find_engine, find_scheduler, find_wake_up
 from kvcomm_vllm.compat.scheduler import (
@@ -72,6 +79,9 @@ class KVCommConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         extra = self._kv_transfer_config.kv_connector_extra_config or {}
         self.config = KVCommConfig.from_mapping(extra, "kv_connector_extra_config")
+        parents = makers(self)
+        self._neighbours = Neighbours(parents, self) if parents else Alone()
+        share_handshakes(parents, self)
         block_size = vllm_config.cache_config.block_size
         spec = pool_spec(self.config.tiers, vllm_config, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
@@ -83,7 +93,8 @@ class KVCommConnector(KVConnectorBase_V1):
             if not recovers_failed_loads(vllm_config):
                 # For what workers could not repair either: an error is better than a wrong answer.
                 # Read when this returns.
-                self._kv_transfer_config.kv_load_failure_policy = "fail"
+                for maker in (self, *parents):
+                    maker._kv_transfer_config.kv_load_failure_policy = "fail"
             budget = vllm_config.scheduler_config.max_num_batched_tokens
             # until workers report
             off = self._off.reason if self._off else Reason.DISABLED_AT_START
@@ -131,6 +142,8 @@ class KVCommConnector(KVConnectorBase_V1):
         lame = [fact for fact in facts if fact.reason is not None]
         if self._off is not None:
             self._turn_off(self._off.reason, self._off.detail)
+        elif (problem := self._neighbours.problem()) is not None:
+            self._turn_off(Reason.OTHER_CONNECTOR, problem)
         elif not facts:
             self._turn_off(Reason.UNKNOWN_BACKEND, "no worker answered")
         elif any(fact.engine not in ("", self._kv_transfer_config.engine_id) for fact in facts):
@@ -139,11 +152,15 @@ class KVCommConnector(KVConnectorBase_V1):
             self._turn_off(Reason.of(str(lame[0].reason)), lame[0].detail)
         else:
             self._scheduler.workers_ready(facts)
+            self._scheduler.neighbours = self._neighbours
+            turns = self._scheduler.turns
+            self._neighbours.join(turns.begin, turns.supplied)
             tightest = min(facts, key=lambda fact: sum(fact.rooms.values()))
             logger.info(
-                "kvcomm: reuse is ON, mode %s, self-check %s: %s",
+                "kvcomm: reuse is ON, mode %s, self-check %s%s: %s",
                 self.config.mode,
                 "passed" if self.config.self_check else "skipped",
+                self._neighbours.said,
                 tightest.summary,
             )
 
@@ -159,6 +176,9 @@ class KVCommConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        if self._neighbours.supplies(request):
+            self._scheduler.turns.stand_back(request, num_computed_tokens)
+            return 0, False
         return self._scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(
@@ -178,14 +198,16 @@ class KVCommConnector(KVConnectorBase_V1):
         """Keeps vLLM's loop going while it has no request but there is something to learn."""
         return self._scheduler.has_idle_work
 
-    def _hear(self, report: object) -> None:
-        if isinstance(report, StepReport):
+    def _hear(self, said: object) -> None:
+        report = part_of_report(said, StepReport)
+        if report is not None:
             self._scheduler.hear_losses(report)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        report = connector_output.kv_connector_worker_meta
-        if isinstance(report, StepReport):
-            self._scheduler.on_report(report, connector_output.invalid_block_ids)
+        report = part_of_report(connector_output.kv_connector_worker_meta, StepReport)
+        lost = connector_output.invalid_block_ids
+        if report is not None or lost:  # others lose pages, too
+            self._scheduler.on_report(report or StepReport(), lost)
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         return self._scheduler.tiers.events()

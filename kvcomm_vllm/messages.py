@@ -332,3 +332,13 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     compares: bool = True
     pool: bool = False
     layout: str = ""
+
+
+@dataclass(slots=True)
+class SharedHandshake(KVConnectorHandshakeMetadata):
+    """What a worker says at start where several connectors share it; ``theirs``: what the first of
+    the others that has anything to say would have said without us.
+    """
+
+    ours: WorkerFacts
+    theirs: KVConnectorHandshakeMetadata | None

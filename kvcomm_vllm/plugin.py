@@ -37,8 +37,9 @@ def _register() -> str | None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from kvcomm_vllm.compat import cli
+    from kvcomm_vllm.compat.parts import NAMES
 
-    for name in cli.NAMES:
+    for name in NAMES:
         with suppress(ValueError):  # registered before
             KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, CONNECTOR_CLASS)
     cli.install()

@@ -98,6 +98,13 @@ class Reason(enum.StrEnum):
         "--kv-offloading-size installs another KV connector, which kvcomm's own tiers cannot stand "
         "in for (--kv-offloading-backend, or vLLM before 0.32); only one can be in use.",
     )
+    OTHER_CONNECTOR = (
+        "other_connector",
+        Scope.ENGINE,
+        "A MultiConnector has kvcomm beside a connector that could hand approximate KV to exact "
+        "requests (it names KV by tokens, or sends it to another engine), or that is not known. "
+        "Beside OffloadingConnector KV is reused.",
+    )
     PREFIX_CACHING_OFF = (
         "prefix_caching_off",
         Scope.ENGINE,
@@ -201,6 +208,12 @@ class Reason(enum.StrEnum):
         "too_short",
         Scope.REQUEST,
         "Each shared text is shorter than its seam and min_span_tokens together.",
+    )
+    LOADED_ELSEWHERE = (
+        "loaded_elsewhere",
+        Scope.REQUEST,
+        "Another connector, which is listed before kvcomm or for which kvcomm left the request, "
+        "loads its beginning; vLLM lets only one load for a request.",
     )
     SOURCE_EVICTED = (
         "source_evicted",

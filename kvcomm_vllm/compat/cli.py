@@ -23,6 +23,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
 from kvcomm_vllm.compat.offload import unknown_tiers
+from kvcomm_vllm.compat.parts import NAMES, other_parts, our_parts, with_part, without_us
 from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.config.address import Address
 from kvcomm_vllm.config.file import load_file
@@ -34,7 +35,6 @@ from kvcomm_vllm.guards.model import unsupported_model
 # Only loggers below "vllm" have a handler.
 logger = init_logger("vllm.kvcomm")
 
-NAMES = ("kvcomm", "KVCommConnector")
 # To vLLM a consumer is sent KV by other engines: for one (``kv_both`` is one) it accepts embeddings
 # and holds freed pages back. A producer differs from it in nothing else that it does.
 ROLE = "kv_producer"
@@ -42,7 +42,7 @@ _EXTRA = "kv_connector_extra_config"
 MIDDLEWARE = (hints_http.MIDDLEWARE, stream_reports.MIDDLEWARE)
 _BOTH = (
     "--kv-transfer-config and --kv-connector/--kvcomm-config both say which KV connector to use; "
-    "give one of them"
+    "give one of them (kvcomm can be one of the connectors of a MultiConnector: docs/connectors.md)"
 )
 # Where the front end makes requests and answers: module, class.
 _LLM_ENGINE = ("vllm.v1.engine.llm_engine", "LLMEngine")
@@ -75,7 +75,7 @@ def install() -> None:
     def with_our_checks(self: EngineArgs) -> ModelConfig:
         model = create_model_config(self)
         check_engine(self, model)
-        if is_ours(self.kv_transfer_config):
+        if our_parts(self.kv_transfer_config):
             wrap_front_end(isinstance(self, AsyncEngineArgs))
         return model
 
@@ -162,11 +162,6 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def is_ours(config: KVTransferConfig | None) -> bool:
-    """Whether ``config`` selects our connector, by registered name or by class."""
-    return config is not None and config.kv_connector in NAMES
-
-
 def transfer_config(path: str | None) -> KVTransferConfig:
     """What ``--kv-connector kvcomm [--kvcomm-config path]`` stands for.
 
@@ -193,11 +188,14 @@ def _told(config: KVCommConfig, *, as_given: bool = False) -> dict[str, Any]:
 
 
 def checked(config: KVTransferConfig) -> KVCommConfig:
-    """Our configuration inside a ``KVTransferConfig`` that selects us.
+    """Our configuration inside a ``KVTransferConfig`` that selects us, or has us among its parts.
 
     Raises:
-        ConfigError: a key or value is refused, or the role is ``kv_consumer``.
+        ConfigError: a key or value is refused, the role is ``kv_consumer``, or we are there twice.
     """
+    config, *again = our_parts(config)
+    if again:
+        raise ConfigError("connectors: kvcomm is one of them more than once")
     if config.kv_role not in (ROLE, "kv_both"):
         raise ConfigError(
             f"kv_role: {config.kv_role!r} is not allowed; allowed: {ROLE}, kv_both (which is taken "
@@ -230,37 +228,38 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     if isinstance(args.kv_transfer_config, dict):
         args.kv_transfer_config = KVTransferConfig(**args.kv_transfer_config)
     transfer = args.kv_transfer_config
-    if transfer is None or not is_ours(transfer):
+    if transfer is None or not our_parts(transfer):
         return
     config = checked(transfer)
     # With several API servers their parent (rank -1) has already said it.
     quiet = args._api_process_count > 1 and args._api_process_rank >= 0
     reason = unsupported_model(model) or unsupported_arguments(args, transfer, model)
     if reason is not None:
-        args.kv_transfer_config = None
+        args.kv_transfer_config = without_us(transfer)
         if not quiet:
+            others = ", ".join(other_parts(transfer))
             logger.warning(
-                "KV reuse is off (%s): %s The engine starts without kvcomm and serves exactly.",
+                "KV reuse is off (%s): %s The engine starts without kvcomm and serves exactly.%s",
                 reason,
                 reason.explanation,
+                f" Its other connectors stay: {others}." if others else "",
             )
         return
-    transfer = with_host_pool(args, transfer, config)
+    (ours,) = our_parts(transfer)
+    ours = with_host_pool(args, ours, config)
     if args.disable_hybrid_kv_cache_manager is False:
         # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
         args.disable_hybrid_kv_cache_manager = None
     if transfer.kv_load_failure_policy != "recompute" and not quiet:
         logger.info("kv_load_failure_policy is set: failed loads are computed where vLLM can")
-    args.kv_transfer_config = dataclasses.replace(
-        transfer, kv_role=ROLE, kv_load_failure_policy="recompute"
-    )
     if not quiet:
         for warning in config.warnings():
             logger.warning("%s", warning)
     if config.moved or config.tiers.confidential:  # what has moved has been said now
-        args.kv_transfer_config = dataclasses.replace(
-            args.kv_transfer_config, kv_connector_extra_config=_told(config)
-        )
+        ours = dataclasses.replace(ours, kv_connector_extra_config=_told(config))
+    ours = dataclasses.replace(ours, kv_role=ROLE, kv_load_failure_policy="recompute")
+    whole = dataclasses.replace(transfer, kv_load_failure_policy="recompute")
+    args.kv_transfer_config = with_part(whole, ours)
 
 
 def with_host_pool(
@@ -318,14 +317,15 @@ class _TransferConfigFlag(argparse.Action):
     ) -> None:
         if _flags_given(namespace):
             parser.error(_BOTH)
-        if is_ours(values):
+        if parts := our_parts(values):
             try:
                 config = checked(values)
             except ConfigError as error:
                 parser.error(f"argument --kv-transfer-config: {error}")
             if config.tiers.confidential:
                 extra = _told(config, as_given=True)
-                values = dataclasses.replace(values, kv_connector_extra_config=extra)
+                ours = dataclasses.replace(parts[0], kv_connector_extra_config=extra)
+                values = with_part(values, ours)
             _add_middleware(namespace)
         setattr(namespace, self.dest, values)
 

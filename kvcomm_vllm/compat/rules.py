@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kvcomm_vllm.compat.offload import has_tiers
+from kvcomm_vllm.compat.parts import is_ours
 from kvcomm_vllm.guards.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -72,12 +73,14 @@ def _context_ranks(sizes: Any) -> int:
     return max(getattr(sizes, name, 1) for name in names)
 
 
-def offloads_elsewhere(args: EngineArgs) -> bool:
+def offloads_elsewhere(args: EngineArgs, transfer: KVTransferConfig) -> bool:
     """Whether KV is to be offloaded by what we cannot stand in for: another connector, or one of
-    vLLM's own of which we know no tiers.
+    vLLM's own of which we know no tiers. In the place of a ``MultiConnector`` vLLM installs it.
     """
     if args.kv_offloading_size is None:
         return False
+    if not is_ours(transfer):
+        return True
     return args.kv_offloading_backend != "native" or not has_tiers()
 
 

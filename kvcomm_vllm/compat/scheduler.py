@@ -124,7 +124,7 @@ def hear_before_outputs(scheduler: Any, hear: Callable[[Any], None]) -> None:
 
 
 def add_reports(scheduler: Any, tell: Callable[[str], dict[str, Any] | None]) -> None:
-    """Let ``tell(request_id)`` add ``kv_transfer_params`` to outputs that have none.
+    """Let ``tell(request_id)`` add its part of ``kv_transfer_params`` to outputs without it.
 
     vLLM asks the connector for them when a request ends in the engine, and has no hook for the
     outputs before: so this scheduler's ``update_from_output`` is wrapped, until anything in here
@@ -138,9 +138,9 @@ def add_reports(scheduler: Any, tell: Callable[[str], dict[str, Any] | None]) ->
         try:
             for of_client in outputs.values():
                 for output in of_client.outputs:
-                    told = tell(output.request_id)
-                    if told is not None and output.kv_transfer_params is None:
-                        output.kv_transfer_params = told
+                    told, given = tell(output.request_id), output.kv_transfer_params
+                    if told is not None:  # other connectors have theirs
+                        output.kv_transfer_params = {**told, **(given or {})}
         except Exception:
             scheduler.update_from_output = update
             logger.exception("kvcomm: answers that a stop string ends have no report from now on")

@@ -21,7 +21,7 @@ KEPT = "kvcomm_report"
 
 def with_kept_report(make_output: Callable[..., Any]) -> Callable[..., Any]:
     """Around ``RequestState.make_request_output``: only the last output shows a report, and it
-    shows the one that came first if it brings none.
+    shows the one that came first if it brings none, beside what other connectors tell.
     """
 
     def make_request_output(
@@ -35,7 +35,8 @@ def with_kept_report(make_output: Callable[..., Any]) -> Callable[..., Any]:
         **named: Any,
     ) -> Any:
         if finish_reason is not None:
-            kv_transfer_params = kv_transfer_params or getattr(self, KEPT, None)
+            kept = getattr(self, KEPT, None) or {}
+            kv_transfer_params = {**kept, **(kv_transfer_params or {})} or None
             tell_listener(self, kv_transfer_params)
         elif kv_transfer_params is not None and FIELD in kv_transfer_params:
             setattr(self, KEPT, kv_transfer_params)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.beside import Alone
 from kvcomm_vllm.compat.events import hide_private
 from kvcomm_vllm.compat.scheduler import count_cached_tokens
 from kvcomm_vllm.config import KVCommConfig
@@ -47,6 +48,7 @@ from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.store import SequenceStore
 from kvcomm_vllm.scheduler.tiers.base import NoTiers, Tiers
 from kvcomm_vllm.scheduler.tiers.opening import open_tiers
+from kvcomm_vllm.scheduler.turns import Turns
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -100,6 +102,7 @@ class SchedulerHalf:
         self._leaving: dict[str, RequestState] = {}
         self._ops: list[RequestOps] = []
         self.computed_hits = ComputedHits()
+        self.neighbours = Alone()  # the other connectors, if there are any
         self.reports = Reports(config, block_size)
 
     def bind_pool(self, pool: BlockPool) -> None:
@@ -110,6 +113,7 @@ class SchedulerHalf:
         self.finder = SourceFinder(self.config, self.store.index, self.pages, self.engine)
         self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
         self.adapters = Adapters(self.states, self.store, self.pages, self.lessons)
+        self.turns = Turns(self.states, self.pages)
         self.audits = Audits(self.config, self.store.index, self.lessons)
         self.modes = Modes(Parts(self.config, self.lessons, self.pages, self.audits.ledger))
 
@@ -130,6 +134,7 @@ class SchedulerHalf:
         self._keep_up()
         secret, adapter = self.tiers.secret or self.secret, self.adapters.of(request)
         state = new_state(request, self.config, secret, self.off, adapter)
+        state.taint.renamed = self.neighbours.renamed
         self.states[request.request_id] = state
         if self._active(state):
             self.tiers.news()
@@ -255,6 +260,7 @@ class SchedulerHalf:
             assert external == plan.external_tokens, "vLLM takes external tokens as offered"
             state.loading = True
             self.computed_hits.admitted(state, plan)
+            self.neighbours.written(block_ids)
             ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
             ops.adapter = state.adapter
             if plan.hole_tokens > self._at_once(state):
@@ -266,22 +272,11 @@ class SchedulerHalf:
                 self.store.index.touch(span.source.sequence)
         state.origin = state.origin_by(plan)
         if first_time:
-            self._note(state, plan)
+            state.serve(plan, self.block_size)
+            self.modes.admitted(state, plan)
+            near.note(state, self.config, self.store.index)
         if self.off is None:
             self.store.register(state)
-
-    def _note(self, state: RequestState, plan: Plan | None) -> None:
-        """For the report: how the prompt is served at its first admission."""
-        state.served, state.served_local = plan, state.local
-        if state.is_private(state.local, self.block_size):
-            assert state.first_approximate is not None
-            state.served_approximate = state.local - state.first_approximate
-        self.modes.admitted(state, plan)
-        near.note(state, self.config, self.store.index)
-        if plan is not None:
-            state.declined.clear()
-            state.placeholders = state.planned_placeholders
-            count_cached_tokens(state.request, plan.local, plan.reused_tokens)
 
     # ---- the step goes to the workers and comes back ---------------------------------------------
 
@@ -295,6 +290,7 @@ class SchedulerHalf:
         room = self.max_batched_tokens - output.total_num_scheduled_tokens - self._hole_tokens()
         self._ops += self.spread.next_pieces(room)
         busy = self.states or self._ops or output.total_num_scheduled_tokens
+        busy = busy or self.neighbours.storing(output)
         probes, lesson = self.modes.take_probes(), self.lessons.next_op(idle=not busy)
         message, self._ops = StepMessage(self._ops, probes, lesson), []
         self.tiers.fill(message, output.total_num_scheduled_tokens)
@@ -328,6 +324,8 @@ class SchedulerHalf:
             self.store.lose(lost_pages, states, self.pages)
         for request_id in report.written | report.failed:
             self.pages.release(request_id)
+        if report.failed:
+            self.neighbours.forget()
         report = self.spread.on_report(report)
         for request_id in report.written | report.failed:
             left = self._leaving.pop(request_id, None)

@@ -22,6 +22,8 @@ def set_back(
     for state in states:
         if state.request.status == RequestStatus.RUNNING:
             continue  # vLLM sets it back itself
+        if state.supplied and state.request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
+            continue  # another connector writes to its pages
         ended = (state.awaited and not state.loading) or state.failed
         if spread.drop(state.id) or ended:
             pages.release(state.id)

@@ -61,6 +61,7 @@ class RequestState:
         plan: made by the current scheduling attempt, not admitted yet.
         block_ids: its block table at its last admission.
         loading: operations are on their way to the workers; ``awaited``: over several steps.
+        supplied: another connector loads, or has loaded, for its last admission.
         hits: tokens to be loaded by them that vLLM has counted as hits.
         served: the plan of the first admission, ``served_local`` its local hit, of which
             ``served_approximate`` tokens are approximate: what the report speaks of.
@@ -98,6 +99,7 @@ class RequestState:
     block_ids: list[int] = field(default_factory=list)
     loading: bool = False
     awaited: bool = False
+    supplied: bool = False
     hits: int = 0
     served: Plan | None = None
     served_local: int = 0
@@ -194,6 +196,17 @@ class RequestState:
         return origin_by(self.tokens(), own, plan, None if local is None else local[: self.local])
 
     # ---- the report ------------------------------------------------------------------------------
+
+    def serve(self, plan: Plan | None, block_size: int) -> None:
+        """How the prompt is served at its first admission."""
+        self.served, self.served_local = plan, self.local
+        if self.is_private(self.local, block_size):
+            assert self.first_approximate is not None
+            self.served_approximate = self.local - self.first_approximate
+        if plan is not None:
+            self.declined.clear()
+            self.placeholders = self.planned_placeholders
+            count_cached_tokens(self.request, plan.local, plan.reused_tokens)
 
     @property
     def written(self) -> bool:

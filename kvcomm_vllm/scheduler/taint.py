@@ -13,6 +13,7 @@ The request's hasher is wrapped (``Request._block_hasher``); nothing else in vLL
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ class Taint:
 
     Attributes:
         first_block: index of the first private block; None while the chain is exact.
+        renamed: is told when pages of the request have come to be called otherwise.
     """
 
     def __init__(self, request: Request, secret: bytes) -> None:
         self.request = request
         self.secret = secret
         self.first_block: int | None = None
+        self.renamed: Callable[[Request], None] = lambda request: None
         self._exact = request._block_hasher
 
     def apply(self, first_block: int) -> None:
@@ -62,6 +65,7 @@ class Taint:
         self.first_block = first_block
         self.request.block_hashes[:] = block_hashes
         self.request.update_block_hashes()
+        self.renamed(self.request)
 
     def restore(self) -> None:
         """Back to the exact chain."""
@@ -92,3 +96,4 @@ class Taint:
     def _rehash_from(self, block: int) -> None:
         del self.request.block_hashes[block:]
         self.request.update_block_hashes()
+        self.renamed(self.request)

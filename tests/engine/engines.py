@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams, envs
 from vllm.config import KVTransferConfig
+
+from kvcomm_vllm.connector import KVCommConnector
 
 SETTINGS = {
     "min_span_tokens": 8,
@@ -45,9 +47,19 @@ def elsewhere() -> Iterator[None]:
             envs.disable_envs_cache()
 
 
-def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any) -> LLM:
+def make_engine(
+    model: str,
+    plugin: dict[str, Any] | None = None,
+    beside: Sequence[dict[str, Any]] = (),
+    last: bool = False,
+    **options: Any,
+) -> LLM:
     """An eager engine with pages of 32 tokens; ``plugin`` holds settings of ours, None is plain
     vLLM. KVCOMM_TEST_ENGINE is a JSON object of options that win over the defaults here.
+
+    Args:
+        beside: other connectors, with which ours is part of a ``MultiConnector``.
+        last: ours is the last of them, not the first.
     """
     transfer = None
     if plugin is not None:
@@ -56,6 +68,8 @@ def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any
             kv_role="kv_both",
             kv_connector_extra_config={**SETTINGS, **plugin},
         )
+    if beside:
+        transfer = with_others(transfer, beside, last)
     defaults: dict[str, Any] = {
         "enforce_eager": True,
         "block_size": 32,
@@ -68,8 +82,27 @@ def make_engine(model: str, plugin: dict[str, Any] | None = None, **options: Any
     return LLM(model=model, kv_transfer_config=transfer, **{**defaults, **given, **options})
 
 
+def with_others(
+    ours: KVTransferConfig | None, others: Sequence[dict[str, Any]], last: bool
+) -> KVTransferConfig:
+    """A ``MultiConnector`` of these parts."""
+    parts = [{"kv_role": "kv_both", **other} for other in others]
+    if ours is not None:
+        extra = {"kv_connector_extra_config": ours.kv_connector_extra_config}
+        part = {"kv_connector": ours.kv_connector, "kv_role": ours.kv_role, **extra}
+        parts.insert(len(parts) * last, part)
+    return KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"connectors": parts},
+    )
+
+
 def connector(llm: LLM) -> Any:
-    return core(llm).scheduler.connector
+    """Ours, whether or not there are others."""
+    found = core(llm).scheduler.connector
+    parts = getattr(found, "sub_connectors", [found])
+    return next(part for part in parts if isinstance(part, KVCommConnector))
 
 
 def core(llm: LLM) -> Any:

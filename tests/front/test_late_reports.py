@@ -109,6 +109,16 @@ def test_outputs_that_are_merged_keep_the_report(tokenizer: Any) -> None:
     assert answer.kv_transfer_params == EARLY
 
 
+def test_a_report_stands_beside_what_another_connector_tells_at_the_end(tokenizer: Any) -> None:
+    front = FrontEnd(tokenizer, RequestOutputKind.FINAL_ONLY)
+    front.hear(output(20, kv_transfer_params=EARLY))
+    theirs = {"remote_engine_id": "x"}
+    front.hear(output(21, finish_reason=FinishReason.LENGTH, kv_transfer_params=theirs))
+    answer = front.answer()
+    assert answer is not None
+    assert answer.kv_transfer_params == {**EARLY, **theirs}
+
+
 def test_a_stop_string_in_the_first_output(tokenizer: Any) -> None:
     front = FrontEnd(tokenizer, RequestOutputKind.FINAL_ONLY)
     assert front.hear(output(STOP, kv_transfer_params=EARLY)) == ["r-1"]

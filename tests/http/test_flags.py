@@ -19,7 +19,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvcomm_vllm import plugin
-from kvcomm_vllm.compat import cli
+from kvcomm_vllm.compat import cli, parts
 from kvcomm_vllm.config import KVCommConfig, keys
 from kvcomm_vllm.guards import version
 
@@ -218,7 +218,7 @@ def test_registering_again_changes_nothing_and_imports_no_connector(
     before = dict(KVConnectorFactory._registry)
     plugin.register()
     assert KVConnectorFactory._registry == before
-    assert set(cli.NAMES) <= set(before)
+    assert set(parts.NAMES) <= set(before)
     assert plugin.CONNECTOR_MODULE not in sys.modules
 
 

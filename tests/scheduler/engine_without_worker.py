@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from plugin_settings import transfer_config
 from simulated_drafter import NOTHING, Guessed, SimulatedDrafter, speculative
 from simulated_memory import Row, Text
 from simulated_worker import Served, SimulatedWorker
@@ -34,26 +35,10 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvcomm_vllm.compat.cli import ROLE
 from kvcomm_vllm.connector import KVCommConnector
 from kvcomm_vllm.messages import StepMessage, WorkerFacts
 from kvcomm_vllm.scheduler.half import SchedulerHalf
 from kvcomm_vllm.scheduler.tiers.pool import HostPool
-
-SETTINGS: dict[str, Any] = {
-    "window_tokens": 4,
-    "min_span_tokens": 8,
-    "seam_tokens": 2,
-    "min_reuse_tokens": 8,
-    "min_reuse_share": 0.0,
-    "private_price": 0.0,
-    "max_unseen_share": 1.0,
-    "report": "full",
-    "max_sequences": 256,
-    "mode": "seam",
-    "audit_idle_seconds": 0,
-    "audit_share": 1,
-}
 
 
 @dataclass
@@ -103,12 +88,6 @@ class EngineWithoutWorker(SimulatedWorker):
     ) -> None:
         super().__init__(num_blocks, block_size)
         self.drafter = SimulatedDrafter(drafts)
-        transfer = settings is not None and KVTransferConfig(
-            kv_connector="kvcomm",
-            kv_role=ROLE,
-            kv_load_failure_policy="recompute",
-            kv_connector_extra_config=SETTINGS | settings,
-        )
         config = VllmConfig(
             model_config=model,
             scheduler_config=SchedulerConfig(
@@ -121,7 +100,7 @@ class EngineWithoutWorker(SimulatedWorker):
             ),
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=True),
             device_config=DeviceConfig("cpu"),
-            kv_transfer_config=transfer or None,
+            kv_transfer_config=None if settings is None else self.transfer_config(settings),
             lora_config=LoRAConfig(max_loras=loras) if loras else None,
             speculative_config=speculative(model, drafts, ahead=pipeline > 1),
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
@@ -160,10 +139,20 @@ class EngineWithoutWorker(SimulatedWorker):
             if isinstance(self.half.tiers, HostPool):  # nothing is computed here, at no cost
                 self.half.tiers._costs.step = lambda *_, **__: None  # type: ignore[method-assign]
 
+    def transfer_config(self, settings: dict[str, Any]) -> KVTransferConfig:
+        return transfer_config(settings)
+
     @property
     def connector(self) -> KVCommConnector:
         assert isinstance(self.scheduler.connector, KVCommConnector)
         return self.scheduler.connector
+
+    has_others = False  # other connectors beside ours
+
+    @property
+    def others_load(self) -> bool:
+        """Whether another connector has KV of a request on its way."""
+        return False
 
     @property
     def half(self) -> SchedulerHalf:

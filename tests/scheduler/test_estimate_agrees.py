@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_without_worker import SETTINGS, EngineWithoutWorker
+from engine_without_worker import EngineWithoutWorker
+from plugin_settings import SETTINGS
 from scripts import words
 
 from kvcomm_vllm.config import KVCommConfig

@@ -79,9 +79,11 @@ class Crowd:
             engine.abort(self.random.choice(list(engine.scheduler.requests)))
         elif choice < 0.30:
             # vLLM's own rule: no running request is reset while KV of another is on its way
+            running = self.random.random() < 0.5 and not (engine.jobs or engine.others_load)
+            # its OffloadingConnector asserts that what was reset loads nothing at once
+            others = self.random.random() < 0.5 or (running and engine.has_others)
             engine.scheduler.reset_prefix_cache(
-                reset_running_requests=self.random.random() < 0.5 and not engine.jobs,
-                reset_connector=self.random.random() < 0.5,
+                reset_running_requests=running, reset_connector=others
             )
 
     def end(self) -> None:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beside which other connectors KV is reused: those that never keep or send approximate KV under a
+name by which an exact request finds it.
+
+Taint makes the block hashes of what is approximate private. A connector that names pages by the
+hashes of the request keeps them private, too. One that names them by their tokens, or that sends
+them to an engine which names them anew (disaggregated prefill), would hand them to everybody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvcomm_vllm.compat.parts import other_parts, our_parts
+from kvcomm_vllm.config import KVCommConfig
+
+if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig
+
+# By class, its module first: a name in a configuration may be that of anybody's.
+UNDERSTOOD = frozenset(
+    {"vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector.OffloadingConnector"}
+)
+_NAMES = frozenset(path.rpartition(".")[2] for path in UNDERSTOOD)
+TIERS = "kvcomm's own tiers"
+
+
+def foreign_parts(transfer: KVTransferConfig) -> list[str]:
+    """What of a ``MultiConnector`` with us among its parts rules reuse out, by name.
+
+    What hides behind a name that is understood is looked at when it is there
+    (:func:`is_understood`). Tiers of ours beside another pool of pages nobody has tried.
+    """
+    others = other_parts(transfer)
+    unknown = [name for name in others if name not in _NAMES]
+    if unknown or not others:
+        return unknown
+    extra = our_parts(transfer)[0].kv_connector_extra_config
+    wanted = KVCommConfig.from_mapping(extra, "kv_connector_extra_config").tiers.wanted
+    return [TIERS] if wanted else []
+
+
+def is_understood(kind: type) -> bool:
+    """Whether reuse goes together with this class of connectors."""
+    return f"{kind.__module__}.{kind.__qualname__}" in UNDERSTOOD
