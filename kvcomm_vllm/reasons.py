@@ -157,7 +157,8 @@ class Reason(enum.StrEnum):
     ROPE_UNSUPPORTED = (
         "rope_unsupported",
         Scope.ENGINE,
-        "The rotary embedding of a layer is of a kind that cannot be undone and redone.",
+        "The rotary embedding of a layer is of a kind that cannot be undone and redone, or, with "
+        "M-RoPE, the model puts text elsewhere than the numbers of its tokens say.",
     )
     FOREIGN_WORKER = (
         "foreign_worker",
@@ -231,7 +232,8 @@ class Reason(enum.StrEnum):
     MULTIMODAL = (
         "multimodal",
         Scope.REQUEST,
-        "The prompt holds images, audio or video.",
+        "The prompt holds images, audio or video. None of it is reused, or a source: with M-RoPE "
+        "the text beside them has other positions. Text alone is reused on such models.",
     )
     STREAMING_INPUT = (
         "streaming_input",

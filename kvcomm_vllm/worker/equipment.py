@@ -12,13 +12,14 @@ from vllm.logger import init_logger
 from kvcomm_vllm.compat.adapters import UnknownAdaptersError
 from kvcomm_vllm.compat.device import allow_amx
 from kvcomm_vllm.compat.layers import attention_layers
-from kvcomm_vllm.compat.model import tells_tokens
+from kvcomm_vllm.compat.model import UnknownPositionsError, tells_tokens
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.messages import WorkerFacts
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.model_check import unrotated_layers
 from kvcomm_vllm.worker.checks.page_check import check_page_sizes, page_fault
 from kvcomm_vllm.worker.checks.self_check import self_check
+from kvcomm_vllm.worker.checks.text_positions import check_text_positions
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.corrections.base import Correction, Ground
 from kvcomm_vllm.worker.corrections.registry import reserve
@@ -27,6 +28,7 @@ from kvcomm_vllm.worker.load import LoadKernel, load_kernel, warm_up_loads
 from kvcomm_vllm.worker.side_forward import SideForward
 
 logger = init_logger("vllm.kvcomm.worker")
+CHECKED_PAGES = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def equip(
     if runner is None:
         raise Unsupported(Reason.UNKNOWN_BACKEND, "the model runner was not found")
     layers = attention_layers(vllm_config)
-    groups = build_groups(layers, runner.model)
+    # the checks stand for texts of a few pages, whatever the engine serves
+    positions = max(vllm_config.model_config.max_model_len, CHECKED_PAGES * block_size)
+    groups = build_groups(layers, runner.model, positions=positions)
     device = groups[0].pages.layers[0].device
     if device.type == "cpu":
         allow_amx()
@@ -70,6 +74,9 @@ def equip(
         side_forward = SideForward(runner, block_size)
     except UnknownAdaptersError as error:
         raise Unsupported(Reason.UNKNOWN_ADAPTERS, str(error)) from error
+    except UnknownPositionsError as error:
+        raise Unsupported(Reason.ROPE_UNSUPPORTED, str(error)) from error
+    check_text_positions(runner.model, vllm_config.model_config, side_forward.position_rows)
     check_page_sizes(layers, side_forward.builders, block_size)
     parallel = vllm_config.parallel_config
     alone = parallel.data_parallel_size == 1
@@ -81,7 +88,7 @@ def equip(
             if fault is not None:
                 raise Unsupported(Reason.SELF_CHECK_FAILED, fault)
             if unrotated:
-                groups = build_groups(layers, runner.model, unrotated)
+                groups = build_groups(layers, runner.model, unrotated, positions)
             self_check(groups, block_size, kernel)
         warm_up_loads(groups, kernel)
         single = alone and parallel.tensor_parallel_size == 1

@@ -23,6 +23,7 @@ from kvcomm_vllm.compat.model import (
     forwards_embeddings,
     keeps_embeddings,
     model_inputs,
+    position_rows,
 )
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.worker.load import slots_of
@@ -93,6 +94,7 @@ class SideForward:
 
     Raises:
         UnknownAdaptersError: the runner has LoRA adapters, and it is not known how.
+        UnknownPositionsError: its model is told positions in a way that is not known.
     """
 
     def __init__(self, runner: Any, block_size: int) -> None:
@@ -106,6 +108,7 @@ class SideForward:
         embeds = forwards_embeddings(runner.vllm_config.model_config)
         self.always_eager = embeds and keeps_embeddings(runner.model)
         self.embeds = embeds and not self.always_eager
+        self.position_rows = position_rows(runner.vllm_config.model_config)
         self.adapters = adapters_of(runner)
         self.builders = metadata_builders(runner)
         self.single = runner.vllm_config.parallel_config.tensor_parallel_size == 1
@@ -187,6 +190,17 @@ class SideForward:
         ):
             hidden: torch.Tensor | tuple[torch.Tensor, ...] = self.runner.model(
                 **model_inputs(self.runner.model, ids_there, self.embeds),
-                positions=positions,
+                positions=self._model_positions(positions),
             )
         return hidden if isinstance(hidden, torch.Tensor) else hidden[0]
+
+    def _model_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """As vLLM's runners give them: with M-RoPE a row for each of its parts, all alike for text.
+
+        Code is compiled for the strides of the runners' own rows, which are one token longer than
+        its longest step.
+        """
+        if not self.position_rows:
+            return positions
+        room = positions.new_empty(self.position_rows, self.max_tokens + 1)
+        return room[:, : len(positions)].copy_(positions)
