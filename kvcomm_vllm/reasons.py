@@ -128,9 +128,10 @@ class Reason(enum.StrEnum):
     SPEC_DECODE = (
         "spec_decode",
         Scope.ENGINE,
-        "Tokens are drafted by layers (EAGLE, MTP, draft models, Medusa), or in a way that is not "
-        "known; their KV of what is loaded would be missing. Beside the methods ngram, ngram_gpu "
-        "and suffix, which look tokens up, KV is reused.",
+        "Tokens are drafted in a way that is not known (Medusa, DFlash, a class of one's own, MTP "
+        "of several modules). Beside the methods ngram, ngram_gpu and suffix, which look tokens "
+        "up, KV is reused, and beside eagle, eagle3, mtp and draft_model, whose KV is moved with "
+        "the model's.",
     )
     FLASHINFER_WINDOWS = (
         "flashinfer_windows",
@@ -164,7 +165,8 @@ class Reason(enum.StrEnum):
     ROPE_UNSUPPORTED = (
         "rope_unsupported",
         Scope.ENGINE,
-        "The rotary embedding of a layer is of a kind that cannot be undone and redone.",
+        "The rotary embedding of a layer is of a kind that cannot be undone and redone, or, with "
+        "M-RoPE, the model puts text elsewhere than the numbers of its tokens say.",
     )
     FOREIGN_WORKER = (
         "foreign_worker",
@@ -244,7 +246,8 @@ class Reason(enum.StrEnum):
     MULTIMODAL = (
         "multimodal",
         Scope.REQUEST,
-        "The prompt holds images, audio or video.",
+        "The prompt holds images, audio or video. None of it is reused, or a source: with M-RoPE "
+        "the text beside them has other positions. Text alone is reused on such models.",
     )
     STREAMING_INPUT = (
         "streaming_input",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiny_model import MAX_TOKENS, VOCABULARY, save_tokenizer
+from tiny_model import MARKERS, MAX_TOKENS, VOCABULARY, save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Family:
         config: what differs from :meth:`settings`.
         engine: arguments of the engine (block size, dtype).
         kv_heads: of 4 heads.
+        vision: configuration of what sees images; the tokens that stand for them are there then.
+        vision_class: class and module in ``vllm.model_executor.models`` of a model that sees them.
     """
 
     model_type: str
@@ -27,9 +29,18 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     kv_heads: int = 2
+    vision: dict[str, Any] | None = None
+    vision_class: tuple[str, str] | None = None
 
     def settings(self) -> dict[str, Any]:
-        width = 4 * self.head_dim
+        width, ends = 4 * self.head_dim, {"tie_word_embeddings": False, "eos_token_id": 1}
+        text = self._text_settings(width)
+        if self.vision is None:
+            return text
+        vision = {"depth": 2, "num_heads": 2, "hidden_size": 64, "out_hidden_size": width}
+        return {**MARKERS, **ends, "text_config": text, "vision_config": {**vision, **self.vision}}
+
+    def _text_settings(self, width: int) -> dict[str, Any]:
         return {
             "vocab_size": VOCABULARY,
             "hidden_size": width,
@@ -72,6 +83,9 @@ WINDOWED = {
     "sliding_window": 64,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+# Which of a token's positions, in time, height and width, turns which pairs of channels.
+SECTIONS = rope(mrope_section=[8, 12, 12])
+INTERLEAVED = rope(mrope_section=[12, 10, 10], mrope_interleaved=True)
 # Cohere 2 does not rotate in layers of full attention.
 FULL_FIRST = {
     "sliding_window": 64,
@@ -106,24 +120,54 @@ FAMILIES = {
     "bloom alibi": Family(
         "bloom", 64, {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, kv_heads=4
     ),
+    "qwen2-vl, m-rope": Family(
+        "qwen2_vl",
+        64,
+        {"rope_parameters": SECTIONS},
+        vision={"embed_dim": 64, "hidden_size": 256, "mlp_ratio": 2},
+        vision_class=("Qwen2VLForConditionalGeneration", "qwen2_vl"),
+    ),
+    "qwen2.5-vl, m-rope, float32": Family(
+        "qwen2_5_vl",
+        64,
+        {"rope_parameters": SECTIONS},
+        {"dtype": "float32"},
+        vision={"intermediate_size": 128, "fullatt_block_indexes": [1]},
+        vision_class=("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+    ),
+    "qwen3-vl, interleaved m-rope": Family(
+        "qwen3_vl",
+        64,
+        {"rope_parameters": INTERLEAVED, "head_dim": 64},
+        vision={"intermediate_size": 128, "deepstack_visual_indexes": [0, 1]},
+        vision_class=("Qwen3VLForConditionalGeneration", "qwen3_vl"),
+    ),
+    "glm-4v, m-rope in gpt-j pairs": Family(
+        "glm4v",
+        64,
+        {"rope_parameters": {**rope(mrope_section=[4, 6, 6]), "partial_rotary_factor": 0.5}},
+        vision={"intermediate_size": 128},
+        vision_class=("Glm4vForConditionalGeneration", "glm4_1v"),
+    ),
 }
 
 
 def save_family(family: Family, folder: Path) -> None:
     """Write model and tokenizer; the same weights every time."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    auto = AutoModelForCausalLM if family.vision is None else AutoModelForImageTextToText
     config = AutoConfig.for_model(family.model_type, **family.settings())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 _spread(name, weight)
         dtype = getattr(torch, family.engine.get("dtype", "bfloat16"))
         model.to(dtype).save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, markers=family.vision is not None)
 
 
 def _spread(name: str, weight: Any) -> None:

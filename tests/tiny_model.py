@@ -5,6 +5,14 @@ from pathlib import Path
 
 VOCABULARY = 512
 MAX_TOKENS = 4096
+# What vision models name in their files, and the last words of their vocabularies.
+MARKERS = {
+    name: VOCABULARY - place
+    for place, name in enumerate(
+        ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 1
+    )
+}
+MARKER_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 
 
 def save_tiny_llama(folder: Path, seed: int = 0) -> None:
@@ -42,12 +50,15 @@ def _save_weights(folder: Path, seed: int) -> None:
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, markers: bool = False) -> None:
+    """``markers``: the vocabulary ends with those of vision models."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<eos>", "<unk>"]
     words = [*special, *(f"w{n}" for n in range(len(special), VOCABULARY))]
+    if markers:
+        words[-len(MARKERS) :] = reversed(MARKER_WORDS)
     ids = {word: n for n, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -57,6 +68,7 @@ def save_tokenizer(folder: Path) -> None:
         eos_token="<eos>",
         unk_token="<unk>",
         model_max_length=MAX_TOKENS,
+        additional_special_tokens=list(MARKER_WORDS) if markers else None,
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
     tokenizer.save_pretrained(folder)

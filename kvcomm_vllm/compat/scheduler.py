@@ -62,6 +62,11 @@ def data_parallel_rank(config: VllmConfig) -> int:
     return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
 
 
+def drafted_slots(scheduler: Any | None) -> int:
+    """Slots behind those of a step's tokens into which a drafter with layers writes; 0: none."""
+    return int(getattr(scheduler, "num_lookahead_tokens", 0))
+
+
 def weight_version(engine: Any | None) -> str | None:
     """What the weights were called when they were last changed (vLLM 0.32+), or None."""
     version = getattr(engine, "get_weight_version", None)

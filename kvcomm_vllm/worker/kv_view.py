@@ -8,7 +8,7 @@ vLLM's CPU attention, packed inside each page for the instruction set in use.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,16 @@ class LayerGroup:
 
 
 def build_groups(
-    layers: dict[str, Any], model: torch.nn.Module, unrotated: Collection[str] = ()
+    layers: dict[str, Any],
+    model: torch.nn.Module,
+    unrotated: Collection[str] = (),
+    positions: int | None = None,
 ) -> list[LayerGroup]:
     """Groups of all attention layers that own a cache, in model order.
 
     Args:
         unrotated: names of layers that are known not to use the rotary embedding they have.
+        positions: that tokens can have.
 
     Raises:
         Unsupported: if any of them is not understood; reuse is then off for all.
@@ -72,7 +76,7 @@ def build_groups(
         cache = layer.kv_cache
         known = None if module is None else id(module)
         if known not in ropes:
-            ropes[known] = no_rope(cache.device) if module is None else rope_of(module)
+            ropes[known] = no_rope(cache.device) if module is None else rope_of(module, positions)
         rope = ropes[known]
         key = (packing, id(rope), cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype)
         members.setdefault(key, []).append(layer)
@@ -131,3 +135,8 @@ def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> Laye
         v_scales=tuple(float(layer._v_scale) for layer in layers) if fp8 else None,
     )
     return LayerGroup(tuple(layers), pages, rope, rotary)
+
+
+def layers_of(groups: list[LayerGroup]) -> Iterator[tuple[PageGroup, int]]:
+    """Each layer as the pages of its group and its index in it."""
+    return ((group.pages, index) for group in groups for index in range(len(group.layers)))

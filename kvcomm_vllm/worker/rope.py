@@ -5,7 +5,8 @@ One formula for all kinds: with ``t = cos + i sin`` from the layer's own table, 
 position p to q by ``t[q] * conj(t[p]) / |t[p]|^2`` per frequency. It undoes vLLM's own rounding of
 the table and cancels the magnitude that YaRN and LongRoPE put into it. Covers default, linear,
 dynamic, llama3, YaRN, LongRoPE and partial rotary embeddings, NeoX and GPT-J pairs, and layers
-without any.
+without any. M-RoPE takes each frequency from one of several positions of a token; those of text are
+equal, so for text it is the same table (arXiv 2409.12191, section 2.1).
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ TABLE_ROPES = {
     "YaRNScalingRotaryEmbedding",
     "Gemma4RotaryEmbedding",
     "Phi3LongRoPEScaledRotaryEmbedding",
+    # M-RoPE: of text alone
+    "MRotaryEmbedding",
+    "MRotaryEmbeddingInterleaved",
+    "BailingMRotaryEmbedding",
+    "Ernie4_5_VLRotaryEmbedding",
 }
 
 
@@ -70,12 +76,15 @@ def no_rope(device: torch.device | str = "cpu") -> Rope:
     return Rope(none, none, interleaved=False)
 
 
-def rope_of(module: Any) -> Rope:
+def rope_of(module: Any, positions: int | None = None) -> Rope:
     """The table of a vLLM rotary embedding module.
 
+    Args:
+        positions: that are ever used; vLLM's own tables of M-RoPE have four times as many.
+
     Raises:
-        Unsupported: for kinds that are not one rotation per pair and position, such as M-RoPE, FoPE
-            or dual chunk.
+        Unsupported: for kinds that are not one rotation per pair and position, such as FoPE or dual
+            chunk.
     """
     name = type(module).__name__
     if name not in TABLE_ROPES:
@@ -87,7 +96,7 @@ def rope_of(module: Any) -> Rope:
             table = table[module.original_max_position_embeddings :]
     else:
         table = module.cos_sin_cache
-    cos, sin = table.detach().float().chunk(2, dim=-1)
+    cos, sin = table.detach()[:positions].float().chunk(2, dim=-1)
     return Rope(
         cos.contiguous(), sin.contiguous(), interleaved=not getattr(module, "is_neox_style", True)
     )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from engines import IN_ONE_PROCESS, Answer, ask, core, elsewhere, make_engine, text
+from no_torchvision import know
 from stored_kv import first_layer, start_log
 from tiny_families import FAMILIES, Family, save_family
 
@@ -53,8 +54,12 @@ def run(request: pytest.FixtureRequest, run_of: Callable[[str], Run]) -> Run:
 
 def serve(family: Family, folder: Path) -> Run:
     save_family(family, folder)
+    limits: dict[str, Any] = {}
+    if family.vision_class is not None:
+        know(*family.vision_class)
+        limits = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
     with start_log() as log:
-        llm = make_engine(str(folder), plugin={}, **family.engine)
+        llm = make_engine(str(folder), plugin={}, **limits, **family.engine)
     off = {"mode": "off"}
     try:
         dense, native = ask(llm, PROMPT, hints=off)[0], first_layer(llm, PROMPT)

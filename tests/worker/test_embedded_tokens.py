@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvcomm_vllm.compat.model import UnknownPositionsError
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.worker import side_forward
 from kvcomm_vllm.worker.side_forward import Row, SideForward
@@ -26,14 +27,16 @@ class Model:
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
         self.inputs = inputs
-        return inputs["positions"][:, None].float()
+        return inputs["positions"].reshape(-1, 1).float()
 
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a model is called with for tokens 3, 4 at positions 5, 6, and whether eagerly."""
 
-    def call(model: Model, *, multimodal: bool, prompts: bool = False) -> tuple[Any, bool]:
+    def call(
+        model: Model, *, multimodal: bool, prompts: bool = False, **more: Any
+    ) -> tuple[Any, bool]:
         modes: list[bool] = []
         monkeypatch.setattr(side_forward, "metadata_builders", lambda _: [])
         monkeypatch.setattr(
@@ -43,7 +46,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Any:
         config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
             model_config=SimpleNamespace(
-                enable_prompt_embeds=prompts, supports_multimodal_inputs=multimodal
+                enable_prompt_embeds=prompts, supports_multimodal_inputs=multimodal, **more
             ),
             parallel_config=SimpleNamespace(tensor_parallel_size=1),
         )
@@ -104,3 +107,18 @@ def test_a_model_without_embeddings_per_layer_keeps_none(called: Any) -> None:
     inputs, eager = called(Model(per_layer_embeddings=None), multimodal=True)
     assert inputs["input_ids"] is None
     assert not eager
+
+
+@pytest.mark.parametrize(("more", "rows"), [({}, 3), ({"mrope_num_dims": 4}, 4)])
+def test_models_with_m_rope_are_given_a_row_of_positions_for_each_part_as_vllm_gives_them(
+    called: Any, more: dict[str, Any], rows: int
+) -> None:
+    inputs, _ = called(Model(), multimodal=True, uses_mrope=True, **more)
+    assert inputs["positions"].tolist() == [[5, 6]] * rows
+    # of the runners' buffers: the longest step and one; compiled code relies on it
+    assert inputs["positions"].stride() == (64 + 1, 1)
+
+
+def test_models_with_xd_rope_are_refused_by_name(called: Any) -> None:
+    with pytest.raises(UnknownPositionsError, match="XDRotaryEmbedding"):
+        called(Model(), multimodal=True, uses_xdrope_dim=4)

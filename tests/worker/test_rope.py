@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import rotary_embedding as vllm_rope
 from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope
+from vllm.model_executor.layers.rotary_embedding.ernie45_vl_rope import Ernie4_5_VLRotaryEmbedding
 
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.reasons import Reason
@@ -38,6 +39,25 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL},
     "yarn doubled": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0, **ORIGINAL},
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    "m-rope": {"mrope_section": [6, 5, 5]},
+    "m-rope interleaved": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    "m-rope gpt-j partial": {
+        "neox": False,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 3, 3],
+    },
+    "m-rope yarn": {"rope_type": "yarn", "factor": 4.0, "mrope_section": [6, 5, 5], **ORIGINAL},
+    "m-rope of bailing": {
+        "neox": False,
+        "rope_type": "bailing_mrope",
+        "mrope_section": [4, 6, 6],
+    },
+    "m-rope of pangu": {
+        "rope_type": "openpangu",
+        "mrope_section": [6, 5, 5],
+        "mrope_interleaved": True,
+    },
+    "m-rope of ernie": {"kind": Ernie4_5_VLRotaryEmbedding, "mrope_section": [6, 6, 4]},
     "longrope short": {"rope_type": "longrope", "max_model_len": 1024, **LONG, **ORIGINAL},
     "longrope long": {"rope_type": "longrope", "max_model_len": POSITIONS, **LONG, **ORIGINAL},
 }
@@ -45,13 +65,16 @@ ROPES: dict[str, dict[str, Any]] = {
 
 def make(name: str, dtype: torch.dtype) -> Any:
     parameters = {"rope_type": "default", "rope_theta": 10000.0, **ROPES[name]}
-    neox = parameters.pop("neox", True)
+    neox, kind = parameters.pop("neox", True), parameters.pop("kind", None)
     serving = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=parameters.pop("max_model_len", POSITIONS))
     )
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
         patch.setattr(phi3_long_rope_scaled_rope, "get_current_vllm_config", lambda: serving)
         patch.setattr(vllm_rope, "_ROPE_DICT", {})  # its keys do not name max_model_len
+        if kind is not None:  # models make it without vLLM's choice
+            sections = parameters["mrope_section"]
+            return kind(HEAD, HEAD, POSITIONS, 10000.0, False, dtype, mrope_section=sections)
         return vllm_rope.get_rope(HEAD, POSITIONS, neox, parameters, dtype)
 
 
@@ -61,8 +84,11 @@ def module(request: pytest.FixtureRequest) -> Any:
 
 
 def rotated(module: Any, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """By vLLM's own code: ``[tokens, heads, head]`` at one position each."""
-    native = getattr(module, "forward_native", module.forward)
+    """By vLLM's own code: ``[tokens, heads, head]`` at one position each, as models call it."""
+    own = isinstance(module, vllm_rope.MRotaryEmbeddingInterleaved)
+    native = module.forward if own else getattr(module, "forward_native", module.forward)
+    if isinstance(module, vllm_rope.MRotaryEmbedding):
+        positions = positions.expand(3, -1)
     flat = keys.flatten(1)
     result: torch.Tensor = native(positions, flat.clone(), flat.clone())[1]
     return result.view(keys.shape)
@@ -106,6 +132,14 @@ def test_tables_reach_as_far_as_vllms_own(module: Any) -> None:
     assert error(moved(rope, rotated(module, keys, p), p, q), rotated(module, keys, q)) < 1e-5
 
 
+def test_no_more_of_a_table_is_kept_than_there_are_positions(module: Any) -> None:
+    """vLLM's of M-RoPE are four times as long, for media that text never reaches."""
+    whole, cut = rope_of(module), rope_of(module, 1000)
+    assert cut.cos.shape == cut.sin.shape == (1000, whole.cos.shape[1])
+    assert torch.equal(cut.cos, whole.cos[:1000])
+    assert torch.equal(cut.sin, whole.sin[:1000])
+
+
 @settings(max_examples=20, deadline=None)
 @given(old=positions, via=st.integers(0, 1023), shift=st.integers(0, 1023))
 def test_moving_twice_equals_moving_once(module: Any, old: list[int], via: int, shift: int) -> None:
@@ -146,9 +180,6 @@ def test_a_layer_without_rotary_embedding_keeps_its_keys(old: int, new: int) -> 
 
 
 REFUSED = [
-    vllm_rope.MRotaryEmbedding,
-    vllm_rope.MRotaryEmbeddingInterleaved,
-    vllm_rope.BailingMRotaryEmbedding,
     vllm_rope.FourierRotaryEmbedding,
     vllm_rope.DualChunkRotaryEmbedding,
     vllm_rope.DeepseekScalingRotaryEmbedding,
@@ -170,7 +201,7 @@ def test_every_kind_vllm_makes_is_either_accepted_or_refused_on_purpose() -> Non
         name
         for name, value in vars(vllm_rope).items()
         if isinstance(value, type) and issubclass(value, torch.nn.Module)
-    }
+    } | {Ernie4_5_VLRotaryEmbedding.__name__}
     assert made <= known
     assert made >= TABLE_ROPES, "an accepted kind that this vLLM does not have"
 

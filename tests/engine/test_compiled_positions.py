@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exactness with a compiled model whose tokens have several positions each (M-RoPE). A module of
+its own, as ``test_compiled.py``.
+"""
+
+from pathlib import Path
+
+import pytest
+from engines import ask, core, make_engine
+from no_torchvision import know
+from test_exactness import PROMPTS, check_holes
+from tiny_families import FAMILIES, save_family
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def test_holes_are_exact_with_compiled_code_for_rows_of_positions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = FAMILIES["qwen2.5-vl, m-rope, float32"]
+    save_family(family, tmp_path)
+    assert family.vision_class is not None
+    know(*family.vision_class)
+    limits = {"image": 0, "video": 0}
+    llm = make_engine(
+        str(tmp_path),
+        plugin={},
+        enforce_eager=False,
+        limit_mm_per_prompt=limits,
+        **family.engine,
+    )
+    try:
+        dense = ask(llm, *PROMPTS, tokens=12, hints={"mode": "off"})
+        core(llm).scheduler.reset_prefix_cache(reset_connector=True)
+        check_holes(llm, dense, monkeypatch)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
