@@ -66,10 +66,15 @@ class LoadOp:
 
 @dataclass(slots=True)
 class HoleOp:
-    """Compute ``tokens`` at positions ``start..`` by the side forward (a seam or a gap)."""
+    """Compute ``tokens`` at positions ``start..`` by the side forward (a seam or a gap).
+
+    Args:
+        following: the token behind them, which drafters read; -1 where it is not known.
+    """
 
     start: int
     tokens: list[int]
+    following: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,9 +121,10 @@ class Reason(enum.StrEnum):
     SPEC_DECODE = (
         "spec_decode",
         Scope.ENGINE,
-        "Tokens are drafted by layers (EAGLE, MTP, draft models, Medusa), or in a way that is not "
-        "known; their KV of what is loaded would be missing. Beside the methods ngram, ngram_gpu "
-        "and suffix, which look tokens up, KV is reused.",
+        "Tokens are drafted in a way that is not known (Medusa, DFlash, a class of one's own, MTP "
+        "of several modules). Beside the methods ngram, ngram_gpu and suffix, which look tokens "
+        "up, KV is reused, and beside eagle, eagle3, mtp and draft_model, whose KV is moved with "
+        "the model's.",
     )
     FLASHINFER_WINDOWS = (
         "flashinfer_windows",

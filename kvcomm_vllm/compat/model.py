@@ -56,6 +56,19 @@ def position_rows(model: ModelConfig) -> int:
     return int(getattr(model, "mrope_num_dims", 3))
 
 
+def model_positions(positions: torch.Tensor, rows: int, max_tokens: int) -> torch.Tensor:
+    """Positions ``[tokens]`` as vLLM's runners give them to a model with ``rows`` of them; those of
+    text are alike in all rows.
+
+    Code is compiled for the strides of the runners' own rows, which are one token longer than their
+    longest step, ``max_tokens``.
+    """
+    if not rows:
+        return positions
+    room = positions.new_empty(rows, max_tokens + 1)
+    return room[:, : len(positions)].copy_(positions)
+
+
 def text_positions(model: Any, tokens: list[int]) -> tuple[torch.Tensor, int]:
     """Where the model itself puts the tokens of a text without media: ``[rows, tokens]``, and how
     far behind their number the tokens stand that are generated next; with M-RoPE alone.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from kvcomm_vllm.compat.drafter import LAYERED
 from kvcomm_vllm.compat.offload import has_tiers
 from kvcomm_vllm.guards.settings import EngineSettings
 
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 _SPECULATIVE = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
-# They look tokens up in the text. All others have layers, or may have: a class of the user's own.
-_DRAFTS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
+# They look tokens up in the text, or have layers whose KV is moved and computed like the model's.
+# Of all others that is not known: a class of the user's own may have anything.
+_KNOWN_DRAFTS = ("ngram", "ngram_gpu", "suffix", *LAYERED)
 _FLASHINFER = ("FLASHINFER", "TRITON_FLASHINFER")
 
 
@@ -33,7 +35,7 @@ def settings_of_arguments(args: EngineArgs, model: ModelConfig) -> EngineSetting
         pipeline_ranks=args.pipeline_parallel_size,
         context_ranks=_context_ranks(args),
         expert_ranks=ranks if model.is_moe else 1,
-        drafts=_asks_for_drafts_with_kv(args),
+        drafts=_asks_for_unknown_drafts(args),
     )
 
 
@@ -46,25 +48,29 @@ def settings_of_config(config: VllmConfig) -> EngineSettings:
         pipeline_ranks=parallel.pipeline_parallel_size,
         context_ranks=_context_ranks(parallel),
         expert_ranks=parallel.data_parallel_size if experts else 1,
-        drafts=_drafts_with_kv(config.speculative_config),
+        drafts=_drafts_unknown(config.speculative_config),
     )
 
 
-def _asks_for_drafts_with_kv(args: EngineArgs) -> bool:
-    """Where no method is named, vLLM finds one by the drafter's own files: a model, as a rule."""
+def _asks_for_unknown_drafts(args: EngineArgs) -> bool:
+    """Where no method is named, vLLM finds one by the drafter's own files, and what it has found is
+    asked of the finished engine. It takes ``mtp`` by older names, too.
+    """
     given = [getattr(args, name, None) for name in _SPECULATIVE]
     if all(value is None for value in given):
         return False
-    config, method, *_ = given
-    named = config.get("method") if isinstance(config, Mapping) else config
-    methods = [name for name in (named, method) if name is not None]
-    return not methods or any(name not in _DRAFTS_WITHOUT_KV for name in methods)
+    config, method, model, *_ = given
+    settings = config if isinstance(config, Mapping) else {"method": config}
+    methods = [name for name in (settings.get("method"), method) if name is not None]
+    if not methods:
+        return settings.get("model") is None and model is None
+    return any(name not in _KNOWN_DRAFTS and not str(name).endswith("_mtp") for name in methods)
 
 
-def _drafts_with_kv(config: SpeculativeConfig | None) -> bool:
+def _drafts_unknown(config: SpeculativeConfig | None) -> bool:
     if config is None:
         return False
-    return getattr(config, "method", None) not in _DRAFTS_WITHOUT_KV
+    return getattr(config, "method", None) not in _KNOWN_DRAFTS
 
 
 def _context_ranks(sizes: Any) -> int:

@@ -53,6 +53,11 @@ def drafted_tokens(scheduler: Any | None) -> int:
     return int(getattr(scheduler, "num_spec_tokens", 0))
 
 
+def drafted_slots(scheduler: Any | None) -> int:
+    """Slots behind those of a step's tokens into which a drafter with layers writes; 0: none."""
+    return int(getattr(scheduler, "num_lookahead_tokens", 0))
+
+
 def weight_version(engine: Any | None) -> str | None:
     """What the weights were called when they were last changed (vLLM 0.32+), or None."""
     version = getattr(engine, "get_weight_version", None)

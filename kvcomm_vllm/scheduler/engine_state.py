@@ -6,7 +6,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvcomm_vllm.compat.pages import prefix_cache
-from kvcomm_vllm.compat.scheduler import drafted_tokens, is_resting, weight_version
+from kvcomm_vllm.compat.scheduler import (
+    drafted_slots,
+    drafted_tokens,
+    is_resting,
+    weight_version,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -40,6 +45,11 @@ class EngineState:
     def drafted_tokens(self) -> int:
         """Most tokens that vLLM guesses ahead for a request in one step."""
         return drafted_tokens(self.scheduler)
+
+    @property
+    def drafted_slots(self) -> int:
+        """Slots behind those of a step's tokens that vLLM asks for, too, where it guesses."""
+        return drafted_slots(self.scheduler)
 
     def renewed(self) -> bool:
         """Whether the prefix cache was emptied, or the weights were given another version, since

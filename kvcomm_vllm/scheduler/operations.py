@@ -17,7 +17,10 @@ def operations(
         request_id=request_id,
         block_ids=block_ids[: -(-plan.end // block_size)],
         loads=[source_load(s, block_size) for s in plan.spans if s.estimate is None],
-        holes=[HoleOp(start, tokens[start:end].tolist()) for start, end in plan.holes()],
+        holes=[
+            HoleOp(start, tokens[start:end].tolist(), int(tokens[end]))
+            for start, end in plan.holes()
+        ],
         estimates=[
             EstimateOp(
                 source_load(span, block_size),

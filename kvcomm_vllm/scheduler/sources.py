@@ -177,15 +177,15 @@ class SourceFinder:
     def own(self, state: RequestState) -> int:
         """Free pages that the request will ask for.
 
-        What a plan leaves to compute is one token, and vLLM adds guesses to that at once; for a
-        request that waits for its pieces it keeps whole pages for both.
+        What a plan leaves to compute is one token, and vLLM adds guesses to that at once, and room
+        for the drafter's; for a request that waits for its pieces it keeps whole pages for all.
         """
         in_use = 0
         for block_hash in state.request.block_hashes[: state.local // self.block_size]:
             block = self.pages.lookup(block_hash)
             in_use += block is not None and block.ref_cnt > 0
         tokens, guesses = int(state.request.num_tokens), self.engine.drafted_tokens
-        step = guesses + 1 if guesses else 0
+        step = guesses + 1 + self.engine.drafted_slots if guesses else 0
         return -(-tokens // self.block_size) - (-step // self.block_size) - in_use
 
     def _search(

@@ -48,8 +48,9 @@ class Job:
         while self.holes and room and not self.abandoned:
             hole = self.holes.pop(0)
             if len(hole.tokens) > room:
-                self.holes.insert(0, HoleOp(hole.start + room, hole.tokens[room:]))
-                hole = HoleOp(hole.start, hole.tokens[:room])
+                rest = HoleOp(hole.start + room, hole.tokens[room:], hole.following)
+                self.holes.insert(0, rest)
+                hole = HoleOp(hole.start, hole.tokens[:room], rest.tokens[0])
             taken.append(hole)
             room -= len(hole.tokens)
         self.ended = self.abandoned or not self.holes

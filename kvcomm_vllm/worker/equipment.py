@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from vllm.logger import init_logger
 
 from kvcomm_vllm.compat.adapters import UnknownAdaptersError
 from kvcomm_vllm.compat.device import allow_amx
+from kvcomm_vllm.compat.drafter import UnknownDrafterError
 from kvcomm_vllm.compat.layers import attention_layers
 from kvcomm_vllm.compat.model import UnknownPositionsError, tells_tokens
 from kvcomm_vllm.config import KVCommConfig
@@ -40,12 +42,14 @@ class Equipment:
         kernel: moves and rotates.
         side_forward: computes holes.
         corrections: by mode.
+        drafts: groups of the drafter's layers: they are moved with the model's, and not corrected.
     """
 
     groups: list[LayerGroup]
     kernel: LoadKernel
     side_forward: SideForward
     corrections: dict[str, Correction]
+    drafts: list[LayerGroup] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -63,19 +67,21 @@ def equip(
     if runner is None:
         raise Unsupported(Reason.UNKNOWN_BACKEND, "the model runner was not found")
     layers = attention_layers(vllm_config)
+    side_forward = _side_forward(runner, block_size)
+    drafter = side_forward.drafter
+    own, others = _parted(layers, frozenset() if drafter is None else drafter.layer_names)
     # the checks stand for texts of a few pages, whatever the engine serves
     positions = max(vllm_config.model_config.max_model_len, CHECKED_PAGES * block_size)
-    groups = build_groups(layers, runner.model, positions=positions)
+
+    def grouped(unrotated: Collection[str] = ()) -> tuple[list[LayerGroup], list[LayerGroup]]:
+        drafts = drafter and build_groups(others, drafter.model, unrotated, positions)
+        return build_groups(own, runner.model, unrotated, positions), drafts or []
+
+    groups, drafts = grouped()
     device = groups[0].pages.layers[0].device
     if device.type == "cpu":
         allow_amx()
     kernel = load_kernel(device)
-    try:
-        side_forward = SideForward(runner, block_size)
-    except UnknownAdaptersError as error:
-        raise Unsupported(Reason.UNKNOWN_ADAPTERS, str(error)) from error
-    except UnknownPositionsError as error:
-        raise Unsupported(Reason.ROPE_UNSUPPORTED, str(error)) from error
     check_text_positions(runner.model, vllm_config.model_config, side_forward.position_rows)
     check_page_sizes(layers, side_forward.builders, block_size)
     parallel = vllm_config.parallel_config
@@ -84,13 +90,13 @@ def equip(
         if config.self_check:
             # Forwards first: they have collectives, so no rank may fail before them alone
             fault = page_fault(groups, block_size, side_forward)
-            unrotated = unrotated_layers(groups, block_size, kernel, side_forward)
+            unrotated = unrotated_layers(groups + drafts, block_size, kernel, side_forward)
             if fault is not None:
                 raise Unsupported(Reason.SELF_CHECK_FAILED, fault)
             if unrotated:
-                groups = build_groups(layers, runner.model, unrotated, positions)
-            self_check(groups, block_size, kernel)
-        warm_up_loads(groups, kernel)
+                groups, drafts = grouped(unrotated)
+            self_check(groups + drafts, block_size, kernel)
+        warm_up_loads(groups + drafts, kernel)
         single = alone and parallel.tensor_parallel_size == 1
         corrections, said = reserve(Ground(groups, config, block_size, alone, single))
         if config.self_check:
@@ -101,10 +107,29 @@ def equip(
     if not compares:
         logger.debug("kvcomm: this model tells no tokens, audits compare none")
     layout = _layout(groups, block_size)
+    if drafts:  # in the same pages, so that those of another engine are other pages
+        layout += f", and {_layout(drafts, block_size)} that guess"
     facts = WorkerFacts(
         None, "", layout + said, rooms=rooms, alone=alone, compares=compares, layout=layout
     )
-    return Equipment(groups, kernel, side_forward, corrections), facts
+    return Equipment(groups, kernel, side_forward, corrections, drafts), facts
+
+
+def _side_forward(runner: Any, block_size: int) -> SideForward:
+    try:
+        return SideForward(runner, block_size)
+    except UnknownAdaptersError as error:
+        raise Unsupported(Reason.UNKNOWN_ADAPTERS, str(error)) from error
+    except UnknownPositionsError as error:
+        raise Unsupported(Reason.ROPE_UNSUPPORTED, str(error)) from error
+    except UnknownDrafterError as error:
+        raise Unsupported(Reason.SPEC_DECODE, str(error)) from error
+
+
+def _parted(layers: dict[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's layers, and those of these ``names``."""
+    own = {name: layer for name, layer in layers.items() if name not in names}
+    return own, {name: layer for name, layer in layers.items() if name in names}
 
 
 def _layout(groups: list[LayerGroup], block_size: int) -> str:

@@ -20,6 +20,7 @@ from kvcomm_vllm.compat.adapters import Adapters, NoAdapters
 from kvcomm_vllm.compat.device import any_rank
 from kvcomm_vllm.compat.owners import find_model_runner
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.messages import (
     Adapter,
     HoleOp,
@@ -37,7 +38,8 @@ from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.clock import Clock, HostClock, clock_of
 from kvcomm_vllm.worker.compare import compare
 from kvcomm_vllm.worker.equipment import Equipment, equip
-from kvcomm_vllm.worker.load import run_loads, token_moves
+from kvcomm_vllm.worker.kv_view import layers_of
+from kvcomm_vllm.worker.load import run_loads, slots_of, token_moves
 from kvcomm_vllm.worker.side_forward import RanksApartError, Row
 from kvcomm_vllm.worker.transfers import Transfers
 
@@ -190,7 +192,25 @@ class WorkerHalf:
                 run_loads(ready.groups, moves, ready.kernel)
             for correction in ready.corrections.values():
                 correction.load(requests)
+            if ready.drafts:
+                self._load_drafts(requests, ready)
         self._took("load", began)
+
+    def _load_drafts(self, requests: list[RequestOps], ready: Equipment) -> None:
+        """The drafter's KV of all that is loaded, as it is; of estimated text it has none, and
+        reads nothing that another request has left there.
+        """
+        loads = [(ops.block_ids, load) for ops in requests for load in ops.loads]
+        estimates = [(ops.block_ids, one) for ops in requests for one in ops.estimates]
+        loads += [(block_ids, one.base) for block_ids, one in estimates]
+        if loads:
+            moves = token_moves(loads, self.block_size, ready.device)
+            run_loads(ready.drafts, moves, ready.kernel)
+        for block_ids, one in estimates:
+            slots = slots_of(block_ids, one.start, one.stop - one.start, self.block_size)
+            there = torch.from_numpy(slots).to(ready.device)
+            for pages, index in layers_of(ready.drafts):
+                packing.clear(pages, index, there)
 
     def _probe(self, probe: ProbeOp) -> list[list[float]] | None:
         try:

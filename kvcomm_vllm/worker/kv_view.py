@@ -8,7 +8,7 @@ vLLM's CPU attention, packed inside each page for the instruction set in use.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,3 +135,8 @@ def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> Laye
         v_scales=tuple(float(layer._v_scale) for layer in layers) if fp8 else None,
     )
     return LayerGroup(tuple(layers), pages, rope, rotary)
+
+
+def layers_of(groups: list[LayerGroup]) -> Iterator[tuple[PageGroup, int]]:
+    """Each layer as the pages of its group and its index in it."""
+    return ((group.pages, index) for group in groups for index in range(len(group.layers)))

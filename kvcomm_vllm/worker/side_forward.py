@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from kvcomm_vllm.compat.adapters import adapters_of
+from kvcomm_vllm.compat.drafter import drafter_of
 from kvcomm_vllm.compat.metadata import common_metadata, metadata_builders
 from kvcomm_vllm.compat.model import (
     forward_context,
     forwards_embeddings,
     keeps_embeddings,
     model_inputs,
+    model_positions,
     position_rows,
 )
 from kvcomm_vllm.messages import HoleOp
@@ -54,6 +56,12 @@ class Row:
     def end(self) -> int:
         return self.hole.start + len(self.hole.tokens)
 
+    @property
+    def shifted(self) -> list[int]:
+        """The tokens behind each of its own; the last one's own where none is known."""
+        tokens, following = self.hole.tokens, self.hole.following
+        return [*tokens[1:], following if following >= 0 else tokens[-1]]
+
 
 def batches(
     rows: list[Row], max_tokens: int, max_rows: int, apart: bool = False
@@ -74,7 +82,8 @@ def batches(
                 done.append([])
                 room, alien = max_tokens, False
             piece, tokens = tokens[:room], tokens[room:]
-            done[-1].append(replace(row, hole=HoleOp(start, piece)))
+            following = tokens[0] if tokens else row.hole.following
+            done[-1].append(replace(row, hole=HoleOp(start, piece, following)))
             start += len(piece)
             room -= len(piece)
     return [batch for batch in done if batch]
@@ -89,12 +98,14 @@ class SideForward:
 
     Attributes:
         adapters: with which rows can be computed.
+        drafter: whose KV is computed with the rows', if there is one.
 
     All its methods raise :class:`RanksApartError` for whatever fails where there are several ranks.
 
     Raises:
         UnknownAdaptersError: the runner has LoRA adapters, and it is not known how.
         UnknownPositionsError: its model is told positions in a way that is not known.
+        UnknownDrafterError: tokens are guessed ahead, and it is not known how.
     """
 
     def __init__(self, runner: Any, block_size: int) -> None:
@@ -110,6 +121,7 @@ class SideForward:
         self.embeds = embeds and not self.always_eager
         self.position_rows = position_rows(runner.vllm_config.model_config)
         self.adapters = adapters_of(runner)
+        self.drafter = drafter_of(runner)
         self.builders = metadata_builders(runner)
         self.single = runner.vllm_config.parallel_config.tensor_parallel_size == 1
 
@@ -184,23 +196,15 @@ class SideForward:
         metadata: dict[str, Any] = {}
         for builder in self.builders:
             metadata.update(dict.fromkeys(builder.layer_names, builder.build(common)))
-        with (
-            torch.inference_mode(),
-            forward_context(metadata, self.runner.vllm_config, total, slots, eager),
-        ):
+        config = self.runner.vllm_config
+        with torch.inference_mode(), forward_context(metadata, config, total, slots, eager):
             hidden: torch.Tensor | tuple[torch.Tensor, ...] = self.runner.model(
                 **model_inputs(self.runner.model, ids_there, self.embeds),
-                positions=self._model_positions(positions),
+                positions=model_positions(positions, self.position_rows, self.max_tokens),
             )
+        if self.drafter is not None:
+            shifted = np.concatenate([np.asarray(row.shifted, dtype=np.int32) for row in rows])
+            (following,) = upload((shifted,), self.device)
+            with torch.inference_mode(), forward_context(metadata, config, total, slots, eager):
+                self.drafter(hidden, ids_there, following, positions)
         return hidden if isinstance(hidden, torch.Tensor) else hidden[0]
-
-    def _model_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """As vLLM's runners give them: with M-RoPE a row for each of its parts, all alike for text.
-
-        Code is compiled for the strides of the runners' own rows, which are one token longer than
-        its longest step.
-        """
-        if not self.position_rows:
-            return positions
-        room = positions.new_empty(self.position_rows, self.max_tokens + 1)
-        return room[:, : len(positions)].copy_(positions)

@@ -28,8 +28,11 @@ def first_layer(llm: LLM, prompt: list[int]) -> KV:
     return layers(llm, prompt)[0]
 
 
-def layers(llm: LLM, prompt: list[int]) -> list[KV]:
+def layers(llm: LLM, prompt: list[int], of: str = "groups") -> list[KV]:
     """K and V of all layers of the stored sequence that starts with ``prompt``, layer by layer.
+
+    Args:
+        of: ``groups`` for the model, ``drafts`` for what guesses ahead.
 
     Returns:
         fp32 ``[tokens, kv_heads, head_dim]`` each, of all tokens whose KV is kept.
@@ -43,7 +46,7 @@ def layers(llm: LLM, prompt: list[int]) -> list[KV]:
     pages = [scheduler.pages.lookup(block_hash).block_id for block_hash in sequence.block_hashes]
     worker: Any = get_kv_transfer_group()._worker
     slots = slots_of(pages, 0, len(sequence.tokens), scheduler.block_size)
-    groups = [group.pages for group in worker.equipment.groups]
+    groups = [group.pages for group in getattr(worker.equipment, of)]
     return [
         packing.read(pages, layer, torch.from_numpy(slots))
         for pages in groups

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from accidents import abort_after, assert_nothing_is_held, break_part
 from engines import IN_ONE_PROCESS, Answer, ask, core, elsewhere, make_engine, settle, text
+from guesses import Guesses, counted
 from stored_kv import KV, layers, start_log
 from test_exactness import PROMPTS, check_holes
 from vllm import LLM
@@ -45,29 +45,11 @@ def guessing(tiny_llama: str) -> Iterator[LLM]:
     gc.collect()
 
 
-@dataclass
-class Guesses:
-    """How many were computed, and were right or wrong."""
-
-    right: int = 0
-    wrong: int = 0
-
-
 @pytest.fixture
-def guesses(guessing: LLM, monkeypatch: pytest.MonkeyPatch) -> Guesses:
+def guesses(guessing: LLM) -> Iterator[Guesses]:
     """Of this test's steps."""
-    scheduler = core(guessing).scheduler
-    update, found = scheduler.update_from_output, Guesses()
-
-    def watched(output: Any, result: Any) -> Any:
-        for name, tokens in output.scheduled_spec_decode_tokens.items():
-            sampled = result.sampled_token_ids[result.req_id_to_index[name]]
-            found.right += max(len(sampled) - 1, 0)
-            found.wrong += len(tokens) - max(len(sampled) - 1, 0)
-        return update(output, result)
-
-    monkeypatch.setattr(scheduler, "update_from_output", watched)
-    return found
+    with counted(guessing) as found:
+        yield found
 
 
 def reset(llm: LLM) -> None:

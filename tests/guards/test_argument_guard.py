@@ -25,15 +25,12 @@ SETTINGS: list[tuple[dict[str, Any], Reason]] = [
     ({"pipeline_parallel_size": 2}, Reason.PIPELINE_PARALLEL),
     ({"decode_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
     ({"prefill_context_parallel_size": 2}, Reason.CONTEXT_PARALLEL),
-    ({"speculative_config": EAGLE}, Reason.SPEC_DECODE),
+    ({"speculative_config": {**EAGLE, "method": "dflash"}}, Reason.SPEC_DECODE),
     ({"speculative_config": {**DRAFTS, "method": "method of tomorrow"}}, Reason.SPEC_DECODE),
-    ({"speculative_config": {"model": "a/drafter"}}, Reason.SPEC_DECODE),
     ({"speculative_config": {}}, Reason.SPEC_DECODE),
-    ({"speculative_config": {}, "spec_method": "mtp"}, Reason.SPEC_DECODE),
-    ({"spec_method": "draft_model", "spec_model": "a/drafter"}, Reason.SPEC_DECODE),
+    ({"speculative_config": {}, "spec_method": "extract_hidden_states"}, Reason.SPEC_DECODE),
     ({"spec_method": "custom_class", "spec_model": "a.Drafter"}, Reason.SPEC_DECODE),
     ({"spec_method": "medusa"}, Reason.SPEC_DECODE),
-    ({"spec_model": "a/drafter"}, Reason.SPEC_DECODE),
     ({"spec_tokens": 2}, Reason.SPEC_DECODE),
 ]
 LOOKED_UP: list[dict[str, Any]] = [
@@ -42,6 +39,16 @@ LOOKED_UP: list[dict[str, Any]] = [
     {"speculative_config": {"method": "suffix", "num_speculative_tokens": 8}},
     {"spec_method": "ngram", "spec_tokens": 2},
     {"speculative_config": {"prompt_lookup_max": 3}, "spec_method": "ngram", "spec_tokens": 2},
+]
+LAYERED: list[dict[str, Any]] = [
+    {"speculative_config": EAGLE},
+    {"speculative_config": {**EAGLE, "method": "draft_model"}},
+    {"speculative_config": {}, "spec_method": "mtp"},
+    {"speculative_config": {"method": "glm4_moe_mtp", "num_speculative_tokens": 1}},
+    {"spec_method": "draft_model", "spec_model": "a/drafter"},
+    # vLLM finds the method by the drafter's files; the finished engine is asked what it is
+    {"spec_model": "a/drafter"},
+    {"speculative_config": {"model": "a/drafter"}},
 ]
 
 
@@ -58,8 +65,8 @@ def test_a_setting_that_rules_reuse_out_drops_the_connector_with_one_warning(
     ]
 
 
-@pytest.mark.parametrize("setting", LOOKED_UP, ids=lambda setting: str(setting)[:60])
-def test_drafts_that_are_looked_up_in_the_text_leave_reuse_on(
+@pytest.mark.parametrize("setting", LOOKED_UP + LAYERED, ids=lambda setting: str(setting)[:60])
+def test_drafts_that_are_looked_up_or_whose_kv_can_be_moved_leave_reuse_on(
     args_for: MakeArgs, said: list[str], setting: dict[str, Any]
 ) -> None:
     args = args_for("LlamaForCausalLM", **setting)

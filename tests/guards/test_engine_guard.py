@@ -59,8 +59,11 @@ def test_a_plain_engine_may_reuse_with_tensor_parallelism() -> None:
     assert engine_off(engine(), pages(FULL, hash_block_size=32)) is None
 
 
-@pytest.mark.parametrize("method", ["ngram", "ngram_gpu", "suffix"])
-def test_drafts_without_kv_may_reuse(method: str) -> None:
+DRAFTS = ["ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp"]
+
+
+@pytest.mark.parametrize("method", DRAFTS)
+def test_drafts_without_kv_or_with_kv_that_can_be_moved_may_reuse(method: str) -> None:
     assert engine_off(engine(speculative_config={"method": method}), pages(FULL)) is None
 
 
@@ -75,7 +78,8 @@ SETTINGS = [
     ("parallel_config__decode_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
     ("parallel_config__prefill_context_parallel_size", 2, Reason.CONTEXT_PARALLEL),
     ("parallel_config__data_parallel_size", 2, Reason.EXPERTS_DATA_PARALLEL),
-    ("speculative_config", {"method": "eagle"}, Reason.SPEC_DECODE),
+    ("speculative_config", {"method": "dflash"}, Reason.SPEC_DECODE),
+    ("speculative_config", {"method": "medusa"}, Reason.SPEC_DECODE),
     ("speculative_config", {"method": "extract_hidden_states"}, Reason.SPEC_DECODE),
     ("speculative_config", {"method": "custom_class"}, Reason.SPEC_DECODE),
     ("speculative_config", {}, Reason.SPEC_DECODE),

@@ -82,6 +82,7 @@ class EngineWithoutWorker(SimulatedWorker):
         events: what is in the prefix cache is published, into ``published``.
         loras: adapters that one step can have; 0 for an engine without.
         drafts: tokens guessed ahead for a request in one step, by speculative decoding.
+        layered: by which method, if it is one with layers.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class EngineWithoutWorker(SimulatedWorker):
         events: bool = False,
         loras: int = 0,
         drafts: int = 0,
+        layered: str | None = None,
     ) -> None:
         super().__init__(num_blocks, block_size)
         self.drafter = SimulatedDrafter(drafts)
@@ -123,7 +125,7 @@ class EngineWithoutWorker(SimulatedWorker):
             device_config=DeviceConfig("cpu"),
             kv_transfer_config=transfer or None,
             lora_config=LoRAConfig(max_loras=loras) if loras else None,
-            speculative_config=speculative(model, drafts, ahead=pipeline > 1),
+            speculative_config=speculative(model, drafts, pipeline > 1, layered),
             kv_events_config=KVEventsConfig(enable_kv_cache_events=events, publisher="null"),
         )
         config.scheduler_config.async_scheduling = pipeline > 1

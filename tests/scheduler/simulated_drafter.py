@@ -14,19 +14,28 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 NOTHING = -1  # what vLLM puts where it wants guesses and has none
 
 
-def speculative(model: ModelConfig, tokens: int, ahead: bool) -> SpeculativeConfig | None:
+def speculative(
+    model: ModelConfig, tokens: int, ahead: bool, layered: str | None = None
+) -> SpeculativeConfig | None:
     """As for an engine that looks up ``tokens`` tokens; ``ahead``: with steps in flight, for which
     vLLM wants it done on the device.
+
+    Args:
+        layered: a method with layers, which needs a model that is not there: of the configuration
+            vLLM's scheduler asks for the method alone (slots ahead, and hits that end earlier).
     """
     if not tokens:
         return None
-    return SpeculativeConfig(
+    config = SpeculativeConfig(
         method="ngram_gpu" if ahead else "ngram",
         num_speculative_tokens=tokens,
         prompt_lookup_max=3,
         target_model_config=model,
         target_parallel_config=ParallelConfig(),
     )
+    if layered is not None:
+        config.method = layered  # type: ignore[assignment]
+    return config
 
 
 @dataclass

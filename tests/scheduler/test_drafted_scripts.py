@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 drafts = st.sampled_from([1, 3, 7])  # of pages with 4 tokens and more
 pipelines = st.sampled_from([1, 2])
+layered = st.sampled_from(["draft_model", "eagle"])
 
 
 def check_answers(engine: EngineWithoutWorker) -> None:
@@ -78,6 +79,28 @@ def test_an_operator_pauses_and_resets_what_guesses(
 ) -> None:
     engine = make_engine(**options, drafts=drafts)
     play(engine, seed, steps=150, crowd=OperatedCrowd)
+    check_answers(engine)
+
+
+@thorough
+@given(
+    options=engines,
+    seed=st.integers(0, 2**32),
+    drafts=drafts,
+    pipeline=pipelines,
+    layered=layered,
+)
+def test_drafters_with_layers_have_room_and_read_nothing_that_is_wrong(
+    make_engine: Make,
+    options: dict[str, object],
+    seed: int,
+    drafts: int,
+    pipeline: int,
+    layered: str,
+) -> None:
+    """vLLM reserves slots ahead for them, and takes a page less of what it has cached."""
+    engine = make_engine(**options, drafts=drafts, pipeline=pipeline, layered=layered)
+    play(engine, seed, steps=200, failures=pipeline == 1)
     check_answers(engine)
 
 

@@ -194,7 +194,8 @@ class Lesson:
             end = min(start + max_tokens, self.end)
             pages = range(start // self._size + 1, -(-end // self._size))
             end = next((n * self._size for n in pages if n in self._cached), end)
-            hole = HoleOp(start, self.tokens[start:end].tolist())
+            following = int(self.tokens[end]) if end < len(self.tokens) else -1
+            hole = HoleOp(start, self.tokens[start:end].tolist(), following)
             self.computed = self._behind_cached(end)
             return LessonOp(self.number, self.pages, hole, adapter=self.adapter)
         op = LessonOp(self.number, self.pages, None, adapter=self.adapter)

@@ -7,7 +7,6 @@ tokens' KV, and neither reading pages back nor tokens alone in their sequence wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,12 @@ import torch
 
 from kvcomm_vllm.compat.metadata import MetadataBuilder
 from kvcomm_vllm.kernels import packing
-from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.model_check import PAGES
 from kvcomm_vllm.worker.checks.self_check import TOLERANCE
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
-from kvcomm_vllm.worker.kv_view import LayerGroup
+from kvcomm_vllm.worker.kv_view import LayerGroup, layers_of
 from kvcomm_vllm.worker.side_forward import Row, SideForward
 
 TAIL = 8  # tokens on the second page
@@ -124,12 +122,12 @@ def _values(groups: list[LayerGroup], slots: torch.Tensor) -> list[torch.Tensor]
     bias.
     """
     slots = slots.to(groups[0].pages.layers[0].device)
-    return [packing.read(pages, index, slots)[1] for pages, index in _layers(groups)]
+    return [packing.read(pages, index, slots)[1] for pages, index in layers_of(groups)]
 
 
 def _make_loud(groups: list[LayerGroup], slot: int) -> None:
     slots = torch.tensor([slot], device=groups[0].pages.layers[0].device)
-    for pages, index in _layers(groups):
+    for pages, index in layers_of(groups):
         key, value = packing.read(pages, index, slots)
         packing.write(pages, index, slots, key, torch.full_like(value, LOUD))
 
@@ -138,9 +136,5 @@ def _clear(groups: list[LayerGroup], block_size: int) -> None:
     device = groups[0].pages.layers[0].device
     slots = torch.cat([torch.arange(p * block_size, (p + 1) * block_size) for p in PAGES])
     slots = slots.to(device)
-    for pages, index in _layers(groups):
+    for pages, index in layers_of(groups):
         packing.clear(pages, index, slots)
-
-
-def _layers(groups: list[LayerGroup]) -> Iterator[tuple[PageGroup, int]]:
-    return ((group.pages, index) for group in groups for index in range(len(group.layers)))
