@@ -72,7 +72,10 @@ def test_holes_alone_give_the_dense_answer_and_the_kv_vllm_gives_its_drafter(
     check_holes(drafting, ask(plain, *PROMPTS, tokens=12), monkeypatch)
     computed = layers(drafting, PROMPTS[0], of="drafts")
     assert len(native) == len(computed) == 1
-    assert worst(computed, native, slice(0, len(PROMPTS[0]) - 1)) < 0.05
+    pages = len(native[0][0])  # full ones are kept of what is served exactly
+    assert pages == len(PROMPTS[0]) // 32 * 32
+    # bf16 rounds differently in batches of other sizes
+    assert worst(computed, native, slice(0, pages)) < 0.1
     shifted = [(key[1:], value[1:]) for key, value in native]
     assert worst(computed, shifted, slice(0, 100)) > 0.5, "another token's would have been seen"
 

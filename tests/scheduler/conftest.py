@@ -43,6 +43,7 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         "events",
         "loras",
         "drafts",
+        "layered",
     }
 
     numbers = itertools.count(1)
