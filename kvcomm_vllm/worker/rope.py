@@ -27,6 +27,7 @@ TABLE_ROPES = {
     "NTKScalingRotaryEmbedding",
     "Llama3RotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
+    "DeepseekScalingRotaryEmbedding",
     "Gemma4RotaryEmbedding",
     "Phi3LongRoPEScaledRotaryEmbedding",
 }

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family of models with plain KV: reuse is on, moves keys to where they belong, and leaves
-exact requests exact.
+"""Every family of models whose KV can be moved: reuse is on, moves keys to where they belong, and
+leaves exact requests exact.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from engines import IN_ONE_PROCESS, Answer, ask, core, elsewhere, make_engine, text
+from latent_platform import with_prefix_caching
 from stored_kv import first_layer, start_log
 from tiny_families import FAMILIES, Family, save_family
 
@@ -53,7 +54,7 @@ def run(request: pytest.FixtureRequest, run_of: Callable[[str], Run]) -> Run:
 
 def serve(family: Family, folder: Path) -> Run:
     save_family(family, folder)
-    with start_log() as log:
+    with start_log() as log, with_prefix_caching():
         llm = make_engine(str(folder), plugin={}, **family.engine)
     off = {"mode": "off"}
     try:

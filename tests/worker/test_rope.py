@@ -37,6 +37,14 @@ ROPES: dict[str, dict[str, Any]] = {
     "llama3": {"rope_type": "llama3", **LLAMA3, **ORIGINAL},
     "yarn": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL},
     "yarn doubled": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0, **ORIGINAL},
+    "deepseek": {
+        "neox": False,
+        "rope_type": "deepseek_yarn",
+        "factor": 4.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        **ORIGINAL,
+    },
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
     "longrope short": {"rope_type": "longrope", "max_model_len": 1024, **LONG, **ORIGINAL},
     "longrope long": {"rope_type": "longrope", "max_model_len": POSITIONS, **LONG, **ORIGINAL},
@@ -63,8 +71,9 @@ def module(request: pytest.FixtureRequest) -> Any:
 def rotated(module: Any, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """By vLLM's own code: ``[tokens, heads, head]`` at one position each."""
     native = getattr(module, "forward_native", module.forward)
-    flat = keys.flatten(1)
-    result: torch.Tensor = native(positions, flat.clone(), flat.clone())[1]
+    with_heads = type(module).__name__ == "DeepseekScalingRotaryEmbedding"
+    given = keys if with_heads else keys.flatten(1)
+    result: torch.Tensor = native(positions, given.clone(), given.clone())[1]
     return result.view(keys.shape)
 
 
