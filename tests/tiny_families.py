@@ -93,6 +93,7 @@ MLA = {
     "n_group": 1,
     "topk_group": 1,
     "routed_scaling_factor": 1.0,
+    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
 }
 AS_V3 = {
     "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},

@@ -154,7 +154,7 @@ def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> Laye
     first, latent = layers[0], latent_dim(layers[0])
     fp8 = FP8_DTYPES.get(first.kv_cache_dtype)
     caches = [cache_of(layer).view(fp8) if fp8 else cache_of(layer) for layer in layers]
-    v_scales = [layer._k_scale if latent else layer._v_scale for layer in layers] if fp8 else None
+    of_values = "_k_scale" if latent else "_v_scale"  # a row has one
     pages = PageGroup(
         layers=tuple(caches),
         packing=packing,
@@ -162,6 +162,6 @@ def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> Laye
         rotary_dim=rope.rotary_dim,
         interleaved=rope.interleaved,
         k_scales=tuple(float(layer._k_scale) for layer in layers) if fp8 else None,
-        v_scales=v_scales and tuple(map(float, v_scales)),
+        v_scales=tuple(float(getattr(layer, of_values)) for layer in layers) if fp8 else None,
     )
     return LayerGroup(tuple(layers), pages, rope, rotary)

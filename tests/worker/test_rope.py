@@ -160,7 +160,6 @@ REFUSED = [
     vllm_rope.BailingMRotaryEmbedding,
     vllm_rope.FourierRotaryEmbedding,
     vllm_rope.DualChunkRotaryEmbedding,
-    vllm_rope.DeepseekScalingRotaryEmbedding,
     vllm_rope.DeepseekV4ScalingRotaryEmbedding,
     vllm_rope.Llama4VisionRotaryEmbedding,
 ]
