@@ -65,6 +65,15 @@ def test_rows_are_deepseeks(latent: LLM) -> None:
     assert type(group.rotary).__name__ == "DeepseekScalingRotaryEmbedding"
 
 
+def test_a_second_forward_takes_no_second_workspace_for_its_context(latent: LLM) -> None:
+    side_forward = get_kv_transfer_group()._worker.equipment.side_forward
+    ((group,),) = side_forward.runner.attn_groups
+    (mine,) = side_forward.builders
+    theirs = group.get_metadata_builder()
+    assert mine._builder is not theirs
+    assert mine._builder.chunked_prefill_workspace is theirs.chunked_prefill_workspace
+
+
 def test_holes_alone_give_exactly_the_dense_answer(
     latent: LLM, truth: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
