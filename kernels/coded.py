@@ -23,9 +23,13 @@ from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 BLOCK_RANK, PIECE = 64, 16
 
 
-def block_tokens(head_dim: int) -> int:
-    """Tokens per program: what keeps a row, its deviation and its turns in registers."""
-    return max(16, min(64, 4096 // next_power(head_dim)))
+def block_tokens(channels: int) -> int:
+    """Tokens per program: what keeps a row, its deviation and its turns in registers.
+
+    Args:
+        channels: of K or of V, whichever has more.
+    """
+    return max(16, min(64, 4096 // next_power(channels)))
 
 
 @triton.jit
@@ -71,13 +75,18 @@ def load_coded_kernel(
     stride_page,
     stride_head,
     stride_token,
-    stride_m_row,
-    stride_m_layer,
-    stride_m_head,
+    stride_mk_row,
+    stride_mk_layer,
+    stride_mk_head,
+    stride_mv_row,
+    stride_mv_layer,
+    stride_mv_head,
     H: tl.constexpr,
     PAGE: tl.constexpr,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
+    K_AT: tl.constexpr,
+    V_AT: tl.constexpr,
+    V: tl.constexpr,
+    V_P: tl.constexpr,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     REST: tl.constexpr,
@@ -96,6 +105,7 @@ def load_coded_kernel(
     shape. V is stored before K is begun, which halves what lies in registers. Layers before SKIP
     have no deviation: their code is 0, whatever is read of ``up`` (which must have a layer).
     """
+    BOTH: tl.constexpr = 2 * HALF + REST + V
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     i_l = tl.program_id(1)
     m_t = o_t < T
@@ -110,7 +120,8 @@ def load_coded_kernel(
     b_vs = tl.load(p_v_scales + i_l)
     i_d = tl.cast(tl.maximum(i_l - SKIP, 0), tl.int64)
     b_row = tl.load(p_row + o_t, mask=m, other=0)
-    o_mean = b_row * stride_m_row + i_d * stride_m_layer
+    o_mean_k = b_row * stride_mk_row + i_d * stride_mk_layer
+    o_mean_v = b_row * stride_mv_row + i_d * stride_mv_layer
     p_codes = p_code + (o_t.to(tl.int64) * (L - SKIP) + i_d) * RANK
     b_entry = tl.load(p_entry + o_t, mask=m_d, other=-1)
     i_top = tl.max(b_entry, 0)
@@ -125,34 +136,34 @@ def load_coded_kernel(
         o_up = i_d * H + i_h
         p_from = p_layer + o_src + i_h * stride_head
         p_to = p_layer + o_dst + i_h * stride_head
-        o_m = o_mean + i_h * stride_m_head
-        b_y = tl.zeros((BT, D_P), tl.float32)
+        b_y = tl.zeros((BT, V_P), tl.float32)
         i_e = i_top
         while i_e >= 0:
-            p_head = p_up + (tl.cast(i_e, tl.int64) * layer_heads + o_up) * (2 * D * RANK)
+            p_head = p_up + (tl.cast(i_e, tl.int64) * layer_heads + o_up) * (BOTH * RANK)
             for first in range(0, RANK, BR):
                 if RANK > BR:
                     b_code = load_code(p_codes, m_d, first, p_up.dtype.element_ty, RANK, BR)
                 o_r = first + tl.arange(0, BR)
-                b_up = blocks.load_row(p_head + o_r * (2 * D), o_r < RANK, D, D, D_P)
+                b_up = blocks.load_row(p_head + o_r * BOTH, o_r < RANK, BOTH - V, V, V_P)
                 b_y = tl.dot(only(b_code, b_entry, i_e), b_up, b_y)
             i_e = entry_below(b_entry, i_e)
-        b_v = blocks.decode(blocks.load_row(p_from, m, D, D, D_P), FP8) * b_vs
-        b_v += blocks.load_row(p_mean_v + o_m, m_d, 0, D, D_P).to(tl.float32) + b_y
-        blocks.store_row(p_to, blocks.encode(b_v / b_vs, ELEMENT, FP8), m, D, D, D_P)
+        b_v = blocks.decode(blocks.load_row(p_from, m, V_AT, V, V_P), FP8) * b_vs
+        p_mean = p_mean_v + o_mean_v + i_h * stride_mv_head
+        b_v += blocks.load_row(p_mean, m_d, 0, V, V_P).to(tl.float32) + b_y
+        blocks.store_row(p_to, blocks.encode(b_v / b_vs, ELEMENT, FP8), m, V_AT, V, V_P)
         b_ya = tl.zeros((BT, HALF_P), tl.float32)
         b_yb = tl.zeros((BT, HALF_P), tl.float32)
         b_yc = tl.zeros((BT, REST_P), tl.float32)
         i_e = i_top
         while i_e >= 0:
-            p_head = p_up + (tl.cast(i_e, tl.int64) * layer_heads + o_up) * (2 * D * RANK)
+            p_head = p_up + (tl.cast(i_e, tl.int64) * layer_heads + o_up) * (BOTH * RANK)
             for first in range(0, RANK, BR):
                 if RANK > BR:
                     b_code = load_code(p_codes, m_d, first, p_up.dtype.element_ty, RANK, BR)
                 o_r = first + tl.arange(0, BR)
                 b_mine = only(b_code, b_entry, i_e)
                 b_a, b_b, b_c = blocks.load_key(
-                    p_head + o_r * (2 * D), o_r < RANK, HALF, HALF_P, REST, REST_P, INTERLEAVED
+                    p_head + o_r * BOTH, o_r < RANK, HALF, HALF_P, REST, REST_P, INTERLEAVED
                 )
                 if HALF > 0:
                     b_ya = tl.dot(b_mine, b_a, b_ya)
@@ -160,14 +171,20 @@ def load_coded_kernel(
                 if REST > 0:
                     b_yc = tl.dot(b_mine, b_c, b_yc)
             i_e = entry_below(b_entry, i_e)
-        b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+        b_a, b_b, b_c = blocks.load_key(p_from + K_AT, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
         b_a = blocks.decode(b_a, FP8) * b_ks
         b_b = blocks.decode(b_b, FP8) * b_ks
         b_c = blocks.decode(b_c, FP8) * b_ks
         if HALF > 0:
             b_a, b_b = blocks.turn(b_a, b_b, b_ucos, b_usin)
         b_da, b_db, b_dc = blocks.load_key(
-            p_mean_k + o_m, m_d, HALF, HALF_P, REST, REST_P, INTERLEAVED
+            p_mean_k + o_mean_k + i_h * stride_mk_head,
+            m_d,
+            HALF,
+            HALF_P,
+            REST,
+            REST_P,
+            INTERLEAVED,
         )
         b_a += b_da.to(tl.float32) + b_ya
         b_b += b_db.to(tl.float32) + b_yb
@@ -177,12 +194,12 @@ def load_coded_kernel(
         b_a = blocks.encode(b_a / b_ks, ELEMENT, FP8)
         b_b = blocks.encode(b_b / b_ks, ELEMENT, FP8)
         b_c = blocks.encode(b_c / b_ks, ELEMENT, FP8)
-        blocks.store_key(p_to, b_a, b_b, b_c, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+        blocks.store_key(p_to + K_AT, b_a, b_b, b_c, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
 
 
 def code_constants(constants: dict[str, object], rank: int) -> dict[str, object]:
     """Shape constants with blocks at least 16 wide, the least a matrix product takes."""
-    widths = {key: max(16, int(str(constants[key]))) for key in ("D_P", "HALF_P", "REST_P")}
+    widths = {key: max(16, int(str(constants[key]))) for key in ("V_P", "HALF_P", "REST_P")}
     block = max(16, next_power(rank)) if rank <= BLOCK_RANK else PIECE
     return {**constants, **widths, "RANK": rank, "BR": block}
 
@@ -202,11 +219,12 @@ def load_coded(
     """
     a, d, tokens, layers = arguments, deviation, len(src_slots), len(group.layers)
     assert d.entry is not None
-    rows = block_tokens(group.head_dim)
+    rows = block_tokens(group.widest)
     load_coded_kernel[(cdiv(tokens, rows), layers)](
         a.pointers, src_slots.contiguous(), dst_slots.contiguous(),
         undo.cos, undo.sin, redo.cos, redo.sin, a.k_scales, a.v_scales,
         d.mean_k, d.mean_v, d.row.contiguous(), d.code, d.up, d.entry.contiguous(),
-        tokens, layers, d.skip_layers, *a.strides, *d.mean_k.stride()[:3],
+        tokens, layers, d.skip_layers, *a.strides,
+        *d.mean_k.stride()[:3], *d.mean_v.stride()[:3],
         **code_constants(a.constants, d.rank), BT=rows, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip

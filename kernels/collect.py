@@ -12,10 +12,10 @@ import triton.language as tl
 from kvcomm_vllm.kernels import blocks
 from kvcomm_vllm.kernels.contract import check_out, check_read, check_rotation
 from kvcomm_vllm.kernels.launch import (
+    block_tokens_of,
     cdiv,
     group_arguments,
     layers_per_program,
-    tokens_per_block,
 )
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
@@ -35,13 +35,18 @@ def collect_kernel(
     stride_page,
     stride_head,
     stride_token,
-    stride_o_row,
-    stride_o_layer,
-    stride_o_head,
+    stride_ok_row,
+    stride_ok_layer,
+    stride_ok_head,
+    stride_ov_row,
+    stride_ov_layer,
+    stride_ov_head,
     H: tl.constexpr,
     PAGE: tl.constexpr,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
+    K_AT: tl.constexpr,
+    V_AT: tl.constexpr,
+    V: tl.constexpr,
+    V_P: tl.constexpr,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     REST: tl.constexpr,
@@ -64,8 +69,10 @@ def collect_kernel(
         i_h = tl.cast(i % H, tl.int64)
         if i_l < L:
             p_from = blocks.layer_pointer(p_layers, i_l, ELEMENT) + o_slot + i_h * stride_head
-            b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
-            b_v = blocks.load_row(p_from, m, D, D, D_P)
+            b_a, b_b, b_c = blocks.load_key(
+                p_from + K_AT, m, HALF, HALF_P, REST, REST_P, INTERLEAVED
+            )
+            b_v = blocks.load_row(p_from, m, V_AT, V, V_P)
             b_ks = tl.load(p_k_scales + i_l)
             b_a = blocks.decode(b_a, FP8) * b_ks
             b_b = blocks.decode(b_b, FP8) * b_ks
@@ -73,10 +80,11 @@ def collect_kernel(
             b_v = blocks.decode(b_v, FP8) * tl.load(p_v_scales + i_l)
             if HALF > 0:
                 b_a, b_b = blocks.turn(b_a, b_b, b_cos, b_sin)
-            o_o = o_t.to(tl.int64) * stride_o_row + i_l * stride_o_layer + i_h * stride_o_head
+            o_k = o_t.to(tl.int64) * stride_ok_row + i_l * stride_ok_layer + i_h * stride_ok_head
+            o_v = o_t.to(tl.int64) * stride_ov_row + i_l * stride_ov_layer + i_h * stride_ov_head
             OUT: tl.constexpr = p_out_k.dtype.element_ty
             blocks.store_key(
-                p_out_k + o_o,
+                p_out_k + o_k,
                 b_a.to(OUT),
                 b_b.to(OUT),
                 b_c.to(OUT),
@@ -87,7 +95,7 @@ def collect_kernel(
                 REST_P,
                 INTERLEAVED,
             )
-            blocks.store_row(p_out_v + o_o, b_v.to(OUT), m, 0, D, D_P)
+            blocks.store_row(p_out_v + o_v, b_v.to(OUT), m, 0, V, V_P)
 
 
 def collect(
@@ -100,17 +108,16 @@ def collect(
     """``out_k = undo * K[slots]``, ``out_v = V[slots]``, rounded once.
 
     Args:
-        group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
+        group: strided or latent, caches ``[pages, kv_heads, tokens_per_page, row_dim]``.
         slots: int64 ``[tokens]``; negative = leave the token's output row as it is.
         undo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-position)``.
-        out_k, out_v: ``[tokens, layers, kv_heads, head_dim]``, any strides with contiguous
-            channels; must not share memory with the cache.
+        out_k, out_v: ``[tokens, layers, kv_heads, head_dim]``, V with ``value_dim``, any strides
+            with contiguous channels; must not share memory with the cache.
 
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
 
-    One launch. Moves at least ``2 * head_dim * (cache + out itemsize)`` bytes per token, layer and
-    head.
+    One launch. Moves at least ``row_dim * (cache + out itemsize)`` bytes per token, layer and head.
     """
     a = group_arguments(group)
     check_read(group, slots)
@@ -119,11 +126,11 @@ def collect(
     tokens, layers = len(slots), len(group.layers)
     if tokens == 0:
         return
-    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize)
+    block_tokens = block_tokens_of(group)
     block_layers = layers_per_program(group.kv_heads, layers)
     collect_kernel[(cdiv(tokens, block_tokens), cdiv(layers, block_layers))](
         a.pointers, slots.contiguous(), undo.cos, undo.sin, a.k_scales, a.v_scales, out_k, out_v,
-        tokens, layers, *a.strides, *out_k.stride()[:3],
+        tokens, layers, *a.strides, *out_k.stride()[:3], *out_v.stride()[:3],
         **a.constants, BT=block_tokens, BL=block_layers,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

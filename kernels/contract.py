@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from kvcomm_vllm.kernels.deviation import AnchorSum, CodeMaps, Deviation, MeanMap
-from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+from kvcomm_vllm.kernels.pages import ROWS, Packing, PageGroup, Rotation
 
 Ints = npt.NDArray[np.int64]
 
@@ -40,11 +40,18 @@ def check_group(group: PageGroup) -> None:
     """All layers of one shape, dtype, stride and device, and a packing that fits the shape."""
     require(len(group.layers) > 0, "a page group needs at least one layer")
     first, dim = group.layers[0], group.head_dim
-    require(
-        first.ndim == 4 and first.shape[3] == 2 * dim,
-        f"a layer's cache is [pages, heads, tokens, 2 * head_dim={2 * dim}], "
-        f"got {list(first.shape)}",
-    )
+    if group.packing is Packing.LATENT:
+        require(
+            first.ndim == 4 and first.shape[1] == 1 and first.shape[3] > dim > 0,
+            f"a latent layer's cache is [pages, 1, tokens, latent + head_dim={dim}], "
+            f"got {list(first.shape)}",
+        )
+    else:
+        require(
+            first.ndim == 4 and first.shape[3] == 2 * dim,
+            f"a layer's cache is [pages, heads, tokens, 2 * head_dim={2 * dim}], "
+            f"got {list(first.shape)}",
+        )
     require(
         first.dtype in CACHE_DTYPES,
         f"cache dtype {first.dtype} is not one of fp16, bf16, fp32, fp8 e4m3, fp8 e5m2; "
@@ -65,8 +72,10 @@ def check_group(group: PageGroup) -> None:
             scales is None or len(scales) == len(group.layers),
             "k_scales and v_scales hold one factor per layer",
         )
-    if group.packing is Packing.STRIDED:
-        require(first.stride(3) == 1, "channels of a strided cache must be contiguous")
+    if group.packing in ROWS:
+        require(
+            first.stride(3) == 1, f"channels of a {group.packing.value} cache must be contiguous"
+        )
         return
     require(first.is_contiguous(), f"a cache packed as {group.packing.value} must be contiguous")
     if group.packing is Packing.AMX:
@@ -148,24 +157,27 @@ def check_rotation(group: PageGroup, turn: Rotation, tokens: int) -> None:
 def check_arena(
     group: PageGroup, name: str, k: torch.Tensor, v: torch.Tensor, skip_layers: int
 ) -> None:
-    """K and V of an arena: ``[rows, layers - skip_layers, heads, head_dim]``."""
+    """K and V of an arena: ``[rows, layers - skip_layers, heads, head_dim]``, V with value_dim."""
     require(
         0 <= skip_layers <= len(group.layers),
         f"skip_layers {skip_layers} is not in 0..{len(group.layers)}",
     )
-    shape = (len(group.layers) - skip_layers, group.kv_heads, group.head_dim)
-    require(
-        tuple(k.shape[1:]) == shape and k.shape == v.shape,
-        f"{name} is [rows, layers, heads, head_dim] = [rows, {', '.join(map(str, shape))}] "
-        f"for K and V, got {list(k.shape)} and {list(v.shape)}",
-    )
+    heads = (len(group.layers) - skip_layers, group.kv_heads)
+    for what, part, dim in (("K", k, group.head_dim), ("V", v, group.value_dim)):
+        require(
+            tuple(part.shape[1:]) == (*heads, dim) and len(part) == len(k),
+            f"{name} is [rows, layers, heads, channels] = [rows, {heads[0]}, {heads[1]}, {dim}] "
+            f"for {what}, got {list(part.shape)}",
+        )
     require(
         k.dtype == v.dtype and k.dtype in CACHE_DTYPES[:3],
         f"{name} has one dtype of fp16, bf16, fp32 for K and V, got {k.dtype} and {v.dtype}",
     )
+    alike = k.stride() == v.stride() or group.head_dim != group.value_dim
+    contiguous = all(part.stride(3) == 1 or part.numel() == 0 for part in (k, v))
     require(
-        k.stride() == v.stride() and (k.stride(3) == 1 or k.numel() == 0),
-        f"{name}: K and V share strides and their channels are contiguous",
+        alike and contiguous,
+        f"{name}: channels are contiguous, and K and V of one width share strides",
     )
     require(
         k.device == v.device == group.layers[0].device,
@@ -230,10 +242,10 @@ def check_mean_map(group: PageGroup, deviation: MeanMap, tokens: int) -> None:
     require(all(given) or not any(given), "code, up and entry are given together")
     if d.code is None or d.up is None or d.entry is None:
         return
-    layers, heads, dim = len(group.layers) - d.skip_layers, group.kv_heads, group.head_dim
+    layers, heads = len(group.layers) - d.skip_layers, group.kv_heads
     for name, table, shape in (
         ("code", d.code, (tokens, layers, d.rank)),
-        ("up", d.up, (len(d.up), layers, heads, d.rank, 2 * dim)),
+        ("up", d.up, (len(d.up), layers, heads, d.rank, group.row_dim)),
     ):
         require(
             tuple(table.shape) == shape

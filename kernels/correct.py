@@ -20,10 +20,10 @@ from kvcomm_vllm.kernels.contract import (
 )
 from kvcomm_vllm.kernels.deviation import AnchorSum, Deviation, MeanMap
 from kvcomm_vllm.kernels.launch import (
+    block_tokens_of,
     cdiv,
     group_arguments,
     layers_per_program,
-    tokens_per_block,
 )
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
@@ -51,13 +51,18 @@ def load_sum_kernel(
     stride_page,
     stride_head,
     stride_token,
-    stride_d_row,
-    stride_d_layer,
-    stride_d_head,
+    stride_dk_row,
+    stride_dk_layer,
+    stride_dk_head,
+    stride_dv_row,
+    stride_dv_layer,
+    stride_dv_head,
     H: tl.constexpr,
     PAGE: tl.constexpr,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
+    K_AT: tl.constexpr,
+    V_AT: tl.constexpr,
+    V: tl.constexpr,
+    V_P: tl.constexpr,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     REST: tl.constexpr,
@@ -89,8 +94,10 @@ def load_sum_kernel(
         if i_l < L:
             p_layer = blocks.layer_pointer(p_layers, i_l, ELEMENT)
             p_from = p_layer + o_src + i_h * stride_head
-            b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
-            b_v = blocks.load_row(p_from, m, D, D, D_P)
+            b_a, b_b, b_c = blocks.load_key(
+                p_from + K_AT, m, HALF, HALF_P, REST, REST_P, INTERLEAVED
+            )
+            b_v = blocks.load_row(p_from, m, V_AT, V, V_P)
             b_ks = tl.load(p_k_scales + i_l)
             b_vs = tl.load(p_v_scales + i_l)
             b_a = blocks.decode(b_a, FP8) * b_ks
@@ -105,11 +112,12 @@ def load_sum_kernel(
             for i_a in range(n_a):
                 b_row = tl.load(p_rows + tl.cast(i_a, tl.int64) * T + o_t, mask=m, other=-1)
                 m_a = b_row >= 0
-                o_d = b_row * stride_d_row + i_d * stride_d_layer + i_h * stride_d_head
+                o_k = b_row * stride_dk_row + i_d * stride_dk_layer + i_h * stride_dk_head
+                o_v = b_row * stride_dv_row + i_d * stride_dv_layer + i_h * stride_dv_head
                 b_da, b_db, b_dc = blocks.load_key(
-                    p_dk + o_d, m_a, HALF, HALF_P, REST, REST_P, INTERLEAVED
+                    p_dk + o_k, m_a, HALF, HALF_P, REST, REST_P, INTERLEAVED
                 )
-                b_dv = blocks.load_row(p_dv + o_d, m_a, 0, D, D_P).to(tl.float32)
+                b_dv = blocks.load_row(p_dv + o_v, m_a, 0, V, V_P).to(tl.float32)
                 b_da = b_da.to(tl.float32)
                 b_db = b_db.to(tl.float32)
                 b_dc = b_dc.to(tl.float32)
@@ -128,7 +136,7 @@ def load_sum_kernel(
                 b_a, b_b = blocks.turn(b_a, b_b, b_rcos, b_rsin)
             p_to = p_layer + o_dst + i_h * stride_head
             blocks.store_key(
-                p_to,
+                p_to + K_AT,
                 blocks.encode(b_a / b_ks, ELEMENT, FP8),
                 blocks.encode(b_b / b_ks, ELEMENT, FP8),
                 blocks.encode(b_c / b_ks, ELEMENT, FP8),
@@ -139,7 +147,7 @@ def load_sum_kernel(
                 REST_P,
                 INTERLEAVED,
             )
-            blocks.store_row(p_to, blocks.encode(b_v / b_vs, ELEMENT, FP8), m, D, D, D_P)
+            blocks.store_row(p_to, blocks.encode(b_v / b_vs, ELEMENT, FP8), m, V_AT, V, V_P)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ def load_corrected(
     """``K[dst] = redo * (undo * K[src] + dK)``, ``V[dst] = V[src] + dV``, rounded once.
 
     Args:
-        group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
+        group: strided or latent, caches ``[pages, kv_heads, tokens_per_page, row_dim]``.
         src_slots, dst_slots: int64 ``[tokens]``; overlap rules as in ``load``.
         undo, redo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-old)`` and ``R(new)``.
         deviation: where dK and dV come from (paper Eq. 6, or mean plus code).
@@ -181,8 +189,8 @@ def load_corrected(
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
 
-    One launch. Moves at least ``4 * head_dim * itemsize`` bytes per token, layer and head, plus
-    ``2 * head_dim * itemsize`` of the arena per anchor (or of the mean); codes and their factor
+    One launch. Moves at least ``2 * row_dim * itemsize`` bytes per token, layer and head, plus
+    ``row_dim * itemsize`` of the arena per anchor (or of the mean); codes and their factor
     once.
     """
     a = group_arguments(group)
@@ -198,14 +206,15 @@ def load_corrected(
         load_coded(group, a, src_slots, dst_slots, undo, redo, deviation)
         return
     s = _Sum.of(deviation)
-    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize)
+    block_tokens = block_tokens_of(group)
     block_layers = layers_per_program(group.kv_heads, layers)
     grid = (cdiv(tokens, block_tokens), cdiv(layers, block_layers))
     load_sum_kernel[grid](
         a.pointers, src_slots.contiguous(), dst_slots.contiguous(),
         undo.cos, undo.sin, redo.cos, redo.sin, a.k_scales, a.v_scales,
         s.dk, s.dv, s.rows, s.wk, s.wv,
-        tokens, layers, len(s.rows), deviation.skip_layers, *a.strides, *s.dk.stride()[:3],
+        tokens, layers, len(s.rows), deviation.skip_layers, *a.strides,
+        *s.dk.stride()[:3], *s.dv.stride()[:3],
         **a.constants, WEIGHTED=s.weighted, BT=block_tokens, BL=block_layers,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -19,8 +19,8 @@ class AnchorSum:
     """``dK = sum_a wk_a * dk[rows_a]``, the same for V (paper Eq. 6).
 
     Args:
-        dk, dv: arenas ``[arena_rows, layers, kv_heads, head_dim]``, one row per anchor token, any
-            float dtype, channels contiguous.
+        dk, dv: arenas ``[arena_rows, layers, kv_heads, head_dim]``, V's with ``value_dim``, one row
+            per anchor token, any float dtype, channels contiguous.
         rows: int64 ``[anchors, tokens]``, arena row of anchor a for token t; negative = this anchor
             says nothing about this token. Anchors are picked without copying them.
         wk, wv: fp32 weights ``[anchors, tokens]``.
@@ -40,12 +40,12 @@ class MeanMap:
     """``(dK, dV) = mean[row] + code @ up[entry]`` (``residual``), of any placeholders together.
 
     Args:
-        mean_k, mean_v: arenas ``[arena_rows, layers, kv_heads, head_dim]``, any float dtype,
-            channels contiguous.
+        mean_k, mean_v: arenas ``[arena_rows, layers, kv_heads, head_dim]``, V's with ``value_dim``,
+            any float dtype, channels contiguous.
         row: int64 ``[tokens]``, the arena row of each token's mean.
         code: ``[tokens, layers, rank]``, any float dtype, contiguous: what a layer's deviation is
             predicted from, the same for all heads; None = means alone.
-        up: ``[entries, layers, kv_heads, rank, 2 * head_dim]``, any float dtype, contiguous: from a
+        up: ``[entries, layers, kv_heads, rank, row_dim]``, any float dtype, contiguous: from a
             code (row) to the channels of (dK, dV) (column), for each placeholder.
         entry: int32 ``[tokens]``, whose ``up`` takes a token's code; negative = the token has its
             mean alone. Tokens of one entry that follow each other are corrected fastest. ``code``,

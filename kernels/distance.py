@@ -16,7 +16,7 @@ import triton.language as tl
 from kvcomm_vllm.kernels import blocks
 from kvcomm_vllm.kernels.contract import check_near, check_rotation, check_slots
 from kvcomm_vllm.kernels.deviation import DistanceSums
-from kvcomm_vllm.kernels.launch import cdiv, group_arguments, tokens_per_block
+from kvcomm_vllm.kernels.launch import block_tokens_of, cdiv, group_arguments
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 # Heads per program, which share what is read of the rotation.
@@ -46,13 +46,18 @@ def distance_kernel(
     stride_page,
     stride_head,
     stride_token,
-    stride_a_row,
-    stride_a_layer,
-    stride_a_head,
+    stride_ak_row,
+    stride_ak_layer,
+    stride_ak_head,
+    stride_av_row,
+    stride_av_layer,
+    stride_av_head,
     H: tl.constexpr,
     PAGE: tl.constexpr,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
+    K_AT: tl.constexpr,
+    V_AT: tl.constexpr,
+    V: tl.constexpr,
+    V_P: tl.constexpr,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     REST: tl.constexpr,
@@ -81,11 +86,13 @@ def distance_kernel(
         i_h = tl.cast(tl.program_id(1) * BH + i, tl.int64)
         if i_h < H:
             p_from = blocks.layer_pointer(p_layers, i_l, ELEMENT) + o_slot + i_h * stride_head
-            b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+            b_a, b_b, b_c = blocks.load_key(
+                p_from + K_AT, m, HALF, HALF_P, REST, REST_P, INTERLEAVED
+            )
             b_a = blocks.decode(b_a, FP8) * b_ks
             b_b = blocks.decode(b_b, FP8) * b_ks
             b_c = blocks.decode(b_c, FP8) * b_ks
-            b_v = blocks.decode(blocks.load_row(p_from, m, D, D, D_P), FP8) * b_vs
+            b_v = blocks.decode(blocks.load_row(p_from, m, V_AT, V, V_P), FP8) * b_vs
             if HALF > 0:
                 b_a, b_b = blocks.turn(b_a, b_b, b_cos, b_sin)
             for i_a in range(A):
@@ -93,11 +100,12 @@ def distance_kernel(
                 b_row = tl.load(p_rows + o_out, mask=m, other=-1)
                 # What a masked row reads is compared with nothing: its sums are set to zero.
                 m_a = b_row >= 0
-                o_a = b_row * stride_a_row + i_l * stride_a_layer + i_h * stride_a_head
+                o_k = b_row * stride_ak_row + i_l * stride_ak_layer + i_h * stride_ak_head
+                o_v = b_row * stride_av_row + i_l * stride_av_layer + i_h * stride_av_head
                 b_da, b_db, b_dc = blocks.load_key(
-                    p_anchor_k + o_a, m_a, HALF, HALF_P, REST, REST_P, INTERLEAVED
+                    p_anchor_k + o_k, m_a, HALF, HALF_P, REST, REST_P, INTERLEAVED
                 )
-                b_dv = blocks.load_row(p_anchor_v + o_a, m_a, 0, D, D_P)
+                b_dv = blocks.load_row(p_anchor_v + o_v, m_a, 0, V, V_P)
                 b_dv = b_v - b_dv.to(tl.float32)
                 b_sum_k = tl.sum(tl.abs(b_a - b_da.to(tl.float32)), 1)
                 b_sum_k += tl.sum(tl.abs(b_b - b_db.to(tl.float32)), 1)
@@ -121,17 +129,18 @@ def distance(
     """Sums of differences between the span at ``slots`` and A anchors, in the unrotated frame.
 
     Args:
-        group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
+        group: strided or latent, caches ``[pages, kv_heads, tokens_per_page, row_dim]``.
         slots: int64 ``[tokens]``; a negative slot contributes zero.
         undo: fp32 ``[tokens, rotary_dim / 2]``, ``R(-position)``.
-        anchor_k, anchor_v: arenas of anchors' base KV ``[arena_rows, layers, kv_heads, head_dim]``.
+        anchor_k, anchor_v: arenas of anchors' base KV ``[arena_rows, layers, kv_heads, head_dim]``,
+            V's with ``value_dim``.
         rows: int64 ``[anchors, tokens]``, the arena row each token is compared with; negative =
             none.
 
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
 
-    One launch. Moves at least ``2 * head_dim * (cache itemsize + anchors * arena itemsize)`` bytes
+    One launch. Moves at least ``row_dim * (cache itemsize + anchors * arena itemsize)`` bytes
     per token, layer and head (paper Eq. 5 and 6).
     """
     a = group_arguments(group)
@@ -143,13 +152,13 @@ def distance(
     layers, heads = len(group.layers), group.kv_heads
     parts = anchor_k.new_zeros((3, layers, heads, anchors, tokens), dtype=torch.float32)
     if anchors and tokens:
-        block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize)
+        block_tokens = block_tokens_of(group)
         block_heads = min(heads, BLOCK_HEADS)
         grid = (cdiv(tokens, block_tokens), cdiv(heads, block_heads), layers)
         distance_kernel[grid](
             a.pointers, slots, undo.cos, undo.sin, a.k_scales, a.v_scales,
             anchor_k, anchor_v, rows, *parts,
-            tokens, anchors, *a.strides, *anchor_k.stride()[:3],
+            tokens, anchors, *a.strides, *anchor_k.stride()[:3], *anchor_v.stride()[:3],
             **a.constants, BT=block_tokens, BH=block_heads,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kvcomm_vllm.kernels.contract import check_group, require
-from kvcomm_vllm.kernels.pages import Packing, PageGroup
+from kvcomm_vllm.kernels.pages import ROWS, Packing, PageGroup
 
 ELEMENTS = {
     torch.float16: (tl.float16, 0),
@@ -22,8 +22,8 @@ ELEMENTS = {
     torch.float8_e5m2: (tl.uint8, 5),
 }
 
-# Bytes of one [tokens, head_dim] block of the cache per program: 32 for each of 128 threads, so
-# that each half of a key still gives every thread a 16-byte access.
+# Bytes of the cache in a program's block of K or of V, whichever is wider: 32 for each of 128
+# threads, so that each half of a key as wide as V still gives every thread a 16-byte access.
 BLOCK_BYTES = 4096
 
 
@@ -47,7 +47,15 @@ def next_power(n: int) -> int:
 
 
 def shape_constants(
-    *, head_dim: int, rotary_dim: int, interleaved: bool, heads: int, page: int, dtype: torch.dtype
+    *,
+    head_dim: int,
+    value_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    heads: int,
+    page: int,
+    dtype: torch.dtype,
+    latent: bool = False,
 ) -> dict[str, Any]:
     """Compile-time constants of a page group's shape."""
     element, fp8 = ELEMENTS[dtype]
@@ -55,8 +63,10 @@ def shape_constants(
     return {
         "H": heads,
         "PAGE": page,
-        "D": head_dim,
-        "D_P": next_power(head_dim),
+        "K_AT": value_dim if latent else 0,
+        "V_AT": 0 if latent else head_dim,
+        "V": value_dim,
+        "V_P": next_power(value_dim),
         "HALF": half,
         "HALF_P": next_power(half),
         "REST": rest,
@@ -67,9 +77,18 @@ def shape_constants(
     }
 
 
-def tokens_per_block(head_dim: int, itemsize: int) -> int:
-    """Tokens of one program's block, a power of two; fp32 takes as many as 16-bit types."""
-    return max(1, BLOCK_BYTES // (min(itemsize, 2) * next_power(head_dim)))
+def tokens_per_block(channels: int, itemsize: int) -> int:
+    """Tokens of one program's block, a power of two; fp32 takes as many as 16-bit types.
+
+    Args:
+        channels: of K or of V, whichever has more.
+    """
+    return max(1, BLOCK_BYTES // (min(itemsize, 2) * next_power(channels)))
+
+
+def block_tokens_of(group: PageGroup) -> int:
+    """The same for a group."""
+    return tokens_per_block(group.widest, group.layers[0].dtype.itemsize)
 
 
 def group_arguments(group: PageGroup) -> GroupArguments:
@@ -79,8 +98,8 @@ def group_arguments(group: PageGroup) -> GroupArguments:
         return found
     check_group(group)
     require(
-        group.packing is Packing.STRIDED,
-        f"Triton kernels need the strided packing, not {group.packing.value}: "
+        group.packing in ROWS,
+        f"Triton kernels need strided pages, not {group.packing.value}: "
         "the packed CPU caches are served by the CPU path",
     )
     first = group.layers[0]
@@ -99,11 +118,13 @@ def group_arguments(group: PageGroup) -> GroupArguments:
         strides=(page, head, token),
         constants=shape_constants(
             head_dim=group.head_dim,
+            value_dim=group.value_dim,
             rotary_dim=group.rotary_dim,
             interleaved=group.interleaved,
             heads=group.kv_heads,
             page=group.tokens_per_page,
             dtype=first.dtype,
+            latent=group.packing is Packing.LATENT,
         ),
     )
     _cache[group] = made

@@ -12,10 +12,10 @@ import triton.language as tl
 from kvcomm_vllm.kernels import blocks
 from kvcomm_vllm.kernels.contract import check_rotation, check_slots
 from kvcomm_vllm.kernels.launch import (
+    block_tokens_of,
     cdiv,
     group_arguments,
     layers_per_program,
-    tokens_per_block,
 )
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
@@ -34,8 +34,10 @@ def load_kernel(
     stride_token,
     H: tl.constexpr,
     PAGE: tl.constexpr,
-    D: tl.constexpr,
-    D_P: tl.constexpr,
+    K_AT: tl.constexpr,
+    V_AT: tl.constexpr,
+    V: tl.constexpr,
+    V_P: tl.constexpr,
     HALF: tl.constexpr,
     HALF_P: tl.constexpr,
     REST: tl.constexpr,
@@ -62,16 +64,19 @@ def load_kernel(
             p_layer = blocks.layer_pointer(p_layers, i_l, ELEMENT)
             p_from = p_layer + o_src + tl.cast(i % H, tl.int64) * stride_head
             p_to = p_layer + o_dst + tl.cast(i % H, tl.int64) * stride_head
-            b_a, b_b, b_c = blocks.load_key(p_from, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
-            b_v = blocks.load_row(p_from, m, D, D, D_P)
+            b_a, b_b, b_c = blocks.load_key(
+                p_from + K_AT, m, HALF, HALF_P, REST, REST_P, INTERLEAVED
+            )
+            b_v = blocks.load_row(p_from, m, V_AT, V, V_P)
             if HALF > 0:
                 b_x, b_y = blocks.turn(
                     blocks.decode(b_a, FP8), blocks.decode(b_b, FP8), b_cos, b_sin
                 )
                 b_a = blocks.encode(b_x, ELEMENT, FP8)
                 b_b = blocks.encode(b_y, ELEMENT, FP8)
-            blocks.store_key(p_to, b_a, b_b, b_c, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
-            blocks.store_row(p_to, b_v, m, D, D, D_P)
+            p_key = p_to + K_AT
+            blocks.store_key(p_key, b_a, b_b, b_c, m, HALF, HALF_P, REST, REST_P, INTERLEAVED)
+            blocks.store_row(p_to, b_v, m, V_AT, V, V_P)
 
 
 def load(
@@ -80,7 +85,7 @@ def load(
     """``K[dst] = turn * K[src]``, ``V[dst] = V[src]`` in all layers of a group, one launch.
 
     Args:
-        group: strided page group, caches ``[pages, kv_heads, tokens_per_page, 2 * head_dim]``.
+        group: strided or latent, caches ``[pages, kv_heads, tokens_per_page, row_dim]``.
         src_slots, dst_slots: int64 ``[tokens]``; negative = skip the token. A destination occurs
             once; a token may be its own source (in place), no other overlap.
         turn: fp32 ``[tokens, rotary_dim / 2]`` factors, ``R(new) R(-old)``.
@@ -88,7 +93,7 @@ def load(
     Raises:
         ContractError: see :mod:`kvcomm_vllm.kernels.contract`.
 
-    Moves at least ``4 * head_dim * itemsize`` bytes per token, layer and head.
+    Moves at least ``2 * row_dim * itemsize`` bytes per token, layer and head.
     """
     a = group_arguments(group)
     check_slots(group, src_slots, dst_slots)
@@ -96,7 +101,7 @@ def load(
     tokens, layers = len(src_slots), len(group.layers)
     if tokens == 0:
         return
-    block_tokens = tokens_per_block(group.head_dim, group.layers[0].dtype.itemsize)
+    block_tokens = block_tokens_of(group)
     block_layers = layers_per_program(group.kv_heads, layers)
     grid = (cdiv(tokens, block_tokens), cdiv(layers, block_layers))
     load_kernel[grid](

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcomm_vllm.kernels.pages import Packing, PageGroup
+from kvcomm_vllm.kernels.pages import ROWS, Packing, PageGroup
 
 
 def stored_range(dtype: torch.dtype) -> float | None:
@@ -18,7 +18,9 @@ def views(group: PageGroup, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     cache, dim = group.layers[layer], group.head_dim
     pages, heads, tokens = cache.shape[:3]
     if group.packing is Packing.STRIDED:
-        return cache[..., :dim], cache[..., dim:]
+        return group.split(cache)
+    if group.packing is Packing.LATENT:
+        return cache[..., group.key_at :], cache[..., : group.key_at]
     flat = cache.view(pages, heads, 2 * tokens * dim)
     key, value = flat[..., : tokens * dim], flat[..., tokens * dim :]
     if group.packing is Packing.VEC:
@@ -42,10 +44,12 @@ def _scales(group: PageGroup, layer: int) -> tuple[float, float]:
 
 
 def read(group: PageGroup, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V at the slots (all >= 0), dequantised: fp32 ``[tokens, heads, head_dim]``."""
+    """K and V at the slots (all >= 0), dequantised: fp32 ``[tokens, heads, head_dim]``, V with
+    ``value_dim``.
+    """
     key, value = (_raw(view) for view in views(group, layer))
     page, token = slots // group.tokens_per_page, slots % group.tokens_per_page
-    if group.packing is Packing.STRIDED:
+    if group.packing in ROWS:
         k, v = key[page, :, token], value[page, :, token]
     elif group.packing is Packing.VEC:
         k, v = key[page, :, :, token], value[page, :, token]
@@ -73,7 +77,7 @@ def write(
     if limit is not None:
         k, v = k.clamp(-limit, limit), v.clamp(-limit, limit)
     k, v = _raw(k.to(dtype)), _raw(v.to(dtype))
-    if group.packing is Packing.STRIDED:
+    if group.packing in ROWS:
         key[page, :, token], value[page, :, token] = k, v
     elif group.packing is Packing.VEC:
         key[page, :, :, token], value[page, :, token] = k, v
@@ -84,5 +88,5 @@ def write(
 
 def clear(group: PageGroup, layer: int, slots: torch.Tensor) -> None:
     """Writes zeros to the slots (all >= 0)."""
-    empty = torch.zeros(len(slots), group.kv_heads, group.head_dim, device=slots.device)
-    write(group, layer, slots, empty, empty)
+    empty = torch.zeros(len(slots), group.kv_heads, group.row_dim, device=slots.device)
+    write(group, layer, slots, *group.split(empty))

@@ -68,7 +68,9 @@ def load(
 def deviate(
     deviation: Deviation, layer: int, keep: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dK, dV) of one layer for the tokens ``keep``, unrotated: ``[tokens, heads, head_dim]``."""
+    """(dK, dV) of one layer for the tokens ``keep``, unrotated: ``[tokens, heads, head_dim]`` and
+    ``[tokens, heads, value_dim]``.
+    """
     if isinstance(deviation, AnchorSum):
         return _blend(deviation, layer, keep)
     row = deviation.row[keep]
@@ -79,16 +81,19 @@ def deviate(
     for number in entry.unique().tolist():
         if number >= 0:
             mine, up = entry == number, deviation.up[number, layer].float()
-            more_k, more_v = torch.einsum("tr,hrj->thj", code[mine], up).chunk(2, dim=-1)
-            dk[mine] += more_k
-            dv[mine] += more_v
+            more = torch.einsum("tr,hrj->thj", code[mine], up)
+            dk[mine] += more[..., : dk.shape[-1]]
+            dv[mine] += more[..., dk.shape[-1] :]
     return dk, dv
 
 
 def _blend(anchors: AnchorSum, layer: int, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Anchor by anchor: all of them together would take as often the memory of one layer."""
-    rows, dim = anchors.rows[:, keep], anchors.dk.shape[2:]
-    dk, dv = rows.new_zeros((2, rows.shape[1], *dim), dtype=torch.float32)
+    rows = anchors.rows[:, keep]
+    dk, dv = (
+        rows.new_zeros((rows.shape[1], *arena.shape[2:]), dtype=torch.float32)
+        for arena in (anchors.dk, anchors.dv)
+    )
     for a, row in enumerate(rows):
         near, covered = row.clamp(min=0), row >= 0
         for total, arena, weight in ((dk, anchors.dk, anchors.wk), (dv, anchors.dv, anchors.wv)):
@@ -132,8 +137,8 @@ def collect(
     """``out_k = undo * K[slots]``, ``out_v = V[slots]``, rounded once.
 
     Args:
-        out_k, out_v: ``[tokens, layers, heads, head_dim]``; rows of negative slots stay as they
-            are.
+        out_k, out_v: ``[tokens, layers, heads, head_dim]``, V with ``value_dim``; rows of negative
+            slots stay as they are.
     """
     check_group(group)
     check_read(group, slots)

@@ -41,10 +41,11 @@ class Reason(enum.StrEnum):
         """The reason whose word this is."""
         return next(reason for reason in cls if reason.value == word)
 
-    MLA = (
-        "mla",
+    SPARSE_ATTENTION = (
+        "sparse_attention",
         Scope.ENGINE,
-        "The model compresses its KV (MLA); its pages hold no keys that could be rotated.",
+        "The model attends to tokens that an indexer picks (DeepSeek V3.2 and V4, GLM-5); the "
+        "indexer has a cache of its own, which is not moved.",
     )
     MAMBA = (
         "mamba",

@@ -92,6 +92,30 @@ FULL_FIRST = {
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
 }
 
+# Widths of a row are DeepSeek's own: vLLM's attention on CPU takes no other.
+MLA = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
+AS_V3 = {
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+}
+ON_CPU = {"dtype": "float32", "attention_backend": "CPU_MLA"}
+
 FAMILIES = {
     "llama3 scaling": Family("llama", 64, {"head_dim": 64, "rope_parameters": LLAMA3}),
     "yarn, float32": Family(
@@ -149,6 +173,9 @@ FAMILIES = {
         vision={"intermediate_size": 128},
         vision_class=("Glm4vForConditionalGeneration", "glm4_1v"),
     ),
+    "deepseek v2 lite": Family("deepseek_v2", 32, {"q_lora_rank": None, **MLA}, ON_CPU),
+    "deepseek v2": Family("deepseek_v2", 32, {"q_lora_rank": 64, **MLA}, ON_CPU),
+    "deepseek v3": Family("deepseek_v3", 32, {"q_lora_rank": 64, **MLA, **AS_V3}, ON_CPU),
 }
 
 

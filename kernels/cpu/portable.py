@@ -13,7 +13,7 @@ import torch
 
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.kernels.contract import check_group, check_rotation, check_slots
-from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
+from kvcomm_vllm.kernels.pages import ROWS, Packing, PageGroup, Rotation
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -45,7 +45,7 @@ def _places(group: PageGroup, slots: torch.Tensor) -> tuple[Any, Any]:
     """Index of the slots into the K and the V view of ``packing.views``; tokens come first."""
     page, token = slots // group.tokens_per_page, slots % group.tokens_per_page
     every = slice(None)
-    if group.packing is Packing.STRIDED:
+    if group.packing in ROWS:
         return (page, every, token), (page, every, token)
     if group.packing is Packing.VEC:
         return (page, every, every, token), (page, every, token)

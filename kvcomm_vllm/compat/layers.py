@@ -17,13 +17,38 @@ def attention_layers(config: VllmConfig) -> dict[str, Any]:
     return dict(config.compilation_config.static_forward_context)
 
 
+def latent_dim(layer: Any) -> int:
+    """Channels of what MLA makes keys and values from, which is what such a layer stores beside one
+    rotated key; 0 for layers that store K and V.
+    """
+    return int(getattr(layer, "kv_lora_rank", None) or 0)
+
+
+def picks_tokens(layer: Any) -> bool:
+    """Whether the layer attends to tokens that an indexer picks, by a cache of its own."""
+    return bool(getattr(layer, "use_sparse", False)) or getattr(layer, "indexer", None) is not None
+
+
+def cache_of(layer: Any) -> torch.Tensor:
+    """The layer's pages: ``[pages, kv_heads, tokens, channels]``. vLLM leaves out the one head of
+    MLA.
+    """
+    cache: torch.Tensor = layer.kv_cache
+    return cache.unsqueeze(1) if latent_dim(layer) and cache.ndim == 3 else cache
+
+
 def cpu_isa(layer: Any) -> str:
     """Instruction set the CPU backend packs pages for; set on layers by its metadata builder."""
     return str(getattr(layer, "isa", ""))
 
 
 def write_kv(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """The backend's own write: ``key``, ``value`` ``[tokens, kv_heads, head_dim]`` into slots,
+    """The backend's own write: ``key``, ``value`` ``[tokens, kv_heads, channels]`` into slots,
     packed and quantised.
     """
-    layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+    write = layer.impl.do_kv_cache_update
+    if latent_dim(layer):
+        dtype = layer.kv_cache_dtype
+        write(value.squeeze(1), key, layer.kv_cache, slots, dtype, layer._k_scale)
+    else:
+        write(layer, key, value, layer.kv_cache, slots)

@@ -95,8 +95,10 @@ def kernel_table(table: torch.Tensor, pages: int) -> torch.Tensor:
 
 def _share_workspace(builder: Any, own: Any) -> None:
     """Have ``own`` work in the other builder's buffer, as vLLM's groups share one: kernels of one
-    stream never need two, and it is hundreds of megabytes (FlashInfer).
+    stream never need two, and it is up to hundreds of megabytes (FlashInfer; MLA's context).
     """
+    if hasattr(builder, "chunked_prefill_workspace"):
+        own.chunked_prefill_workspace = builder.chunked_prefill_workspace
     if hasattr(builder, "_get_workspace_buffer") and hasattr(own, "set_workspace_buffer"):
         workspace = builder._get_workspace_buffer()
         if workspace is not None:

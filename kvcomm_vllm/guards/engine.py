@@ -29,7 +29,7 @@ class EngineOff:
 
 def engine_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
     """The first thing found that rules reuse out, or None."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     groups = kv_cache.kv_cache_groups
     reason = unsupported_settings(settings_of_config(config))
@@ -39,7 +39,7 @@ def engine_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
         return EngineOff(Reason.SLIDING_WINDOW_HYBRID, f"{len(groups)} KV cache groups")
     spec = groups[0].kv_cache_spec
     # subclasses drop pages of a running request (R-SWA) or put their own before it (sinks)
-    if type(spec) is not FullAttentionSpec:
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
         return EngineOff(Reason.UNKNOWN_LAYOUT, type(spec).__name__)
     if getattr(kv_cache, "hash_block_size", None) not in (None, spec.block_size):
         return EngineOff(Reason.UNKNOWN_LAYOUT, "block hashes finer than pages")

@@ -34,8 +34,8 @@ def unsupported_model(model: ModelConfig) -> Reason | None:
         return Reason.ENCODER_DECODER
     if model.is_attention_free or model.is_hybrid:
         return Reason.MAMBA
-    if model.use_mla:
-        return Reason.MLA
+    if _picks_tokens(model):
+        return Reason.SPARSE_ATTENTION
     if getattr(model, "is_diffusion", False):
         return Reason.DIFFUSION
     if getattr(model.hf_text_config, "model_type", "") in _ABSOLUTE_POSITIONS:
@@ -63,6 +63,12 @@ def has_sliding_layers(model: ModelConfig) -> bool:
     if model.disable_sliding_window:
         return False
     return _SLIDING in _layer_types(model) or model.get_sliding_window() is not None
+
+
+def _picks_tokens(model: ModelConfig) -> bool:
+    """vLLM's own rule (``DeepseekV2MLAAttention``, its V4) for MLA with an indexer."""
+    config = model.hf_text_config
+    return model.use_mla and (hasattr(config, "index_topk") or hasattr(config, "compress_ratios"))
 
 
 def _only_slides(model: ModelConfig) -> bool:

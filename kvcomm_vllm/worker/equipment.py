@@ -16,6 +16,7 @@ from kvcomm_vllm.compat.drafter import UnknownDrafterError
 from kvcomm_vllm.compat.layers import attention_layers
 from kvcomm_vllm.compat.model import UnknownPositionsError, tells_tokens
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.kernels.pages import Packing
 from kvcomm_vllm.messages import WorkerFacts
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.model_check import unrotated_layers
@@ -135,7 +136,10 @@ def _parted(layers: dict[str, Any], names: frozenset[str]) -> tuple[dict[str, An
 def _layout(groups: list[LayerGroup], block_size: int) -> str:
     pages, count = groups[0].pages, sum(len(group.layers) for group in groups)
     dtype = str(pages.layers[0].dtype).removeprefix("torch.")
+    heads = f"{pages.kv_heads} KV heads of {pages.head_dim}"
+    if pages.packing is Packing.LATENT:
+        heads = f"rows of {pages.value_dim} + {pages.head_dim}"
     return (
-        f"{count} layers in {len(groups)} group(s), {pages.kv_heads} KV heads of "
-        f"{pages.head_dim}, {dtype}, {pages.packing.value} pages of {block_size}"
+        f"{count} layers in {len(groups)} group(s), {heads}, {dtype}, "
+        f"{pages.packing.value} pages of {block_size}"
     )

@@ -3,7 +3,8 @@
 
 vLLM 0.28+ gives every attention layer a logical ``[pages, kv_heads, tokens, 2 * head_dim]`` cache.
 Which backend uses it says what is in there, not the device: K and V as the strides tell, or, with
-vLLM's CPU attention, packed inside each page for the instruction set in use.
+vLLM's CPU attention, packed inside each page for the instruction set in use. MLA stores one row for
+all heads instead: a latent from which keys and values are made, and a key that is rotated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from typing import Any
 
 import torch
 
-from kvcomm_vllm.compat.layers import PACKING_BACKEND, cpu_isa
+from kvcomm_vllm.compat.layers import (
+    PACKING_BACKEND,
+    cache_of,
+    cpu_isa,
+    latent_dim,
+    picks_tokens,
+)
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
@@ -29,6 +36,17 @@ STRIDED_BACKENDS = {
     "TRITON_ATTN",
     "TRITON_FLASH_ATTN",
     "TRITON_FLASHINFER",
+}
+# Rows of MLA, written by ``do_kv_cache_update``; their formats of bytes differ in width.
+LATENT_BACKENDS = {
+    "AMX_MLA",
+    "CPU_MLA",
+    "CUTLASS_MLA",
+    "FLASHINFER_MLA",
+    "FLASHMLA",
+    "FLASH_ATTN_MLA",
+    "TOKENSPEED_MLA",
+    "TRITON_MLA",
 }
 PLAIN_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 FP8_DTYPES = {
@@ -73,12 +91,15 @@ def build_groups(
             continue
         module = None if name in unrotated else rope_module(model, layer)
         packing = packing_of(name, layer)
-        cache = layer.kv_cache
+        cache = cache_of(layer)
         known = None if module is None else id(module)
         if known not in ropes:
             ropes[known] = no_rope(cache.device) if module is None else rope_of(module, positions)
         rope = ropes[known]
-        key = (packing, id(rope), cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype)
+        key = (
+            *(packing, latent_dim(layer), id(rope)),
+            *(cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype),
+        )
         members.setdefault(key, []).append(layer)
         traits[key] = (packing, rope, module)
     if not members:
@@ -92,15 +113,17 @@ def packing_of(name: str, layer: Any) -> Packing:
     Raises:
         Unsupported: unknown backend, shape or quantisation.
     """
-    cache = layer.kv_cache
-    head_dim = int(layer.head_size)
-    if not hasattr(layer.impl, "do_kv_cache_update"):
-        raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name} ({type(layer.impl).__name__})")
+    cache, latent = cache_of(layer), latent_dim(layer)
+    impl = getattr(layer, "impl", None)
+    if picks_tokens(layer):
+        raise Unsupported(Reason.SPARSE_ATTENTION, name)
+    if not hasattr(impl, "do_kv_cache_update"):
+        raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name} ({type(impl).__name__})")
     quantised = layer.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32")
-    if cache.ndim != 4 or cache.shape[-1] != 2 * head_dim or layer.head_size_v != head_dim:
+    if not _fits(layer, cache):
         reason = Reason.KV_QUANTISED if quantised else Reason.UNKNOWN_LAYOUT
         raise Unsupported(
-            reason, f"{name}: cache of shape {tuple(cache.shape)}, head size {head_dim}"
+            reason, f"{name}: cache of shape {tuple(cache.shape)}, head size {layer.head_size}"
         )
     backend = layer.attn_backend.get_name()
     if backend == PACKING_BACKEND:
@@ -112,27 +135,38 @@ def packing_of(name: str, layer: Any) -> Packing:
         if not cache.is_contiguous():
             raise Unsupported(Reason.UNKNOWN_LAYOUT, f"{name}: CPU pages are not contiguous")
         return CPU_PACKING[isa]
-    if backend not in STRIDED_BACKENDS:
+    if backend not in (LATENT_BACKENDS if latent else STRIDED_BACKENDS):
         raise Unsupported(Reason.UNKNOWN_BACKEND, f"{name}: attention backend {backend}")
     if quantised and layer.kv_cache_dtype not in FP8_DTYPES:
         raise Unsupported(Reason.KV_QUANTISED, f"{name}: --kv-cache-dtype {layer.kv_cache_dtype}")
     if quantised and not layer._k_scale.numel() == layer._v_scale.numel() == 1:
         raise Unsupported(Reason.KV_QUANTISED, f"{name}: a scale for each head")
-    return Packing.STRIDED
+    return Packing.LATENT if latent else Packing.STRIDED
+
+
+def _fits(layer: Any, cache: torch.Tensor) -> bool:
+    """Whether a row of the cache is as wide as what the layer stores of a token in a head."""
+    size, latent = int(layer.head_size), latent_dim(layer)
+    if cache.ndim != 4:
+        return False
+    if latent:
+        return cache.shape[1] == 1 and cache.shape[3] == size > latent
+    return cache.shape[3] == 2 * size and layer.head_size_v == size
 
 
 def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> LayerGroup:
-    first = layers[0]
+    first, latent = layers[0], latent_dim(layers[0])
     fp8 = FP8_DTYPES.get(first.kv_cache_dtype)
-    caches = [layer.kv_cache.view(fp8) if fp8 else layer.kv_cache for layer in layers]
+    caches = [cache_of(layer).view(fp8) if fp8 else cache_of(layer) for layer in layers]
+    of_values = "_k_scale" if latent else "_v_scale"  # a row has one
     pages = PageGroup(
         layers=tuple(caches),
         packing=packing,
-        head_dim=int(first.head_size),
+        head_dim=int(first.head_size) - latent,
         rotary_dim=rope.rotary_dim,
         interleaved=rope.interleaved,
         k_scales=tuple(float(layer._k_scale) for layer in layers) if fp8 else None,
-        v_scales=tuple(float(layer._v_scale) for layer in layers) if fp8 else None,
+        v_scales=tuple(float(getattr(layer, of_values)) for layer in layers) if fp8 else None,
     )
     return LayerGroup(tuple(layers), pages, rope, rotary)
 

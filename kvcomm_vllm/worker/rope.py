@@ -28,6 +28,7 @@ TABLE_ROPES = {
     "NTKScalingRotaryEmbedding",
     "Llama3RotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
+    "DeepseekScalingRotaryEmbedding",
     "Gemma4RotaryEmbedding",
     "Phi3LongRoPEScaledRotaryEmbedding",
     # M-RoPE: of text alone

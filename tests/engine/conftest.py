@@ -18,6 +18,7 @@ if STRIDED.name in os.environ:
     install()
 
 from engines import IN_ONE_PROCESS, elsewhere, make_engine
+from tiny_families import FAMILIES, save_family
 from vllm import LLM
 
 pytest_runtest_setup = STRIDED.pytest_runtest_setup
@@ -39,6 +40,14 @@ def plain(tiny_llama: str) -> Iterator[LLM]:
 def reusing(tiny_llama: str) -> Iterator[LLM]:
     """vLLM with the plugin as it is by default."""
     yield from _running(make_engine(tiny_llama, plugin={}))
+
+
+@pytest.fixture(scope="session")
+def tiny_deepseek(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random DeepSeek V3 of 3 layers, two of them with experts."""
+    folder = tmp_path_factory.mktemp("tiny-deepseek")
+    save_family(FAMILIES["deepseek v3"], folder)
+    return str(folder)
 
 
 def _running(llm: LLM) -> Iterator[LLM]:

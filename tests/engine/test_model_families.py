@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family of models with plain KV: reuse is on, moves keys to where they belong, and leaves
-exact requests exact.
+"""Every family of models whose KV can be moved: reuse is on, moves keys to where they belong, and
+leaves exact requests exact.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from engines import IN_ONE_PROCESS, Answer, ask, core, elsewhere, make_engine, text
+from latent_platform import with_prefix_caching
 from no_torchvision import know
 from stored_kv import first_layer, start_log
 from tiny_families import FAMILIES, Family, save_family
@@ -58,7 +59,7 @@ def serve(family: Family, folder: Path) -> Run:
     if family.vision_class is not None:
         know(*family.vision_class)
         limits = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
-    with start_log() as log:
+    with start_log() as log, with_prefix_caching():
         llm = make_engine(str(folder), plugin={}, **limits, **family.engine)
     off = {"mode": "off"}
     try:

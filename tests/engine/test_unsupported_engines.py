@@ -12,6 +12,7 @@ import pytest
 import torch
 from engines import Answer, ask, core, elsewhere, make_engine, text
 from stored_kv import start_log
+from tiny_families import FAMILIES
 from vllm import LLM
 from vllm.model_executor.models.llama import LlamaAttention
 
@@ -158,6 +159,24 @@ def test_without_prefix_caching_the_engine_is_plain_vllm(
     assert not run.connected
     assert [a.tokens for a in run.answers] == [a.tokens for a in dense]
     assert [a.report for a in run.answers] == [{}, {}]
+
+
+def test_mla_without_the_prefix_caching_that_vllm_switches_off_is_served_exactly(
+    tiny_deepseek: str,
+) -> None:
+    """On a CPU without AMX; the arguments asked for it."""
+    options = FAMILIES["deepseek v3"].engine
+    run = serve(tiny_deepseek, Case("prefix_caching_off", options))
+    (line,) = [line for line in run.log if "reuse is" in line]
+    assert line.startswith("WARNING kvcomm: reuse is OFF")
+    assert "prefix_caching_off" in line
+    assert [answer.report["reused"] for answer in run.answers] == [0, 0]
+    with elsewhere():
+        truth = make_engine(tiny_deepseek, enable_prefix_caching=False, **options)
+    try:
+        assert [a.tokens for a in run.answers] == [ask(truth, p)[0].tokens for p in PROMPTS]
+    finally:
+        truth.llm_engine.engine_core.shutdown()
 
 
 def test_quantised_pages_on_cpu_are_served_exactly(tiny_llama: str) -> None:

@@ -15,7 +15,7 @@ class MeanCorrection:
     def __init__(self, ground: Ground) -> None:
         self.groups, self.block_size, self.room = ground.groups, ground.block_size, 8
         pages = [group.pages for group in ground.groups]
-        shapes = [(self.room, len(p.layers), p.kv_heads, 2 * p.head_dim) for p in pages]
+        shapes = [(self.room, len(p.layers), p.kv_heads, p.row_dim) for p in pages]
         self.sums = [torch.zeros(shape) for shape in shapes]
         self.tokens = torch.zeros(self.room)
 
@@ -32,7 +32,7 @@ class MeanCorrection:
             row = torch.zeros(load.length, dtype=torch.int64)
             for number, group in enumerate(self.groups):
                 turns = group.rope.undo(moves.source_positions), group.rope.redo(moves.positions)
-                mean = MeanMap(*self._mean(number, load.entry)[None].chunk(2, dim=-1), row)
+                mean = MeanMap(*group.pages.split(self._mean(number, load.entry)[None]), row)
                 load_corrected(group.pages, moves.source_slots, moves.slots, *turns, mean)
 
     def distances_of(self, probe: ProbeOp) -> None:
@@ -57,9 +57,10 @@ class MeanCorrection:
             mean = self._mean(number, span.entry)
             base = base_of(group, [span], self.block_size)
             true = true_of(group, [span], block_ids, self.block_size)
+            split = group.pages.split
             for layer, change in enumerate(deviations(group, base, true)):
-                whole += torch.stack([part.square().sum() for part in change.chunk(2, -1)])
-                rest = (change - mean[layer]).chunk(2, -1)
+                whole += torch.stack([part.square().sum() for part in split(change)])
+                rest = split(change - mean[layer])
                 left += torch.stack([part.square().sum() for part in rest])
                 self.sums[number][span.entry, layer] += change.sum(0)
         self.tokens[span.entry] += span.length

@@ -20,6 +20,7 @@ PAGE: dict[str, Any] = {
     "head_size": 64,
     "dtype": torch.bfloat16,
 }
+ROW = {**PAGE, "num_kv_heads": 1, "head_size": 576}  # of DeepSeek V3
 FULL = kv.FullAttentionSpec(**PAGE)
 
 
@@ -72,6 +73,10 @@ def test_windowed_layers_in_whole_pages_may_reuse() -> None:
     assert engine_off(engine(), pages(kv.FullAttentionSpec(**PAGE, sliding_window=64))) is None
 
 
+def test_the_rows_of_mla_may_be_reused() -> None:
+    assert engine_off(engine(), pages(kv.MLAAttentionSpec(**ROW))) is None
+
+
 SETTINGS = [
     ("cache_config__enable_prefix_caching", False, Reason.PREFIX_CACHING_OFF),
     ("parallel_config__pipeline_parallel_size", 2, Reason.PIPELINE_PARALLEL),
@@ -101,7 +106,10 @@ LAYOUTS = {
     "hybrid": (pages(FULL, WINDOW), Reason.SLIDING_WINDOW_HYBRID),
     "no group": (pages(), Reason.SLIDING_WINDOW_HYBRID),
     "only windows": (pages(WINDOW), Reason.UNKNOWN_LAYOUT),
-    "mla": (pages(kv.MLAAttentionSpec(**{**PAGE, "num_kv_heads": 1})), Reason.UNKNOWN_LAYOUT),
+    "windows of mla": (
+        pages(kv.SlidingWindowMLASpec(**ROW, sliding_window=64)),
+        Reason.UNKNOWN_LAYOUT,
+    ),
     "pages dropped while running": (
         pages(kv.RSWASpec(**PAGE, rswa_window=64)),
         Reason.UNKNOWN_LAYOUT,

@@ -20,7 +20,7 @@ from kvcomm_vllm.reasons import Reason
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
-        ("DeepseekV2ForCausalLM", Reason.MLA),
+        ("DeepseekV32ForCausalLM", Reason.SPARSE_ATTENTION),
         ("Mamba2ForCausalLM", Reason.MAMBA),
         ("JambaForCausalLM", Reason.MAMBA),
         ("WhisperForConditionalGeneration", Reason.ENCODER_DECODER),
@@ -46,7 +46,13 @@ def test_models_whose_kv_cannot_be_reused_start_plainly_with_one_warning(
 
 @pytest.mark.parametrize(
     "architecture",
-    ["LlamaForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM", "Gemma3ForCausalLM"],
+    [
+        "LlamaForCausalLM",
+        "Qwen3ForCausalLM",
+        "MixtralForCausalLM",
+        "Gemma3ForCausalLM",
+        "DeepseekV2ForCausalLM",
+    ],
 )
 def test_models_whose_kv_can_be_reused_keep_the_connector_and_recompute_failed_loads(
     args_for: MakeArgs, said: list[str], architecture: str

@@ -41,7 +41,11 @@ HEADS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One cache geometry."""
+    """One cache geometry.
+
+    Args:
+        latent: channels of V in latent pages; 0: pages are strided.
+    """
 
     dtype: str
     head_dim: int = 64
@@ -52,11 +56,21 @@ class Case:
     layout: str = "NHD"
     layers: int = 2
     tokens: int = 37
+    latent: int = 0
+
+    @property
+    def value_dim(self) -> int:
+        return self.latent or self.head_dim
+
+    @property
+    def row_dim(self) -> int:
+        return self.head_dim + self.value_dim
 
     def __str__(self) -> str:
         pairs = "gptj" if self.interleaved else "neox"
+        latent = f"+{self.latent}" if self.latent else ""
         return (
-            f"{self.dtype}-D{self.head_dim}-R{self.rotary_dim}-{pairs}-H{self.heads}"
+            f"{self.dtype}-D{self.head_dim}{latent}-R{self.rotary_dim}-{pairs}-H{self.heads}"
             f"-page{self.page}-{self.layout}-L{self.layers}-T{self.tokens}"
         )
 
@@ -77,13 +91,24 @@ def matrix(dtypes: tuple[str, ...] = tuple(DTYPES), step: int = 1) -> list[Case]
     return cases[::step]
 
 
+# DeepSeek's, and others that are no powers of two, do not pair neighbours, or rotate a part.
+LATENT = [
+    Case("bf16", 64, 64, True, 1, 16, "NHD", 2, 37, 512),
+    Case("fp16", 64, 64, True, 1, 64, "padded", 17, 5, 512),
+    Case("fp32", 64, 64, False, 1, 16, "padded", 3, 9, 512),
+    Case("e4m3", 64, 64, True, 1, 32, "NHD", 2, 9, 512),
+    Case("e5m2", 32, 32, True, 1, 17, "NHD", 1, 33, 48),
+    Case("fp32", 48, 16, True, 1, 16, "HND", 2, 21, 80),
+]
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def poisoned_group(case: Case, seed: int = 0) -> PageGroup:
     """Pages of random numbers; what lies between the pages of a padded layout is NaN."""
-    rng, dim = generator(seed), 2 * case.head_dim
+    rng, dim = generator(seed), case.row_dim
     pages = 2 + 2 * case.tokens // case.page
     made = []
     for _ in range(case.layers):
@@ -104,7 +129,7 @@ def poisoned_group(case: Case, seed: int = 0) -> PageGroup:
     scales = tuple(0.25 + 0.5 * i for i in range(case.layers))
     return PageGroup(
         tuple(made),
-        Packing.STRIDED,
+        Packing.LATENT if case.latent else Packing.STRIDED,
         case.head_dim,
         case.rotary_dim,
         case.interleaved,
@@ -145,7 +170,8 @@ def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
     """
     rng = generator(seed)
     skip = 1 if case.layers > 1 else 0
-    shape = (case.layers - skip, case.heads, case.head_dim)
+    shape = (case.layers - skip, case.heads)
+    dims = (case.head_dim, case.value_dim)
 
     def random(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(size, generator=rng).to(dtype).to(DEVICE)
@@ -153,19 +179,19 @@ def deviation(kind: str, case: Case, seed: int = 3) -> Deviation:
     if kind == "token":
         anchors, arena = 3, 150
         rows = torch.randint(-2, arena, (anchors, case.tokens), generator=rng).to(DEVICE)
-        both = random(shape[0], arena, case.heads, 2 * case.head_dim, dtype=torch.bfloat16)
-        dk, dv = both.transpose(0, 1).chunk(2, dim=-1)  # as mode paper keeps them
+        both = random(shape[0], arena, case.heads, case.row_dim, dtype=torch.bfloat16)
+        dk, dv = both.transpose(0, 1).split(dims, dim=-1)  # as mode paper keeps them
         wk, wv = random(2, anchors, case.tokens)
         return AnchorSum(dk, dv, rows, wk, wv, skip)
     arena, entries = 40, 3
-    mean_k, mean_v = (random(arena, *shape, dtype=torch.float16) for _ in "kv")
+    mean_k, mean_v = (random(arena, *shape, dim, dtype=torch.float16) for dim in dims)
     row = torch.randint(0, arena, (case.tokens,), generator=rng).to(DEVICE)
     if kind == "mean":
         return MeanMap(mean_k, mean_v, row, skip_layers=skip)
     rank = 72 if kind == "long" else 12
     # Numbers of 8 bits, whose products are exact in any dtype that a device multiplies in.
     code = random(case.tokens, shape[0], rank, dtype=torch.bfloat16).float()
-    up = random(entries, shape[0], case.heads, rank, 2 * case.head_dim, dtype=torch.bfloat16) / 4
+    up = random(entries, *shape, rank, case.row_dim, dtype=torch.bfloat16) / 4
     up = up.half() if kind == "long" else up.float()
     if kind == "mixed":  # in no order, some without a code
         entry = torch.randint(-1, entries, (case.tokens,), generator=rng)
@@ -188,7 +214,7 @@ def rms_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def slot_rows(group: PageGroup, layer: int) -> torch.Tensor:
-    """Raw cache rows by slot: ``[slots, heads, 2 * head_dim]``, fp8 as bytes."""
+    """Raw cache rows by slot: ``[slots, heads, row_dim]``, fp8 as bytes."""
     return _bytes(group.layers[layer]).transpose(1, 2).flatten(0, 1).cpu()
 
 

@@ -11,6 +11,7 @@ from kernel_caches import (
     BOUNDS,
     DEVICE,
     DTYPES,
+    LATENT,
     Case,
     assert_same_cache,
     copy_of,
@@ -30,7 +31,9 @@ from kvcomm_vllm.kernels.pages import Packing, PageGroup, Rotation
 
 KINDS = ("token", "mean", "code", "mixed", "long")
 CORRECTED = [
-    (kind, case) for i, kind in enumerate(KINDS) for case in matrix(step=len(KINDS))[i % 2 :]
+    (kind, case)
+    for i, kind in enumerate(KINDS)
+    for case in (*matrix(step=len(KINDS))[i % 2 :], *LATENT[i % 2 :: 2])
 ]
 
 
@@ -38,7 +41,7 @@ def written_by(src: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
     return dst[src >= 0]
 
 
-@pytest.mark.parametrize("case", matrix(), ids=str)
+@pytest.mark.parametrize("case", matrix() + LATENT, ids=str)
 def test_load_agrees_with_reference(case: Case) -> None:
     group, (src, dst), turn = poisoned_group(case), slot_pairs(case), rotation(case)
     before, want = copy_of(group), copy_of(group)
@@ -57,11 +60,11 @@ def test_load_corrected_agrees_with_reference(kind: str, case: Case) -> None:
     assert_same_cache(group, want, before, written_by(src, dst), BOUNDS[case.dtype])
 
 
-@pytest.mark.parametrize("case", matrix(step=2), ids=str)
+@pytest.mark.parametrize("case", matrix(step=2) + LATENT, ids=str)
 def test_collect_agrees_with_reference(case: Case) -> None:
     group, (slots, _), undo = poisoned_group(case), slot_pairs(case), rotation(case)
-    shape = (case.tokens, case.layers, case.heads, case.head_dim)
-    outs = [torch.full(shape, 123.0, device=DEVICE) for _ in range(2)]
+    shape, dims = (case.tokens, case.layers, case.heads), (case.head_dim, case.value_dim)
+    outs = [torch.full((*shape, dim), 123.0, device=DEVICE) for dim in dims]
     wanted = [out.cpu().clone() for out in outs]
     collect.collect(group, slots, undo, outs[0], outs[1])
     reference.collect(copy_of(group), slots.cpu(), on_cpu(undo), wanted[0], wanted[1])
@@ -70,13 +73,13 @@ def test_collect_agrees_with_reference(case: Case) -> None:
         assert bool((got[slots < 0] == 123.0).all()), "the row of a skipped token was written"
 
 
-@pytest.mark.parametrize("case", [c for c in matrix(step=4) if c.tokens < 60], ids=str)
+@pytest.mark.parametrize("case", [c for c in matrix(step=4) if c.tokens < 60] + LATENT, ids=str)
 def test_distance_agrees_with_reference(case: Case) -> None:
     group, (slots, _), undo = poisoned_group(case), slot_pairs(case), rotation(case)
     rng, arena = generator(9), 90
-    shape = (case.layers, arena, case.heads, 2 * case.head_dim)
+    shape = (case.layers, arena, case.heads, case.row_dim)
     both = torch.randn(shape, generator=rng).half().to(DEVICE).transpose(0, 1)
-    anchor_k, anchor_v = both.chunk(2, dim=-1)  # as mode paper keeps them
+    anchor_k, anchor_v = group.split(both)  # as mode paper keeps them
     rows = torch.randint(-1, arena, (3, case.tokens), generator=rng).to(DEVICE)
     got = distance.distance(group, slots, undo, anchor_k, anchor_v, rows)
     want = reference.distance(

@@ -90,9 +90,25 @@ def test_packings_are_the_layouts_vllm_documents(packed: Packing) -> None:
             + (channel % 16) * 2
             + token % 2,
         ),
+        Packing.LATENT: (token * 2 * dim + dim + channel, token * 2 * dim + channel),
     }[packed]
     assert flat.nonzero().flatten().tolist() == sorted(place)
     assert (flat[place[0]], flat[place[1]]) == (1.0, 2.0)
+
+
+def test_a_latent_row_is_the_latent_and_behind_it_the_key_that_turns() -> None:
+    """As ``concat_and_cache_mla`` writes it; DeepSeek's widths."""
+    cache = torch.arange(2 * 16 * 576.0).view(2, 1, 16, 576)
+    group = PageGroup((cache,), Packing.LATENT, 64, 64, interleaved=True)
+    assert (group.value_dim, group.row_dim, group.kv_heads) == (512, 576, 1)
+    k, v = packing.read(group, 0, torch.tensor([18]))
+    assert torch.equal(v[0, 0], cache[1, 0, 2, :512])
+    assert torch.equal(k[0, 0], cache[1, 0, 2, 512:])
+    quarter = Rotation(torch.zeros(1, 32), torch.ones(1, 32))
+    reference.load(group, torch.tensor([18]), torch.tensor([3]), quarter)
+    assert torch.equal(cache[0, 0, 3, :512], cache[1, 0, 2, :512])
+    pairs, turned = cache[1, 0, 2, 512:].view(32, 2), cache[0, 0, 3, 512:].view(32, 2)
+    assert torch.equal(turned, torch.stack((-pairs[:, 1], pairs[:, 0]), dim=-1))
 
 
 def test_a_sum_of_anchors_is_the_papers_weighted_sum() -> None:

@@ -16,14 +16,19 @@ from kvcomm_vllm.kernels.pages import PageGroup, Rotation
 
 TOKENS = 6
 EXAMPLES = settings(max_examples=8, deadline=None, derandomize=True)
-PAIRS = st.sampled_from([(64, 64, False), (80, 48, True), (64, 24, False)])
+# The last one of latent pages, with a V of 80.
+PAIRS = st.sampled_from(
+    [(64, 64, False, 0), (80, 48, True, 0), (64, 24, False, 0), (32, 32, True, 80)]
+)
 SHIFTS = st.integers(-40_000, 40_000)
 SEEDS = st.integers(0, 1000)
 SLOTS = torch.arange(TOKENS, device=DEVICE) * 3
 
 
-def case_of(pairs: tuple[int, int, bool]) -> Case:
-    return Case("fp32", *pairs, heads=2, layers=2, tokens=TOKENS)
+def case_of(pairs: tuple[int, int, bool, int]) -> Case:
+    *head, latent = pairs
+    heads = 1 if latent else 2
+    return Case("fp32", *head, heads=heads, layers=2, tokens=TOKENS, latent=latent)
 
 
 def by(positions: int, case: Case) -> Rotation:
@@ -43,7 +48,7 @@ def rows(group: PageGroup) -> torch.Tensor:
 @EXAMPLES
 @given(PAIRS, SHIFTS, SEEDS)
 def test_rotating_there_and_back_changes_nothing(
-    pairs: tuple[int, int, bool], shift: int, seed: int
+    pairs: tuple[int, int, bool, int], shift: int, seed: int
 ) -> None:
     case = case_of(pairs)
     group = poisoned_group(case, seed)
@@ -56,7 +61,7 @@ def test_rotating_there_and_back_changes_nothing(
 @EXAMPLES
 @given(PAIRS, SHIFTS, SHIFTS, SEEDS)
 def test_two_shifts_are_one_shift_by_their_sum(
-    pairs: tuple[int, int, bool], first: int, second: int, seed: int
+    pairs: tuple[int, int, bool, int], first: int, second: int, seed: int
 ) -> None:
     case = case_of(pairs)
     twice, once = poisoned_group(case, seed), poisoned_group(case, seed)
@@ -69,7 +74,7 @@ def test_two_shifts_are_one_shift_by_their_sum(
 @EXAMPLES
 @given(PAIRS, SHIFTS, SEEDS)
 def test_it_does_not_matter_which_pages_hold_the_tokens(
-    pairs: tuple[int, int, bool], shift: int, seed: int
+    pairs: tuple[int, int, bool, int], shift: int, seed: int
 ) -> None:
     case = case_of(pairs)
     group, shuffled = poisoned_group(case, seed), poisoned_group(case, seed)
@@ -88,7 +93,7 @@ def test_it_does_not_matter_which_pages_hold_the_tokens(
 @EXAMPLES
 @given(PAIRS, st.sampled_from(["token", "mean", "code"]), SHIFTS, SHIFTS)
 def test_zero_deviation_is_rotation_alone(
-    pairs: tuple[int, int, bool], kind: str, old: int, new: int
+    pairs: tuple[int, int, bool, int], kind: str, old: int, new: int
 ) -> None:
     case = case_of(pairs)
     corrected, plain = poisoned_group(case), poisoned_group(case)

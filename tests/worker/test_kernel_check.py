@@ -24,35 +24,38 @@ from kvcomm_vllm.worker.corrections.paper import PaperArena
 from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.rope import Rope
 
-HEADS, DIM, PAGE, LAYERS = 2, 32, 16, 3
+HEADS, DIM, PAGE, LAYERS, LATENT = 2, 32, 16, 3, 48
+KINDS = ("means", "map", "sum")
 
 
 def pages(packing: Packing = Packing.VEC, dtype: torch.dtype = torch.float32) -> PageGroup:
-    caches = tuple(torch.zeros(4, HEADS, PAGE, 2 * DIM, dtype=dtype) for _ in range(LAYERS))
+    heads, both = (1, LATENT + DIM) if packing is Packing.LATENT else (HEADS, 2 * DIM)
+    caches = tuple(torch.zeros(4, heads, PAGE, both, dtype=dtype) for _ in range(LAYERS))
     return PageGroup(caches, packing, DIM, DIM)
 
 
-def kinds() -> dict[str, Deviation]:
+def deviation(kind: str, group: PageGroup) -> Deviation:
     """Of one token, without numbers."""
-    means = torch.zeros(1, LAYERS - 1, HEADS, DIM)
+    shape = (1, LAYERS - 1, group.kv_heads)
+    k, v = torch.zeros(*shape, group.head_dim), torch.zeros(*shape, group.value_dim)
     row, entry = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
-    code, up = torch.zeros(1, LAYERS - 1, 16), torch.zeros(1, LAYERS - 1, HEADS, 16, 2 * DIM)
+    code, up = torch.zeros(1, LAYERS - 1, 16), torch.zeros(*shape, 16, group.row_dim)
     one = torch.ones(1, 1)
-    return {
-        "means": MeanMap(means, means, row, skip_layers=1),
-        "map": MeanMap(means, means, row, code, up, entry, 1),
-        "sum": AnchorSum(means, means, one.long(), one, one, 1),
-    }
+    if kind == "sum":
+        return AnchorSum(k, v, one.long(), one, one, 1)
+    if kind == "means":
+        return MeanMap(k, v, row, skip_layers=1)
+    return MeanMap(k, v, row, code, up, entry, 1)
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packing", Packing)
 def test_a_right_kernel_passes_and_leaves_the_pages_empty(
     packing: Packing, dtype: torch.dtype, kind: str
 ) -> None:
     group = pages(packing, dtype)
-    check_corrections([(group, kinds()[kind])], cpu_correct.load_corrected)
+    check_corrections([(group, deviation(kind, group))], cpu_correct.load_corrected)
     assert not any(page.any() for page in group.layers)
 
 
@@ -82,7 +85,7 @@ def corrects_the_first_layer(deviation: Any) -> Any:
     return replace(deviation, skip_layers=0, **{name: longer(name) for name in names})
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "wrong", [adds_nothing, forgets_values, takes_the_next_row, corrects_the_first_layer]
 )
@@ -94,7 +97,7 @@ def test_a_kernel_that_does_something_else_is_refused(
         reference.load_corrected(*others, wrong(deviation))
 
     with pytest.raises(Unsupported, match="corrected") as found:
-        check_corrections([(pages(), kinds()[kind])], kernel)
+        check_corrections([(pages(), deviation(kind, pages()))], kernel)
     assert found.value.reason is Reason.SELF_CHECK_FAILED
 
 
@@ -104,7 +107,7 @@ def test_the_map_of_another_placeholder_is_refused() -> None:
         reference.load_corrected(*others, replace(deviation, entry=1 - deviation.entry))
 
     with pytest.raises(Unsupported, match="corrected"):
-        check_corrections([(pages(), kinds()["map"])], kernel)
+        check_corrections([(pages(), deviation("map", pages()))], kernel)
 
 
 @pytest.mark.parametrize(

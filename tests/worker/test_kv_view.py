@@ -12,9 +12,14 @@ import torch
 from kvcomm_vllm.kernels.pages import Packing
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
-from kvcomm_vllm.worker.kv_view import STRIDED_BACKENDS, build_groups, packing_of
+from kvcomm_vllm.worker.kv_view import (
+    LATENT_BACKENDS,
+    STRIDED_BACKENDS,
+    build_groups,
+    packing_of,
+)
 
-HEAD = 32
+HEAD, LATENT = 32, 96
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -42,6 +47,16 @@ class Layer(torch.nn.Module):
             setattr(self, name, value)
         backend = "CPU_ATTN" if self.kv_cache.device.type == "cpu" else "FLASH_ATTN"
         self.attn_backend = changes.get("attn_backend", SimpleNamespace(get_name=lambda: backend))
+
+
+class LatentLayer(Layer):
+    """What is looked at of vLLM's MLA layer."""
+
+    def __init__(self, **changes: Any) -> None:
+        pages = cache(4, 16, LATENT + HEAD)
+        named = SimpleNamespace(get_name=lambda: "CPU_MLA")
+        given = {"kv_cache": pages, "head_size": LATENT + HEAD, "attn_backend": named}
+        super().__init__(**given | {"kv_lora_rank": LATENT, "indexer": None} | changes)
 
 
 def attention(layer: Layer, rotary: torch.nn.Module | None) -> torch.nn.Module:
@@ -203,3 +218,55 @@ def test_fp8_pages_come_with_the_layers_scales() -> None:
     (group,) = build((Layer(kv_cache=stored, kv_cache_dtype="fp8_e5m2"), RotaryEmbedding()))
     assert group.pages.layers[0].dtype is torch.float8_e5m2
     assert (group.pages.k_scales, group.pages.v_scales) == ((0.5,), (0.25,))
+
+
+@pytest.mark.parametrize("backend", sorted(LATENT_BACKENDS))
+def test_rows_of_mla_are_a_latent_and_a_key_behind_it(backend: str) -> None:
+    rotary = RotaryEmbedding()
+    layers = [LatentLayer(attn_backend=SimpleNamespace(get_name=lambda: backend)) for _ in range(2)]
+    (group,) = build(*((layer, rotary) for layer in layers))
+    pages = group.pages
+    assert list(group.layers) == layers
+    assert pages.packing is Packing.LATENT
+    assert (pages.kv_heads, pages.tokens_per_page) == (1, 16)
+    assert (pages.head_dim, pages.value_dim) == (HEAD, LATENT)
+    assert pages.layers[0].data_ptr() == layers[0].kv_cache.data_ptr()
+
+
+def test_fp8_rows_of_mla_have_one_scale() -> None:
+    stored = cache(4, 16, LATENT + HEAD, dtype=torch.uint8, device="meta")
+    named = SimpleNamespace(get_name=lambda: "FLASHMLA")
+    layer = LatentLayer(kv_cache=stored, kv_cache_dtype="fp8", attn_backend=named)
+    (group,) = build((layer, RotaryEmbedding()))
+    assert group.pages.layers[0].dtype is torch.float8_e4m3fn
+    assert (group.pages.k_scales, group.pages.v_scales) == ((0.5,), (0.5,))
+
+
+REFUSED_ROWS = {
+    "tokens are picked": ({"indexer": object()}, Reason.SPARSE_ATTENTION),
+    "tokens are picked for another layer": ({"use_sparse": True}, Reason.SPARSE_ATTENTION),
+    "bytes of a format of its own": (
+        {"kv_cache": cache(4, 16, 656, dtype=torch.uint8), "kv_cache_dtype": "fp8_ds_mla"},
+        Reason.KV_QUANTISED,
+    ),
+    "fp8 that is not known": (
+        {
+            "kv_cache": cache(4, 16, LATENT + HEAD, dtype=torch.uint8),
+            "kv_cache_dtype": "fp8_per_token",
+        },
+        Reason.KV_QUANTISED,
+    ),
+    "padded rows": ({"kv_cache": cache(4, 16, 640)}, Reason.UNKNOWN_LAYOUT),
+    "several rows": ({"kv_cache": cache(4, 2, 16, LATENT + HEAD)}, Reason.UNKNOWN_LAYOUT),
+    "no key that is rotated": ({"head_size": LATENT}, Reason.UNKNOWN_LAYOUT),
+    "a backend for K and V": (
+        {"attn_backend": SimpleNamespace(get_name=lambda: "FLASH_ATTN")},
+        Reason.UNKNOWN_BACKEND,
+    ),
+    "an indexer's cache": ({"impl": None}, Reason.UNKNOWN_BACKEND),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED_ROWS.values(), ids=REFUSED_ROWS)
+def test_rows_that_are_not_understood_are_refused(changes: dict[str, Any], reason: Reason) -> None:
+    assert refusal(LatentLayer(**changes)).reason is reason

@@ -38,6 +38,14 @@ ROPES: dict[str, dict[str, Any]] = {
     "llama3": {"rope_type": "llama3", **LLAMA3, **ORIGINAL},
     "yarn": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL},
     "yarn doubled": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2.0, **ORIGINAL},
+    "deepseek": {
+        "neox": False,
+        "rope_type": "deepseek_yarn",
+        "factor": 4.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        **ORIGINAL,
+    },
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
     "m-rope": {"mrope_section": [6, 5, 5]},
     "m-rope interleaved": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
@@ -89,8 +97,9 @@ def rotated(module: Any, keys: torch.Tensor, positions: torch.Tensor) -> torch.T
     native = module.forward if own else getattr(module, "forward_native", module.forward)
     if isinstance(module, vllm_rope.MRotaryEmbedding):
         positions = positions.expand(3, -1)
-    flat = keys.flatten(1)
-    result: torch.Tensor = native(positions, flat.clone(), flat.clone())[1]
+    with_heads = type(module).__name__ == "DeepseekScalingRotaryEmbedding"
+    given = keys if with_heads else keys.flatten(1)
+    result: torch.Tensor = native(positions, given.clone(), given.clone())[1]
     return result.view(keys.shape)
 
 
@@ -182,7 +191,6 @@ def test_a_layer_without_rotary_embedding_keeps_its_keys(old: int, new: int) -> 
 REFUSED = [
     vllm_rope.FourierRotaryEmbedding,
     vllm_rope.DualChunkRotaryEmbedding,
-    vllm_rope.DeepseekScalingRotaryEmbedding,
     vllm_rope.DeepseekV4ScalingRotaryEmbedding,
     vllm_rope.Llama4VisionRotaryEmbedding,
 ]

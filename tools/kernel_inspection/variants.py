@@ -27,7 +27,9 @@ ANCHORS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """Cache shape of a variant; ``heads`` are this rank's KV heads, ``page`` tokens per page."""
+    """Cache shape of a variant; ``heads`` are this rank's KV heads, ``page`` tokens per page,
+    ``latent`` the channels of V in latent pages.
+    """
 
     dtype: torch.dtype = BF16
     head_dim: int = 128
@@ -36,11 +38,25 @@ class Shape:
     heads: int = 8
     page: int = 16
     layers: int = 32
+    latent: int = 0
+
+    @property
+    def value_dim(self) -> int:
+        return self.latent or self.head_dim
+
+    @property
+    def row_dim(self) -> int:
+        return self.head_dim + self.value_dim
+
+    @property
+    def widest(self) -> int:
+        return max(self.head_dim, self.value_dim)
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.").replace("float8_", "").removesuffix("fn")
         pairs = "gptj" if self.interleaved else "neox"
-        return f"{kind} D{self.head_dim} R{self.rotary_dim} {pairs} H{self.heads}"
+        dims = f"D{self.head_dim}" + (f"+{self.latent}" if self.latent else "")
+        return f"{kind} {dims} R{self.rotary_dim} {pairs} H{self.heads}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,15 @@ class Variant:
     def power_of_two(self) -> bool:
         """Whether no block is padded, so that blocks tell exactly how many bytes move."""
         s = self.shape
-        return all(n == 0 or n == next_power(n) for n in (s.rotary_dim, s.head_dim - s.rotary_dim))
+        blocks = (s.rotary_dim, s.head_dim - s.rotary_dim, s.value_dim)
+        return all(n == 0 or n == next_power(n) for n in blocks)
+
+
+# Of DeepSeek V3, and of Kimi K2.
+LATENT = tuple(
+    Shape(dtype, 64, 64, interleaved=True, heads=1, page=64, layers=61, latent=512)
+    for dtype in (BF16, FP32, E4M3)
+)
 
 
 def _variant(
@@ -93,11 +117,13 @@ def _variant(
 ) -> Variant:
     base = shape_constants(
         head_dim=shape.head_dim,
+        value_dim=shape.value_dim,
         rotary_dim=shape.rotary_dim,
         interleaved=shape.interleaved,
         heads=shape.heads,
         page=shape.page,
         dtype=shape.dtype,
+        latent=shape.latent > 0,
     )
     base = coded.code_constants(base, rank) if rank else base
     of_arena: tuple[str, ...] = ("p_dk", "p_dv", "p_anchor_k", "p_anchor_v")
@@ -115,7 +141,7 @@ def _variant(
             types[argument] = "*fp32"
         elif argument.startswith("stride_") or argument in ("T", "L", "A", "SKIP"):
             types[argument] = "i32"
-    # Strides are products with head_dim; tables come from torch's allocator.
+    # Strides are products with channels; tables come from torch's allocator.
     aligned = frozenset(a for a in kernel.arg_names if a.startswith(("p_", "stride_")))
     launch = Launch(kernel, types, {**base, **constants}, aligned, num_warps)
     name = f"{name}, {shape}"
@@ -124,28 +150,28 @@ def _variant(
 
 def load_variant(shape: Shape) -> Variant:
     """``load``."""
-    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    tokens = tokens_per_block(shape.widest, shape.dtype.itemsize)
     layers = layers_per_program(shape.heads, shape.layers)
     return _variant(
         "load",
         shape,
         load.load_kernel,
         constants={"BT": tokens, "BL": layers},
-        minimum=4 * shape.head_dim * shape.dtype.itemsize,
+        minimum=2 * shape.row_dim * shape.dtype.itemsize,
         rows=tokens * layers * shape.heads,
     )
 
 
 def sum_variant(shape: Shape, anchors: int) -> Variant:
     """``load_corrected`` with the weighted sum of so many anchors; 0: with a mean, one row."""
-    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    tokens = tokens_per_block(shape.widest, shape.dtype.itemsize)
     layers, rows = layers_per_program(shape.heads, shape.layers), max(1, anchors)
     return _variant(
         f"load + {anchors} anchors" if anchors else "load + mean",
         shape,
         correct.load_sum_kernel,
         constants={"WEIGHTED": anchors > 0, "BT": tokens, "BL": layers},
-        minimum=2 * shape.head_dim * (2 * shape.dtype.itemsize + rows * BF16.itemsize),
+        minimum=shape.row_dim * (2 * shape.dtype.itemsize + rows * BF16.itemsize),
         rows=tokens * layers * shape.heads,
         trips=(rows,),
     )
@@ -153,8 +179,8 @@ def sum_variant(shape: Shape, anchors: int) -> Variant:
 
 def code_variant(shape: Shape, rank: int = RANK, *, arena: torch.dtype = BF16) -> Variant:
     """``load_corrected`` with mean and codes (fp32)."""
-    tokens, dim = coded.block_tokens(shape.head_dim), shape.head_dim
-    numbers, code = 2 * dim * rank, 4 * rank / shape.heads
+    tokens, dim = coded.block_tokens(shape.widest), shape.row_dim
+    numbers, code = dim * rank, 4 * rank / shape.heads
     again = 2 * 4 * rank - code if rank > coded.BLOCK_RANK else 0
     exact = " in fp32" if arena is FP32 else ""
     return _variant(
@@ -163,7 +189,7 @@ def code_variant(shape: Shape, rank: int = RANK, *, arena: torch.dtype = BF16) -
         coded.load_coded_kernel,
         arena=arena,
         constants={"BT": tokens},
-        minimum=2 * dim * (2 * shape.dtype.itemsize + arena.itemsize) + code,
+        minimum=dim * (2 * shape.dtype.itemsize + arena.itemsize) + code,
         rows=tokens * shape.heads,
         shared=numbers * arena.itemsize / tokens,
         # Undo and redo: cos and sin in fp32 for each pair. A long code is read for K and V anew.
@@ -176,28 +202,28 @@ def code_variant(shape: Shape, rank: int = RANK, *, arena: torch.dtype = BF16) -
 
 def collect_variant(shape: Shape) -> Variant:
     """``collect`` into bf16."""
-    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    tokens = tokens_per_block(shape.widest, shape.dtype.itemsize)
     layers = layers_per_program(shape.heads, shape.layers)
     return _variant(
         "collect",
         shape,
         collect.collect_kernel,
         constants={"BT": tokens, "BL": layers},
-        minimum=2 * shape.head_dim * (shape.dtype.itemsize + BF16.itemsize),
+        minimum=shape.row_dim * (shape.dtype.itemsize + BF16.itemsize),
         rows=tokens * layers * shape.heads,
     )
 
 
 def distance_variant(shape: Shape, anchors: int = 20) -> Variant:
     """``distance``."""
-    tokens = tokens_per_block(shape.head_dim, shape.dtype.itemsize)
+    tokens = tokens_per_block(shape.widest, shape.dtype.itemsize)
     heads = min(shape.heads, distance.BLOCK_HEADS)
     return _variant(
         f"distance, {anchors} anchors",
         shape,
         distance.distance_kernel,
         constants={"BT": tokens, "BH": heads},
-        minimum=2 * shape.head_dim * (shape.dtype.itemsize + anchors * BF16.itemsize),
+        minimum=shape.row_dim * (shape.dtype.itemsize + anchors * BF16.itemsize),
         rows=tokens * heads,
         trips=(anchors,),
     )
@@ -221,6 +247,13 @@ def all_variants() -> Iterator[Variant]:
     )
     for shape in shapes:
         yield load_variant(shape)
+    for shape in LATENT:
+        yield load_variant(shape)
+        yield sum_variant(shape, ANCHORS)
+        yield sum_variant(shape, 0)
+        yield collect_variant(shape)
+        yield code_variant(shape)
+        yield distance_variant(shape)
     for shape in (shapes[0], shapes[3], shapes[5], shapes[9]):
         yield sum_variant(shape, ANCHORS)
         yield sum_variant(shape, 0)

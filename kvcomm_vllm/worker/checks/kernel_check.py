@@ -39,8 +39,8 @@ def check_corrections(
         undo, redo = (noise.turn(len(source), pages.rotary_dim // 2) for _ in range(2))
         deviation = noise.like(example, len(source))
         for index in range(len(pages.layers)):
-            k, v = (noise.of(len(source), pages.kv_heads, pages.head_dim) for _ in range(2))
-            packing.write(pages, index, source, k, v)
+            both = noise.of(len(source), pages.kv_heads, pages.row_dim)
+            packing.write(pages, index, source, *pages.split(both))
         found = []
         for load in (kernel, reference.load_corrected):
             load(pages, source, target, undo, redo, deviation)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvcomm_vllm.compat.layers import cache_of
 from kvcomm_vllm.compat.metadata import MetadataBuilder
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.messages import HoleOp
@@ -38,10 +39,13 @@ def check_page_sizes(
             detail = f"block tables of {builder.block_size}-token pages, not {block_size}"
             raise Unsupported(Reason.UNKNOWN_LAYOUT, detail)
         for name in builder.layer_names:
-            cache = getattr(layers.get(name), "kv_cache", None)
-            if cache is not None and cache.shape[2] != builder.kernel_block_size:
+            layer = layers.get(name)
+            if not hasattr(layer, "kv_cache"):
+                continue
+            tokens = cache_of(layer).shape[2]
+            if tokens != builder.kernel_block_size:
                 detail = (
-                    f"{name}: pages of {cache.shape[2]} tokens, attention reads pages of "
+                    f"{name}: pages of {tokens} tokens, attention reads pages of "
                     f"{builder.kernel_block_size}"
                 )
                 raise Unsupported(Reason.UNKNOWN_LAYOUT, detail)
@@ -118,7 +122,7 @@ def _tokens(vocabulary: int, count: int) -> list[int]:
 
 
 def _values(groups: list[LayerGroup], slots: torch.Tensor) -> list[torch.Tensor]:
-    """Every layer's values at the slots: ``[tokens, kv_heads, head_dim]``; keys may be mostly
+    """Every layer's values at the slots: ``[tokens, kv_heads, value_dim]``; keys may be mostly
     bias.
     """
     slots = slots.to(groups[0].pages.layers[0].device)

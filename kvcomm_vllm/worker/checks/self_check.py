@@ -13,7 +13,7 @@ import torch
 
 from kvcomm_vllm.compat.layers import write_kv
 from kvcomm_vllm.kernels import packing
-from kvcomm_vllm.kernels.pages import PageGroup
+from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.kv_view import LayerGroup
@@ -49,24 +49,25 @@ def self_check(groups: list[LayerGroup], block_size: int, kernel: LoadKernel) ->
 def _native(
     group: LayerGroup, old: torch.Tensor, new: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random K rotated by the model to both places, and V: ``[tokens, kv_heads, head_dim]`` in the
-    model's dtype.
+    """Random K rotated by the model to both places, and V: ``[tokens, kv_heads, head_dim]``, V with
+    ``value_dim``, in the model's dtype.
     """
     pages = group.pages
     generator = torch.Generator().manual_seed(0)
-    shape = (len(old), pages.kv_heads, pages.head_dim)
+    shape = (len(old), pages.kv_heads)
     dtype = pages.layers[0].dtype if pages.layers[0].dtype.itemsize > 1 else torch.bfloat16
     plain, values = (
-        torch.randn(shape, generator=generator).to(old.device, dtype) for _ in range(2)
+        torch.randn(*shape, dim, generator=generator).to(old.device, dtype)
+        for dim in (pages.head_dim, pages.value_dim)
     )
     if group.rotary is None:
         return plain, plain, values
     native = getattr(group.rotary, "forward_native", group.rotary.forward)
 
     def rotated(positions: torch.Tensor) -> torch.Tensor:
-        flat = plain.flatten(1)
-        key: torch.Tensor = native(positions, flat.clone(), flat.clone())[1]
-        return key.view(shape)
+        given = plain if pages.packing is Packing.LATENT else plain.flatten(1)  # as models do
+        key: torch.Tensor = native(positions, given.clone(), given.clone())[1]
+        return key.view_as(plain)
 
     return rotated(old), rotated(new), values
 

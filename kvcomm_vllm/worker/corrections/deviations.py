@@ -48,7 +48,7 @@ def true_of(group: LayerGroup, parts: list[LoadOp], block_ids: list[int], block_
 def deviations(
     group: LayerGroup, base: Lying, true: Lying, skip_layers: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Per layer true minus base (K, V), both unrotated: fp32 ``[tokens, heads, 2 * dim]``."""
+    """Per layer true minus base (K, V), both unrotated: fp32 ``[tokens, heads, row_dim]``."""
     for layer in range(skip_layers, len(group.layers)):
         found = []
         for side in (base, true):

@@ -38,7 +38,7 @@ class Features:
             k_scales=group.k_scales and tuple(group.k_scales[i] for i in chosen),
             v_scales=group.v_scales and tuple(group.v_scales[i] for i in chosen),
         )
-        self.raw_width = len(chosen) * group.kv_heads * 2 * group.head_dim
+        self.raw_width = len(chosen) * group.kv_heads * group.row_dim
         self.folds = -(-self.raw_width // inputs)
         self.inputs = -(-self.raw_width // self.folds)
         device = group.layers[0].device
@@ -60,9 +60,9 @@ class Features:
             slots: int64 ``[tokens]``, where the base KV lies; ``undo``: ``R(-position)`` of each.
         """
         pages = self.pages
-        shape = (len(slots), len(pages.layers), pages.kv_heads, 2 * pages.head_dim)
+        shape = (len(slots), len(pages.layers), pages.kv_heads, pages.row_dim)
         found = torch.empty(shape, device=slots.device)
-        k, v = found[..., : pages.head_dim], found[..., pages.head_dim :]
+        k, v = pages.split(found)
         if accelerator.accelerated(slots.device):
             from kvcomm_vllm.kernels.collect import collect
         else:

@@ -47,7 +47,7 @@ from kvcomm_vllm.worker.upload import upload
 
 
 class GroupArena:
-    """One layer group's part of the arena, K unrotated: ``[rows, layers, kv_heads, 2 * head_dim]``.
+    """One layer group's part of the arena, K unrotated: ``[rows, layers, kv_heads, row_dim]``.
 
     Attributes:
         base: base KV of messages; true KV of the text behind them.
@@ -58,7 +58,7 @@ class GroupArena:
         self.group = group
         self.skip_layers = skip_layers
         layers, dtype = len(group.pages.layers), _arena_dtype(group.pages)
-        shape = (rows, group.pages.kv_heads, 2 * group.pages.head_dim)
+        shape = (rows, group.pages.kv_heads, group.pages.row_dim)
         device = group.pages.layers[0].device
         # layer by layer in memory, as everything here goes through it
         self.base, self.change = (
@@ -68,7 +68,7 @@ class GroupArena:
 
     def changes(self, rows: torch.Tensor, wk: torch.Tensor, wv: torch.Tensor) -> AnchorSum:
         """The weighted sum of the changes in ``rows``; see :class:`AnchorSum`."""
-        dk, dv = self.change.chunk(2, dim=-1)
+        dk, dv = self.group.pages.split(self.change)
         return AnchorSum(dk, dv, rows, wk, wv, self.skip_layers)
 
 
@@ -106,12 +106,15 @@ class PaperArena:
         ]
         pages = [group.pages for group in groups]
         self.device = pages[0].layers[0].device
-        # of K, or of V, of one token
-        self.elements = sum(p.kv_heads * p.head_dim * len(p.layers) for p in pages)
+        # of K and of V of one token
+        self.elements = (
+            sum(p.kv_heads * p.head_dim * len(p.layers) for p in pages),
+            sum(p.kv_heads * p.value_dim * len(p.layers) for p in pages),
+        )
         self.distance: DistanceKernel | None = None
         self.correct: CorrectKernel | None = None
         if self.room:
-            near = [p.base.chunk(2, dim=-1) for p in self.parts]
+            near = [p.group.pages.split(p.base) for p in self.parts]
             self.distance = distance_kernel(
                 [(page, k, v) for page, (k, v) in zip(pages, near, strict=True)]
             )
@@ -175,7 +178,7 @@ class PaperArena:
         slots, positions = self._source(load)
         rows = self._rows(anchors, load.length)
         for part in self.parts:
-            near_k, near_v = part.base.chunk(2, dim=-1)
+            near_k, near_v = part.group.pages.split(part.base)
             undo = part.group.rope.undo(positions)
             yield self.distance(part.group.pages, slots, undo, near_k, near_v, rows)
 
@@ -211,13 +214,13 @@ class PaperArena:
         sums = list(self._sums(op.base, op.anchors))
         both = (sum(s.abs_k for s in sums), sum(s.abs_v for s in sums))
         wk, wv = (
-            softmax_weights(token_distances(torch.as_tensor(part), self.elements), self.temperature)
-            for part in both
+            softmax_weights(token_distances(torch.as_tensor(part), count), self.temperature)
+            for part, count in zip(both, self.elements, strict=True)
         )
         return wk, wv
 
     def _channel_distances(self, layer: Layer, op: EstimateOp, x: torch.Tensor) -> torch.Tensor:
-        """fp32 ``[anchors, kv_heads, 2 * head_dim]``: the message against each anchor's last
+        """fp32 ``[anchors, kv_heads, row_dim]``: the message against each anchor's last
         tokens.
         """
         squares = []
@@ -228,7 +231,7 @@ class PaperArena:
         return channel_distances(torch.stack(squares))
 
     def _behind(self, layer: Layer, op: EstimateOp, distances: torch.Tensor) -> torch.Tensor:
-        """fp32 ``[stop - start, kv_heads, 2 * head_dim]``.
+        """fp32 ``[stop - start, kv_heads, row_dim]``.
 
         Each run of tokens is weighted over the anchors that know it: to take weights over all and
         divide by their sum would be 0 / 0 where one that does not is far nearer than the others.
@@ -288,12 +291,13 @@ class PaperArena:
             yield layer, turn_keys(k, undo, pages.interleaved), v
 
     def _write(self, layer: Layer, block_ids: list[int], start: int, both: torch.Tensor) -> None:
-        """``both`` is unrotated K and V ``[tokens, kv_heads, 2 * head_dim]``; from ``start`` on."""
+        """``both`` is unrotated K and V ``[tokens, kv_heads, row_dim]``; from ``start`` on."""
         slots = slots_of(block_ids, start, len(both), self.block_size)
         there, positions = upload(
             [slots, start + np.arange(len(both), dtype=np.int64)], self.device
         )
-        pages, (k, v) = layer.group.pages, both.chunk(2, dim=-1)
+        pages = layer.group.pages
+        k, v = pages.split(both)
         turned = turn_keys(k, layer.group.rope.redo(positions), pages.interleaved)
         packing.write(pages, layer.number, there, turned, v)
 
@@ -307,7 +311,7 @@ def _example(part: GroupArena) -> AnchorSum:
 def _row_bytes(pages: PageGroup, skip_layers: int) -> int:
     """Of one token in one group's arenas."""
     layers = 2 * len(pages.layers) - skip_layers
-    return layers * pages.kv_heads * 2 * pages.head_dim * _arena_dtype(pages).itemsize
+    return layers * pages.kv_heads * pages.row_dim * _arena_dtype(pages).itemsize
 
 
 def _arena_dtype(pages: PageGroup) -> torch.dtype:

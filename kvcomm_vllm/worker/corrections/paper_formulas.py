@@ -12,7 +12,7 @@ import torch
 
 def token_distances(absolute: torch.Tensor, count: int) -> torch.Tensor:
     """Mean absolute difference per token ``[anchors, tokens]`` (Eq. 6; the paper's code takes the
-    mean where its text has a norm); ``count`` = layers * kv_heads * head_dim over all groups."""
+    mean where its text has a norm); ``count`` = layers * kv_heads * channels over all groups."""
     return absolute.float() / count
 
 

@@ -44,8 +44,8 @@ def _shapes(
     group: PageGroup, features: Features, skip_layers: int, settings: EstimatorConfig
 ) -> Shapes:
     """Shape and dtype of all that is kept of one placeholder: its sums, and what they say."""
-    layers, heads, dim = len(group.layers) - skip_layers, group.kv_heads, group.head_dim
-    rows, outputs, width = settings.head_tokens + 1, heads * 2 * dim, features.width
+    layers, heads = len(group.layers) - skip_layers, group.kv_heads
+    rows, outputs, width = settings.head_tokens + 1, heads * group.row_dim, features.width
     rank = min(settings.map_rank, outputs, width)
     single = {
         "count": (rows,),
@@ -56,13 +56,13 @@ def _shapes(
         "square": (width, width),
         "cross": (layers, width, outputs),
         # by means alone, and by means beside the map
-        "mean_k": (2, rows, layers, heads, dim),
-        "mean_v": (2, rows, layers, heads, dim),
+        "mean_k": (2, rows, layers, heads, group.head_dim),
+        "mean_v": (2, rows, layers, heads, group.value_dim),
     }
     shapes: Shapes = {name: (shape, torch.float32) for name, shape in single.items()}
     down, up = _factor_dtypes(group)
     shapes["down"] = ((width, layers, rank), down)
-    shapes["up"] = ((layers, heads, rank, 2 * dim), up)
+    shapes["up"] = ((layers, heads, rank, group.row_dim), up)
     return shapes
 
 
@@ -134,7 +134,8 @@ class ResidualArena:
         self.settings = settings
         self.skip_layers = skip_layers
         self.features = Features(group, settings.map_inputs)
-        self.heads, self.dim = group.kv_heads, group.head_dim
+        self.heads, self.split = group.kv_heads, group.split
+        self.row_dim = group.row_dim
         self.device = group.layers[0].device
         self._parts = {
             name: torch.zeros(capacity, *shape, dtype=dtype, device=self.device)
@@ -143,8 +144,7 @@ class ResidualArena:
         self.layers, _, self.rank, _ = self._parts["up"].shape[1:]
         parts = self._parts
         self._maps = CodeMaps(parts["factor"], parts["offset"], self.features.decays, parts["down"])
-        outputs = self.heads * 2 * self.dim
-        self._start = start_directions(outputs, self.rank, self.device)
+        self._start = start_directions(self.heads * self.row_dim, self.rank, self.device)
         self._taught: set[int] = set()
         self._unsolved: int | None = None
         self._solution: _Solution | None = None
@@ -195,7 +195,7 @@ class ResidualArena:
         Args:
             index: int64 ``[tokens]``, each token's index in the placeholder.
             raw: ``[tokens, raw_width]``, what ``features.raw`` says of the base.
-            deviations: per layer true minus base (K, V), fp32 ``[tokens, heads, 2 * dim]``.
+            deviations: per layer true minus base (K, V), fp32 ``[tokens, heads, row_dim]``.
             judged_from: index of the first token whose prediction is judged (those before are
                 computed anyway).
         """
@@ -264,7 +264,7 @@ class ResidualArena:
         """
         index = torch.zeros(1, dtype=torch.int64, device=self.device)
         raw = torch.zeros(1, self.features.raw_width, device=self.device)
-        none = torch.zeros(1, self.heads, 2 * self.dim, device=self.device)
+        none = torch.zeros(1, self.heads, self.row_dim, device=self.device)
         self.learn(0, index, raw, [none] * self.layers, judged_from=0)
         self.solve(self.layers)
         self.reset(0)
@@ -273,8 +273,8 @@ class ResidualArena:
         return {name: part[entry] for name, part in self._parts.items()}
 
     def _squares(self, d: torch.Tensor) -> torch.Tensor:
-        squares: torch.Tensor = d.square().unflatten(-1, (2, self.dim))
-        return squares.sum((0, 1, 3))
+        """Of K and of V."""
+        return torch.stack([part.square().sum() for part in self.split(d)])
 
     def _begin(self, entry: int) -> _Solution:
         """What all layers have in common; Cholesky, since the matrix is positive."""
@@ -304,5 +304,5 @@ class ResidualArena:
         found["up"][layer] = up.view(self.rank, self.heads, -1).transpose(0, 1)
         mapped = mean_x @ found["down"][:, layer].float() @ up  # as it is stored
         for kind, means in enumerate((mean_d, mean_d - mapped)):
-            k, v = means.view(-1, self.heads, 2, self.dim).unbind(2)
+            k, v = self.split(means.view(-1, self.heads, self.row_dim))
             found["mean_k"][kind, :, layer], found["mean_v"][kind, :, layer] = k, v
