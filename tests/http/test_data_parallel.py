@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +27,10 @@ def agents(short_smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("ranks")
     config = folder / "kvcomm.yaml"
     disk = f"disk_path: {folder / 'kv'}\n  disk_gb: 1\n  wait_seconds: 600"
-    config.write_text(f"{QUIET}report: full\ntiers:\n  host_gb: 0.1\n  {disk}\n")
+    trace = f"trace:\n  file: {folder / 'trace.jsonl'}\n"
+    config.write_text(f"{QUIET}report: full\ntiers:\n  host_gb: 0.1\n  {disk}\n{trace}")
     port = free_port()
-    extra = ["--data-parallel-size", str(RANKS), "--api-server-count", "1"]
+    extra = ["--data-parallel-size", str(RANKS), "--api-server-count", "2"]
     command = serve_command(
         short_smollm2, port, on_gpu=False, connector=True, config=config, extra=extra
     )
@@ -85,6 +87,28 @@ def test_tenants_are_the_same_in_all_ranks(told: dict[str, dict[str, Any]]) -> N
     same, another = told["quoted by its tenant"], told["quoted by another"]
     assert same["reused"] > most_of(same)
     assert (another["local"], another["reused"]) == (0, 0)
+
+
+def test_streams_have_reports_whichever_api_server_and_rank_they_meet(
+    agents: Agents, told: dict[str, dict[str, Any]]
+) -> None:
+    for number in range(8):
+        rank = {"X-data-parallel-rank": str(number % RANKS), "Connection": "close"}
+        options = {"include_usage": True}
+        text = story(10 + number, 40)
+        stream = agents.ask("reader", text, stream=True, stream_options=options, extra_headers=rank)
+        *_, last = stream
+        assert report(last)["prompt_tokens"] == last.usage.prompt_tokens
+
+
+def test_each_rank_has_a_trace_of_its_own(agents: Agents, told: dict[str, dict[str, Any]]) -> None:
+    first, second = (agents.server.log.parent / f"trace{rank}.jsonl" for rank in ("", ".dp1"))
+    assert wait_until(lambda: len(first.read_text().splitlines()) >= 3)
+    assert wait_until(lambda: len(second.read_text().splitlines()) >= len(told))
+    records = [json.loads(line) for line in second.read_text().splitlines()][: len(told)]
+    for record, one in zip(records, told.values(), strict=True):
+        assert {name: record[name] for name in one} == one
+    assert any(record.get("promoted", {}).get("slower") for record in records)
 
 
 def test_each_rank_has_a_pool_of_its_own(agents: Agents, told: dict[str, dict[str, Any]]) -> None:
