@@ -17,9 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.groups import group_of_layers
 from kvcomm_vllm.compat.offload import offloading_worker, pool_spec
 from kvcomm_vllm.compat.owners import find_engine, find_scheduler, find_wake_up
 from kvcomm_vllm.compat.scheduler import (
@@ -31,7 +33,7 @@ from kvcomm_vllm.compat.scheduler import (
     uncount_hits,
 )
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.guards.engine import engine_off
+from kvcomm_vllm.guards.engine import engine_groups, engine_off
 from kvcomm_vllm.messages import StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommPromMetrics, KVCommStats
 from kvcomm_vllm.reasons import Reason
@@ -77,7 +79,10 @@ class KVCommConnector(KVConnectorBase_V1):
             from kvcomm_vllm.scheduler.engine_state import EngineState
             from kvcomm_vllm.scheduler.half import SchedulerHalf
 
-            self._off = engine_off(vllm_config, kv_cache_config)
+            hybrid = isinstance(self, SupportsHMA)
+            self._off = engine_off(vllm_config, kv_cache_config, hybrid)
+            groups = engine_groups(vllm_config, kv_cache_config, self._off)
+            self._groups = groups
             if not recovers_failed_loads(vllm_config):
                 # For what workers could not repair either: an error is better than a wrong answer.
                 # Read when this returns.
@@ -95,6 +100,7 @@ class KVCommConnector(KVConnectorBase_V1):
                 engine,
                 find_wake_up(),
                 spec,
+                groups,
             )
             if self._vllm_scheduler is not None:
                 let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
@@ -108,7 +114,8 @@ class KVCommConnector(KVConnectorBase_V1):
             from kvcomm_vllm.worker.half import WorkerHalf
 
             make = spec and partial(offloading_worker, spec, vllm_config, kv_cache_config)
-            self._worker = WorkerHalf(self.config, vllm_config, block_size, make)
+            numbers = group_of_layers(kv_cache_config)
+            self._worker = WorkerHalf(self.config, vllm_config, block_size, make, numbers)
 
     # ---- scheduler ------------------------------------------------------------------------------
 
@@ -158,7 +165,12 @@ class KVCommConnector(KVConnectorBase_V1):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        self._scheduler.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+        block_ids, windowed = self._by_group(blocks.get_block_ids())
+        self._scheduler.admit(request, block_ids, num_external_tokens, windowed)
+
+    def _by_group(self, tables: tuple[list[int], ...]) -> tuple[list[int], dict[int, list[int]]]:
+        """The pages that hold all of a text, and those of windowed groups."""
+        return tables[self._groups.full], {group: tables[group] for group in self._groups.windows}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
@@ -251,3 +263,12 @@ class KVCommConnector(KVConnectorBase_V1):
         cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
     ) -> KVCommPromMetrics:
         return KVCommPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+class HybridKVCommConnector(KVCommConnector, SupportsHMA):
+    """The same beside vLLM's hybrid KV cache manager, which it leaves on (``hybrid_kv_cache``)."""
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finish(request, *self._by_group(block_ids))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 CONNECTOR_MODULE = "kvcomm_vllm.connector"
-CONNECTOR_CLASS = "KVCommConnector"
 
 
 def register() -> None:
@@ -38,8 +37,8 @@ def _register() -> str | None:
 
     from kvcomm_vllm.compat import cli
 
-    for name in cli.NAMES:
+    for name, class_name in cli.CLASSES.items():
         with suppress(ValueError):  # registered before
-            KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, CONNECTOR_CLASS)
+            KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, class_name)
     cli.install()
     return None

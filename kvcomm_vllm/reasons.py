@@ -250,6 +250,13 @@ class Reason(enum.StrEnum):
         "vLLM's token budget). Other requests wait for it in pieces; one with a LoRA adapter "
         "cannot, since meanwhile its adapter may not be in use.",
     )
+    WINDOW_HOLES = (
+        "window_holes",
+        Scope.REQUEST,
+        "More is to be computed between shared texts than one step takes (max_hole_tokens, or "
+        "vLLM's token budget), which layers with windows in pages of their own (hybrid_kv_cache) "
+        "cannot wait for in pieces.",
+    )
     LEARNING = (
         "learning",
         Scope.REQUEST,

@@ -22,6 +22,7 @@ from vllm.config import KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.hybrid import CLASSES, beside_hybrid, choose, wants_hybrid
 from kvcomm_vllm.compat.offload import unknown_tiers
 from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.config.address import Address
@@ -35,7 +36,7 @@ from kvcomm_vllm.guards.model import unsupported_model
 # Only loggers below "vllm" have a handler.
 logger = init_logger("vllm.kvcomm")
 
-NAMES = ("kvcomm", "KVCommConnector")
+NAMES = tuple(CLASSES)
 # To vLLM a consumer is sent KV by other engines: for one (``kv_both`` is one) it accepts embeddings
 # and holds freed pages back. A producer differs from it in nothing else that it does.
 ROLE = "kv_producer"
@@ -233,7 +234,13 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     config = checked(transfer)
     # With several API servers their parent (rank -1) has already said it.
     quiet = args._api_process_count > 1 and args._api_process_rank >= 0
-    reason = unsupported_model(model) or unsupported_arguments(args, transfer, model)
+    hybrid = wants_hybrid(config, args, model)
+    beside = beside_hybrid(config, args) if hybrid else None
+    if beside is not None:
+        hybrid = False
+        if not quiet:
+            logger.warning("hybrid_kv_cache has no effect beside %s", beside)
+    reason = unsupported_model(model) or unsupported_arguments(args, transfer, model, hybrid)
     if reason is not None:
         args.kv_transfer_config = None
         if not quiet:
@@ -243,8 +250,8 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
                 reason.explanation,
             )
         return
-    transfer = with_host_pool(args, transfer, config)
-    if args.disable_hybrid_kv_cache_manager is False:
+    transfer = choose(with_host_pool(args, transfer, config), hybrid)
+    if not hybrid and args.disable_hybrid_kv_cache_manager is False:
         # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
         args.disable_hybrid_kv_cache_manager = None
     if transfer.kv_load_failure_policy != "recompute" and not quiet:

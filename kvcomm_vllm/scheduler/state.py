@@ -26,6 +26,7 @@ from kvcomm_vllm.scheduler.refresh import Refresh
 from kvcomm_vllm.scheduler.repeats import repeats
 from kvcomm_vllm.scheduler.spans import Plan, Treatment
 from kvcomm_vllm.scheduler.taint import Taint
+from kvcomm_vllm.scheduler.window_pages import PlanWindows
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -57,6 +58,7 @@ class RequestState:
         trusted: its sender may know what is shared: only those who know its cache salt share with
             it, or the operator allows it.
         plan: made by the current scheduling attempt, not admitted yet.
+        windows: pages of windowed layers, of that plan, or of the one that is being loaded.
         block_ids: its block table at its last admission.
         loading: operations are on their way to the workers; ``awaited``: over several steps.
         hits: tokens to be loaded by them that vLLM has counted as hits.
@@ -90,6 +92,7 @@ class RequestState:
     taint: Taint
     local: int = 0
     plan: Plan | None = None
+    windows: PlanWindows | None = None
     admitted: bool = False
     block_ids: list[int] = field(default_factory=list)
     loading: bool = False

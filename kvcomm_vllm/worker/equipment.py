@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,14 +47,29 @@ class Equipment:
     corrections: dict[str, Correction]
 
     @property
+    def by_number(self) -> dict[int, list[LayerGroup]]:
+        """Groups of layers by vLLM's KV cache group."""
+        found: dict[int, list[LayerGroup]] = {}
+        for group in self.groups:
+            found.setdefault(group.number, []).append(group)
+        return found
+
+    @property
     def device(self) -> torch.device:
         return self.groups[0].pages.layers[0].device
 
 
 def equip(
-    runner: Any | None, vllm_config: Any, config: KVCommConfig, block_size: int
+    runner: Any | None,
+    vllm_config: Any,
+    config: KVCommConfig,
+    block_size: int,
+    numbers: Mapping[str, int] | None = None,
 ) -> tuple[Equipment, WorkerFacts]:
     """Learn the layout of the KV cache, check it, and reserve memory for anchors.
+
+    Args:
+        numbers: of vLLM's KV cache groups, by layer; None where there is one.
 
     Raises:
         Unsupported: this model or its pages cannot be served with reuse.
@@ -61,7 +77,7 @@ def equip(
     if runner is None:
         raise Unsupported(Reason.UNKNOWN_BACKEND, "the model runner was not found")
     layers = attention_layers(vllm_config)
-    groups = build_groups(layers, runner.model)
+    groups = build_groups(layers, runner.model, numbers=numbers)
     device = groups[0].pages.layers[0].device
     if device.type == "cpu":
         allow_amx()
@@ -72,7 +88,9 @@ def equip(
         raise Unsupported(Reason.UNKNOWN_ADAPTERS, str(error)) from error
     check_page_sizes(layers, side_forward.builders, block_size)
     parallel = vllm_config.parallel_config
-    alone = parallel.data_parallel_size == 1
+    # a lesson's prompt would need pages of windowed layers that nobody has
+    several = len({group.number for group in groups}) > 1
+    alone = parallel.data_parallel_size == 1 and not several
     with torch.inference_mode():
         if config.self_check:
             # Forwards first: they have collectives, so no rank may fail before them alone
@@ -81,7 +99,7 @@ def equip(
             if fault is not None:
                 raise Unsupported(Reason.SELF_CHECK_FAILED, fault)
             if unrotated:
-                groups = build_groups(layers, runner.model, unrotated)
+                groups = build_groups(layers, runner.model, unrotated, numbers)
             self_check(groups, block_size, kernel)
         warm_up_loads(groups, kernel)
         single = alone and parallel.tensor_parallel_size == 1

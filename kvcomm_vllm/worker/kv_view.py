@@ -8,7 +8,7 @@ vLLM's CPU attention, packed inside each page for the instruction set in use.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,29 +41,34 @@ FP8_DTYPES = {
 @dataclass(frozen=True)
 class LayerGroup:
     """Layers whose loads share one launch: same pages, same rotary embedding (``rotary``, vLLM's
-    module).
+    module), same block tables (``number``: vLLM's KV cache group).
     """
 
     layers: tuple[Any, ...]
     pages: PageGroup
     rope: Rope
     rotary: Any | None
+    number: int = 0
 
 
 def build_groups(
-    layers: dict[str, Any], model: torch.nn.Module, unrotated: Collection[str] = ()
+    layers: dict[str, Any],
+    model: torch.nn.Module,
+    unrotated: Collection[str] = (),
+    numbers: Mapping[str, int] | None = None,
 ) -> list[LayerGroup]:
     """Groups of all attention layers that own a cache, in model order.
 
     Args:
         unrotated: names of layers that are known not to use the rotary embedding they have.
+        numbers: of vLLM's KV cache groups, by layer; None where there is one.
 
     Raises:
         Unsupported: if any of them is not understood; reuse is then off for all.
     """
     ropes: dict[int | None, Rope] = {}
     members: dict[tuple[Any, ...], list[Any]] = {}
-    traits: dict[tuple[Any, ...], tuple[Packing, Rope, Any]] = {}
+    traits: dict[tuple[Any, ...], tuple[Packing, Rope, Any, int]] = {}
     for name, layer in layers.items():
         if not hasattr(layer, "kv_cache") or getattr(layer, "kv_sharing_target_layer_name", None):
             continue
@@ -74,9 +79,11 @@ def build_groups(
         if known not in ropes:
             ropes[known] = no_rope(cache.device) if module is None else rope_of(module)
         rope = ropes[known]
-        key = (packing, id(rope), cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype)
+        number = 0 if numbers is None else numbers[name]
+        shape = (cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype)
+        key = (number, packing, id(rope), *shape)
         members.setdefault(key, []).append(layer)
-        traits[key] = (packing, rope, module)
+        traits[key] = (packing, rope, module, number)
     if not members:
         raise Unsupported(Reason.UNKNOWN_LAYOUT, "the model has no attention layer with a KV cache")
     return [_group(members[key], *traits[key]) for key in members]
@@ -117,7 +124,7 @@ def packing_of(name: str, layer: Any) -> Packing:
     return Packing.STRIDED
 
 
-def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> LayerGroup:
+def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any, number: int) -> LayerGroup:
     first = layers[0]
     fp8 = FP8_DTYPES.get(first.kv_cache_dtype)
     caches = [layer.kv_cache.view(fp8) if fp8 else layer.kv_cache for layer in layers]
@@ -130,4 +137,4 @@ def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> Laye
         k_scales=tuple(float(layer._k_scale) for layer in layers) if fp8 else None,
         v_scales=tuple(float(layer._v_scale) for layer in layers) if fp8 else None,
     )
-    return LayerGroup(tuple(layers), pages, rope, rotary)
+    return LayerGroup(tuple(layers), pages, rope, rotary, number)

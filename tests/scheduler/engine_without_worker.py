@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from partial_pages import watch_partial_pages
 from simulated_drafter import NOTHING, Guessed, SimulatedDrafter, speculative
 from simulated_memory import Row, Text
 from simulated_worker import Served, SimulatedWorker
@@ -56,6 +57,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+HEADS: dict[str, Any] = {"num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+
+
 @dataclass
 class Job:
     """One scheduled step, as it goes to the workers."""
@@ -84,6 +88,9 @@ class EngineWithoutWorker(SimulatedWorker):
         drafts: tokens guessed ahead for a request in one step, by speculative decoding.
     """
 
+    connector_name = "kvcomm"
+    learns = True
+
     def __init__(
         self,
         model: ModelConfig,
@@ -104,7 +111,7 @@ class EngineWithoutWorker(SimulatedWorker):
         super().__init__(num_blocks, block_size)
         self.drafter = SimulatedDrafter(drafts)
         transfer = settings is not None and KVTransferConfig(
-            kv_connector="kvcomm",
+            kv_connector=self.connector_name,
             kv_role=ROLE,
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=SETTINGS | settings,
@@ -129,13 +136,10 @@ class EngineWithoutWorker(SimulatedWorker):
         config.scheduler_config.async_scheduling = pipeline > 1
         config.cache_config.num_gpu_blocks = num_blocks
         init_none_hash(sha256)
-        spec = FullAttentionSpec(
-            block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
-        )
         kind = AsyncScheduler if pipeline > 1 else Scheduler
         self.scheduler = kind(
             config,
-            KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            KVCacheConfig(num_blocks, [], self._groups(block_size)),
             StructuredOutputManager(config),
             block_size=block_size,
         )
@@ -155,10 +159,14 @@ class EngineWithoutWorker(SimulatedWorker):
         if self.scheduler.connector is not None:
             rooms = {"anchor": placeholders, "paper": paper_rows}
             facts = WorkerFacts(None, "", "test", rooms=rooms, compares=compares, pool=True)
+            facts.alone = self.learns
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
-            self._watch_partial_pages()
+            watch_partial_pages(self.half.pages, self.partial_names)
             if isinstance(self.half.tiers, HostPool):  # nothing is computed here, at no cost
                 self.half.tiers._costs.step = lambda *_, **__: None  # type: ignore[method-assign]
+
+    def _groups(self, block_size: int) -> list[KVCacheGroupSpec]:
+        return [KVCacheGroupSpec(["layer"], FullAttentionSpec(block_size=block_size, **HEADS))]
 
     @property
     def connector(self) -> KVCommConnector:
@@ -182,18 +190,6 @@ class EngineWithoutWorker(SimulatedWorker):
             return blocks
 
         self.pool.get_new_blocks = watched
-
-    def _watch_partial_pages(self) -> None:
-        pages = self.half.pages
-        keep = pages.keep_partial
-
-        def watched(block_id: int, tokens: int) -> bytes | None:
-            name = keep(block_id, tokens)
-            if name is not None:
-                self.partial_names.add(name)
-            return name
-
-        pages.keep_partial = watched
 
     # ---- requests --------------------------------------------------------------------------------
 
