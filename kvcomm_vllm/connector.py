@@ -34,6 +34,7 @@ from kvcomm_vllm.compat.scheduler import (
 )
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.guards.engine import engine_groups, engine_off
+from kvcomm_vllm.kv_groups import memory_line
 from kvcomm_vllm.messages import StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommPromMetrics, KVCommStats
 from kvcomm_vllm.reasons import Reason
@@ -147,6 +148,11 @@ class KVCommConnector(KVConnectorBase_V1):
                 "passed" if self.config.self_check else "skipped",
                 tightest.summary,
             )
+            longest = self._vllm_config.model_config.max_model_len
+            size, hybrid = self._scheduler.block_size, bool(self._groups.windows)
+            line = memory_line(tightest.windows, longest, size, hybrid)
+            if line is not None:
+                logger.info("kvcomm: %s", line)
 
     def _turn_off(self, reason: Reason, detail: str) -> None:
         self._scheduler.off = reason

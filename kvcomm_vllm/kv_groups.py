@@ -8,7 +8,7 @@ All groups have pages of as many tokens, and share their names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
@@ -37,3 +37,30 @@ class KVGroups:
 
 
 ONE_GROUP = KVGroups()
+
+
+def memory_line(windows: Sequence[int], tokens: int, block_size: int, dropped: bool) -> str | None:
+    """What windowed layers take, in words; None where there are none.
+
+    Args:
+        windows: by layer, tokens that it attends to; 0 for all.
+        tokens: of the longest prompt.
+        dropped: vLLM drops what lies behind the windows.
+    """
+    windowed = [window for window in windows if 0 < window < tokens]
+    if not windowed:
+        return None
+    pages = -(-tokens // block_size)
+    most = len(windows) * pages
+    # a window may begin in the middle of a page
+    least = (len(windows) - len(windowed)) * pages
+    least += sum(min(pages, -(-window // block_size) + 1) for window in windowed)
+    said = (
+        f"{len(windowed)} of {len(windows)} layers attend to a window; a prompt of {tokens} tokens"
+    )
+    if dropped:
+        return f"{said} takes {least} pages of a layer, {most} without hybrid_kv_cache"
+    return (
+        f"{said} takes {most} pages of a layer beside kvcomm, {least} with hybrid_kv_cache: true "
+        "(docs/limits.md)"
+    )

@@ -342,7 +342,8 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     how much of what it learns can be kept there (placeholders, rows); empty where reuse does not
     work. ``alone``: no other engine takes part in this one's forwards (data parallelism);
     ``compares``: its model tells which token follows; ``pool``: it has a host pool;
-    ``layout``: how KV lies in its pages.
+    ``layout``: how KV lies in its pages; ``windows``: by layer, how many tokens it attends to, 0
+    for all.
     """
 
     reason: str | None
@@ -354,3 +355,4 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     compares: bool = True
     pool: bool = False
     layout: str = ""
+    windows: list[int] = field(default_factory=list)

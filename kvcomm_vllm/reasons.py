@@ -74,7 +74,8 @@ class Reason(enum.StrEnum):
     SLIDING_WINDOW_HYBRID = (
         "sliding_window_hybrid",
         Scope.ENGINE,
-        "The hybrid KV cache manager was forced on; it drops pages outside the window.",
+        "The hybrid KV cache manager, which drops pages outside the window, was forced on without "
+        "hybrid_kv_cache, or has other groups than one of full attention and some with a window.",
     )
     SLIDING_WINDOW_ONLY = (
         "sliding_window_only",

@@ -22,7 +22,7 @@ from vllm.config import KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
-from kvcomm_vllm.compat.hybrid import CLASSES, beside_hybrid, choose, wants_hybrid
+from kvcomm_vllm.compat.hybrid import CLASSES, beside_hybrid, choose, keep_findable, wants_hybrid
 from kvcomm_vllm.compat.offload import unknown_tiers
 from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.config.address import Address
@@ -251,6 +251,8 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
             )
         return
     transfer = choose(with_host_pool(args, transfer, config), hybrid)
+    if hybrid:
+        keep_findable(args)
     if not hybrid and args.disable_hybrid_kv_cache_manager is False:
         # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
         args.disable_hybrid_kv_cache_manager = None

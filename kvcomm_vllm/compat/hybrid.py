@@ -34,6 +34,14 @@ def wants_hybrid(config: KVCommConfig, args: EngineArgs, model: ModelConfig) -> 
     return wanted and has_sliding_layers(model)
 
 
+def keep_findable(args: EngineArgs) -> None:
+    """vLLM 0.32+ by itself names pages of a prompt's last window alone, so that nobody finds the
+    others though they lie there.
+    """
+    if getattr(args, "prefix_cache_retention_interval", None) == 0:
+        args.prefix_cache_retention_interval = None
+
+
 def beside_hybrid(config: KVCommConfig, args: EngineArgs) -> str | None:
     """What was asked for that pages of several kinds do not work with, if anything was."""
     events = args.kv_events_config

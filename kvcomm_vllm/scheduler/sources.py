@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 from vllm.v1.request import RequestStatus
@@ -19,7 +20,7 @@ from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.origin import origin
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.refresh import LEAST_LOAD, Refresh
-from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, texts
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.wanted import Text, Wanted, chain, missing, text_of
 from kvcomm_vllm.scheduler.windows import Windows
@@ -282,17 +283,25 @@ class SourceFinder:
         assert state.limits is not None
         if state.limits.max_refresh_share:
             plan = self.refresh(state).cut(plan, self.block_size)
-        plan = self.with_rest(state, plan, private)
-        return self._fit_windows(state, plan) if self.pages.groups.windows else plan
+        planned, plan = plan, self.with_rest(state, plan, private)
+        return self._fit(state, plan, planned) if self.pages.groups.windows else plan
 
-    def _fit_windows(self, state: RequestState, plan: Plan) -> Plan | Reason:
-        """The plan, as far as windowed layers have the KV that it takes."""
+    def _fit(self, state: RequestState, plan: Plan, planned: Plan) -> Plan | Reason:
+        """The plan, as far as windowed layers have the KV that it takes, and of its texts those
+        placeholders of which something is left.
+        """
         limits, fitting = state.limits, self.windows(state, plan).fit()
         assert limits is not None
         if fitting is None:
             return Reason.SOURCE_EVICTED
+        found, starts = texts(planned.spans), [span.start for span in fitting.spans]
+        left = [any(text[0].start <= at < text[-1].end for at in starts) for text in found]
         least = max(limits.min_reuse_tokens, limits.min_reuse_share * fitting.external_tokens)
-        return fitting if fitting.reused_tokens >= least else Reason.SOURCE_EVICTED
+        if fitting.reused_tokens < least or not any(left):
+            return Reason.SOURCE_EVICTED
+        if len(left) == len(state.planned_placeholders):
+            state.planned_placeholders = list(compress(state.planned_placeholders, left))
+        return fitting
 
     def windows(self, state: RequestState, plan: Plan) -> Windows:
         return Windows(self.pages, self.pages.groups, plan, state.request.block_hashes)

@@ -23,6 +23,7 @@ class GroupPages:
         own: number of the first page that vLLM gives the request.
         sources: by span, pages in the place of its source's; 0 where none is read.
         whole: of ``missing``, numbers of those of which every token is written.
+        torn: not every token of page ``own`` is written, but those in the window.
         spare: one more that is taken.
     """
 
@@ -33,6 +34,7 @@ class GroupPages:
     own: int
     sources: list[list[int]]
     whole: list[int]
+    torn: bool
     spare: int = NOTHING
 
 
@@ -73,10 +75,15 @@ class PlanWindows:
         for one in self.groups:
             own = tables[one.group][one.own : len(one.table)]
             assert NOTHING not in own, "vLLM keeps the pages of a window"
-            pages = [*one.table[: one.own], *own]
-            ops.windowed[one.group] = WindowPages(pages, one.window, one.own, one.spare)
+            one.table[one.own :] = own
+            ops.windowed[one.group] = WindowPages(one.table, one.window, one.own, one.spare)
         for number, load in enumerate(ops.loads):
             load.windowed = {one.group: one.sources[number] for one in self.groups}
+
+    @property
+    def torn(self) -> list[int]:
+        """Pages of the request that nobody may find."""
+        return [one.table[one.own] for one in self.groups if one.torn]
 
     def forget(self) -> None:
         """What is being written is of no use any more."""

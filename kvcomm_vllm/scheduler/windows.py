@@ -84,27 +84,19 @@ class Windows:
         return [place for place in found if place is not None]
 
     def _cut_end(self) -> None:
-        """End where windowed layers have all that vLLM's forward looks at, and whole pages of it:
-        others may come to find these.
-        """
-        size = self.block_size
+        """End where windowed layers have all that vLLM's forward looks at."""
         while (end := max(self._loaded_ends(), default=0)) > self.plan.local:
-            gone = [
-                self._last_gone(group, self.groups.first_page(group, end, size) * size, end)
-                for group in self.groups.windows
-            ]
-            found = [place for place in gone if place is not None]
-            if not found:
+            gone = self._gone_before(end)
+            if not gone:
                 return
-            for number in range(len(self._ends)):
-                self._ends[number] = min(self._ends[number], min(found))
+            self._ends = [min(one, *gone) for one in self._ends]
 
     def _loaded_ends(self) -> list[int]:
         pairs = zip(self.plan.spans, self._ends, strict=True)
         return [end for span, end in pairs if span.start < end]
 
     def _last_gone(self, group: int, start: int, end: int) -> int | None:
-        """Where the last page of ``start .. end`` begins that is loaded and not there in this group."""
+        """Where the last page of ``start .. end`` begins that is loaded, and not in a group."""
         size = self.block_size
         for number in reversed(range(len(self.plan.spans))):
             span, stop = self.plan.spans[number], min(end, self._ends[number])
@@ -153,10 +145,12 @@ class Windows:
         for start, end in plan.holes():
             written[start:end] = True
         sources = [self._sources(group, span, needed, written) for span in plan.spans]
+        written[: plan.local] = True
         whole = written.reshape(count, size).all(axis=1)
-        return GroupPages(
-            group, window, table, missing, own, sources, [n for n in missing if whole[n]]
-        )
+        named = [number for number in missing if whole[number]]
+        # vLLM has named it, and others that look farther back could come to find it
+        torn = own < plan.end // size and not whole[own]
+        return GroupPages(group, window, table, missing, own, sources, named, torn)
 
     def _sources(
         self, group: int, span: ReuseSpan, needed: np.ndarray, written: np.ndarray

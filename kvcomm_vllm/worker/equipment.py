@@ -115,6 +115,8 @@ def equip(
     facts = WorkerFacts(
         None, "", layout + said, rooms=rooms, alone=alone, compares=compares, layout=layout
     )
+    members = (layer for group in groups for layer in group.layers)
+    facts.windows = [getattr(layer, "sliding_window", None) or 0 for layer in members]
     return Equipment(groups, kernel, side_forward, corrections), facts
 
 

@@ -8,19 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from engine_without_worker import EngineWithoutWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_random_scripts import play, thorough
+from test_random_scripts import Crowd, play, thorough
 from windowed_engine import WindowedEngine
 
 Make = Callable[..., WindowedEngine]
 
 pytestmark = pytest.mark.slow
 
+
+class WindowedCrowd(Crowd):
+    """Whose prompts fit into the pool, whatever the windows are."""
+
+    def __init__(self, engine: EngineWithoutWorker, seed: int, failures: bool) -> None:
+        super().__init__(engine, seed, failures)
+        self.capacity //= len(engine.scheduler.kv_cache_config.kv_cache_groups)
+
+
 engines = st.fixed_dictionaries(
     {
         "block_size": st.sampled_from([4, 8, 16]),
-        "num_blocks": st.integers(60, 160),
+        "num_blocks": st.integers(80, 240),
         "budget": st.sampled_from([16, 48, 128]),
         "max_num_seqs": st.sampled_from([2, 6]),
         "windows": st.sampled_from([(1,), (7,), (8,), (9,), (20, 20), (33,), (5, 40), (500,)]),
@@ -42,7 +52,7 @@ keys = st.fixed_dictionaries(
 def test_no_script_reads_what_was_not_written_in_any_group(
     make_windowed: Make, options: dict[str, object], given_keys: dict[str, object], seed: int
 ) -> None:
-    play(make_windowed(given_keys, **options), seed, steps=150)
+    play(make_windowed(given_keys, **options), seed, steps=150, crowd=WindowedCrowd)
 
 
 @settings(thorough, max_examples=12)
@@ -50,7 +60,7 @@ def test_no_script_reads_what_was_not_written_in_any_group(
 def test_two_steps_in_flight_keep_their_order_in_all_groups(
     make_windowed: Make, options: dict[str, object], given_keys: dict[str, object], seed: int
 ) -> None:
-    play(make_windowed(given_keys, **options, pipeline=2), seed, steps=150)
+    play(make_windowed(given_keys, **options, pipeline=2), seed, steps=150, crowd=WindowedCrowd)
 
 
 @settings(thorough, max_examples=12)
@@ -60,13 +70,13 @@ def test_loads_that_fail_are_repaired_in_all_groups(
 ) -> None:
     engine = make_windowed(given_keys, **options)
     engine.break_load = lambda ops: hash((seed, ops.request_id)) % 4 == 0
-    play(engine, seed, steps=150)
+    play(engine, seed, steps=150, crowd=WindowedCrowd)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_pool_with_room_reuses_most_of_what_is_shared(make_windowed: Make, seed: int) -> None:
     """Guards the other tests here: the crowd really does reuse."""
     engine = make_windowed(num_blocks=1500)
-    play(engine, seed, steps=150)
+    play(engine, seed, steps=150, crowd=WindowedCrowd)
     reports = [served.report for served in engine.served.values() if served.report]
     assert sum(report["reused"] > 0 for report in reports) > len(reports) / 5
