@@ -267,8 +267,7 @@ class SchedulerHalf:
             state.loading = True
             self.computed_hits.admitted(state, plan)
             ops = operations_of(state, plan, windowed, self.block_size)
-            if state.windows is not None:
-                self.pages.evict(state.windows.torn)
+            self.pages.evict(state.torn_pages)
             if plan.hole_tokens > self._at_once(state):
                 state.awaited = True
                 self.spread.add(ops)

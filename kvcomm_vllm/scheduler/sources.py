@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import replace
-from itertools import compress
 
 import numpy as np
 from vllm.v1.request import RequestStatus
@@ -20,7 +19,7 @@ from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.origin import origin
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.refresh import LEAST_LOAD, Refresh
-from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan, texts
+from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.wanted import Text, Wanted, chain, missing, text_of
 from kvcomm_vllm.scheduler.windows import Windows
@@ -283,10 +282,10 @@ class SourceFinder:
         assert state.limits is not None
         if state.limits.max_refresh_share:
             plan = self.refresh(state).cut(plan, self.block_size)
-        planned, plan = plan, self.with_rest(state, plan, private)
-        return self._fit(state, plan, planned) if self.pages.groups.windows else plan
+        plan = self.with_rest(state, plan, private)
+        return self._fit(state, plan) if self.pages.groups.windows else plan
 
-    def _fit(self, state: RequestState, plan: Plan, planned: Plan) -> Plan | Reason:
+    def _fit(self, state: RequestState, plan: Plan) -> Plan | Reason:
         """The plan, as far as windowed layers have the KV that it takes, and of its texts those
         placeholders of which something is left.
         """
@@ -294,13 +293,13 @@ class SourceFinder:
         assert limits is not None
         if fitting is None:
             return Reason.SOURCE_EVICTED
-        found, starts = texts(planned.spans), [span.start for span in fitting.spans]
-        left = [any(text[0].start <= at < text[-1].end for at in starts) for text in found]
+        starts = [span.start for span in fitting.spans]
+        left = [place for place in state.places if any(place[0] <= at < place[1] for at in starts)]
         least = max(limits.min_reuse_tokens, limits.min_reuse_share * fitting.external_tokens)
-        if fitting.reused_tokens < least or not any(left):
+        if fitting.reused_tokens < least or not left:
             return Reason.SOURCE_EVICTED
-        if len(left) == len(state.planned_placeholders):
-            state.planned_placeholders = list(compress(state.planned_placeholders, left))
+        known = dict.fromkeys((start, key) for *_, start, key in left)
+        state.planned_placeholders = [key for _, key in known]
         return fitting
 
     def windows(self, state: RequestState, plan: Plan) -> Windows:

@@ -72,6 +72,7 @@ class RequestState:
         generation, origin: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`;
             ``local_origin``: that of the conversation whose private pages it continues.
         planned_placeholders: keys of the last plan's spans, ``placeholders`` of the served one's.
+        places: of the last plan's spans start, end, and start and key of their placeholders.
         uses: how the last plan treats each placeholder, ``reused_uses`` of the served one those
             that it reuses.
         lesson: what can be learned from the last plan.
@@ -119,6 +120,7 @@ class RequestState:
     refresh: Refresh | None = None
     planned_placeholders: list[str] = field(default_factory=list)
     placeholders: list[str] = field(default_factory=list)
+    places: list[tuple[int, int, int, str]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     reused_uses: list[Use] = field(default_factory=list)
     lesson: Lesson | None = None
@@ -160,6 +162,11 @@ class RequestState:
         self.first_approximate = first_approximate
         if first_approximate is not None:
             self.taint.apply(first_approximate // block_size)
+
+    @property
+    def torn_pages(self) -> list[int]:
+        """Pages of its plan that are not whole, though vLLM has named them."""
+        return [] if self.windows is None else self.windows.torn
 
     def restore_exact(self) -> None:
         self.taint.restore()
