@@ -34,7 +34,7 @@ def kv_groups(config: VllmConfig, kv_cache: KVCacheConfig) -> KVGroups:
     for number, spec in enumerate(specs):
         if number in full:
             continue
-        if type(spec) is not SlidingWindowSpec or getattr(spec, "extra_retained_tokens", 0):
+        if type(spec) is not SlidingWindowSpec or getattr(spec, "extra_retained_tokens", False):
             raise UnknownGroupsError(f"a KV cache group of {type(spec).__name__}")
         windows[number] = int(spec.sliding_window)
     sizes = {int(spec.block_size) for spec in specs}

@@ -84,9 +84,16 @@ class Windows:
         return [place for place in found if place is not None]
 
     def _cut_end(self) -> None:
-        """End where windowed layers have all that vLLM's forward looks at."""
+        """End where windowed layers have all that vLLM's forward looks at, and what stands before
+        that in the page which it goes on to fill, and then names.
+        """
+        size = self.block_size
         while (end := max(self._loaded_ends(), default=0)) > self.plan.local:
             gone = self._gone_before(end)
+            for group in self.groups.windows:
+                if self.groups.first_page(group, end, size) == end // size:
+                    place = self._last_gone(group, end // size * size, end)
+                    gone += [] if place is None else [place]
             if not gone:
                 return
             self._ends = [min(one, *gone) for one in self._ends]

@@ -66,7 +66,7 @@ def make_windowed(tiny_model: ModelConfig) -> Callable[..., WindowedEngine]:
 
     def make(settings: dict[str, Any] | None = None, **engine: Any) -> WindowedEngine:
         gc.collect()
-        made = WindowedEngine(tiny_model, settings or {}, **engine)
+        made = WindowedEngine(tiny_model, settings or {}, **{"num_blocks": 200, **engine})
         made.after_step = check_windows
         return made
 

@@ -96,6 +96,16 @@ def test_text_behind_a_window_that_is_gone_is_computed(make_windowed: Make) -> N
     check_idle(engine)
 
 
+def test_a_page_that_vllm_goes_on_to_fill_is_whole(make_windowed: Make) -> None:
+    """A window smaller than a page ends a plan in the page that vLLM names when it is full."""
+    engine = make_windowed(windows=(5,), block_size=16)
+    engine.serve("first", [*words("one", 20), *QUESTION])
+    evict(engine, "first", 1, 2)  # tokens 32 .. 48, of which 45 .. 48 would come to lie in it
+    second = engine.serve("second", [*words("two", 23), *QUESTION, 3, 4], words("answer", 20))
+    assert second.spans("reused") == [(25, 35)]
+    check_idle(engine)
+
+
 def test_nothing_is_reused_where_no_window_is_left(make_windowed: Make) -> None:
     engine = make_windowed()
     engine.serve("first", [*words("one", 20), *QUESTION])

@@ -294,7 +294,7 @@ def test_an_engine_whose_adapters_are_not_understood_is_turned_off(
         pages=SimpleNamespace(layers=[SimpleNamespace(device=torch.device("meta"))])
     )
     monkeypatch.setattr(equipment, "attention_layers", lambda _: {})
-    monkeypatch.setattr(equipment, "build_groups", lambda *_: [group])
+    monkeypatch.setattr(equipment, "build_groups", lambda *_, **__: [group])
     monkeypatch.setattr(equipment, "load_kernel", lambda _: None)
     monkeypatch.setattr(equipment, "SideForward", made)
     runner = SimpleNamespace(model=None)
