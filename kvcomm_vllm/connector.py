@@ -75,7 +75,9 @@ class KVCommConnector(KVConnectorBase_V1):
         extra = self._kv_transfer_config.kv_connector_extra_config or {}
         self.config = KVCommConfig.from_mapping(extra, "kv_connector_extra_config")
         block_size = vllm_config.cache_config.block_size
-        spec = pool_spec(self.config.tiers, vllm_config, kv_cache_config)
+        spec = None  # of pages of several kinds there are no tiers
+        if len(kv_cache_config.kv_cache_groups) <= 1:
+            spec = pool_spec(self.config.tiers, vllm_config, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             from kvcomm_vllm.scheduler.engine_state import EngineState
             from kvcomm_vllm.scheduler.half import SchedulerHalf

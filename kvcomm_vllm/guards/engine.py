@@ -62,6 +62,11 @@ def engine_off(
 
 
 def _hybrid_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
+    events = getattr(config, "kv_events_config", None)
+    listened = bool(getattr(events, "enable_kv_cache_events", False))
+    if listened or config.lora_config is not None or config.speculative_config is not None:
+        detail = "beside LoRA adapters, speculative decoding or KV events"
+        return EngineOff(Reason.SLIDING_WINDOW_HYBRID, detail)
     try:
         kv_groups(config, kv_cache)
     except UnknownGroupsError as found:

@@ -5,6 +5,7 @@ else is as without the key.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,24 @@ def test_one_group_of_full_attention_and_others_with_windows_may_reuse() -> None
     assert engine_off(cache(), found, hybrid=True) is None
     assert engine_groups(cache(), found, None) == KVGroups(1, {0: 64, 2: 128})
     assert engine_groups(cache(), pages(FULL), None) == ONE_GROUP
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("lora_config", {"max_loras": 1}),
+        ("speculative_config", {"method": "ngram"}),
+        ("kv_events_config", {"enable_kv_cache_events": True}),
+    ],
+)
+def test_what_nobody_has_seen_at_start_is_seen_in_the_finished_engine(
+    setting: str, value: Any
+) -> None:
+    config = cache()
+    setattr(config, setting, SimpleNamespace(**value))
+    off = engine_off(config, pages(FULL, WINDOW), hybrid=True)
+    assert off is not None
+    assert off.reason is Reason.SLIDING_WINDOW_HYBRID
 
 
 CHUNKED = kv.ChunkedLocalAttentionSpec(**PAGE, attention_chunk_size=64)
