@@ -47,7 +47,7 @@ keys = st.fixed_dictionaries(
 )
 
 
-@settings(thorough, max_examples=20)
+@settings(thorough, max_examples=8)
 @given(options=engines, given_keys=keys, seed=st.integers(0, 2**32))
 def test_no_script_reads_what_was_not_written_in_any_group(
     make_windowed: Make, options: dict[str, object], given_keys: dict[str, object], seed: int
@@ -55,7 +55,7 @@ def test_no_script_reads_what_was_not_written_in_any_group(
     play(make_windowed(given_keys, **options), seed, steps=150, crowd=WindowedCrowd)
 
 
-@settings(thorough, max_examples=12)
+@settings(thorough, max_examples=6)
 @given(options=engines, given_keys=keys, seed=st.integers(0, 2**32))
 def test_two_steps_in_flight_keep_their_order_in_all_groups(
     make_windowed: Make, options: dict[str, object], given_keys: dict[str, object], seed: int
@@ -63,7 +63,7 @@ def test_two_steps_in_flight_keep_their_order_in_all_groups(
     play(make_windowed(given_keys, **options, pipeline=2), seed, steps=150, crowd=WindowedCrowd)
 
 
-@settings(thorough, max_examples=12)
+@settings(thorough, max_examples=6)
 @given(options=engines, given_keys=keys, seed=st.integers(0, 2**32))
 def test_loads_that_fail_are_repaired_in_all_groups(
     make_windowed: Make, options: dict[str, object], given_keys: dict[str, object], seed: int
