@@ -35,9 +35,9 @@ def _register() -> str | None:
         return problem
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    from kvcomm_vllm.compat import cli
+    from kvcomm_vllm.compat import cli, hybrid
 
-    for name, class_name in cli.CLASSES.items():
+    for name, class_name in hybrid.CLASSES.items():
         with suppress(ValueError):  # registered before
             KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, class_name)
     cli.install()

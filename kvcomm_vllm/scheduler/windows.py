@@ -153,7 +153,7 @@ class Windows:
             written[start:end] = True
         sources = [self._sources(group, span, needed, written) for span in plan.spans]
         written[: plan.local] = True
-        whole = written.reshape(count, size).all(axis=1)
+        whole = [bool(page.all()) for page in written.reshape(count, size)]
         named = [number for number in missing if whole[number]]
         # vLLM has named it, and others that look farther back could come to find it
         torn = own < plan.end // size and not whole[own]
