@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 from vllm.logger import init_logger
 
@@ -27,6 +28,7 @@ from kvcomm_vllm.compat.beside import (
     part_of_report,
     share_handshakes,
 )
+from kvcomm_vllm.compat.groups import group_of_layers
 from kvcomm_vllm.compat.offload import offloading_worker, pool_spec
 from kvcomm_vllm.compat.owners import find_engine, find_scheduler, find_wake_up
 from kvcomm_vllm.compat.scheduler import (
@@ -39,7 +41,8 @@ from kvcomm_vllm.compat.scheduler import (
     uncount_hits,
 )
 from kvcomm_vllm.config import KVCommConfig
-from kvcomm_vllm.guards.engine import engine_off
+from kvcomm_vllm.guards.engine import engine_groups, engine_off
+from kvcomm_vllm.kv_groups import memory_line
 from kvcomm_vllm.messages import StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommPromMetrics, KVCommStats
 from kvcomm_vllm.reasons import Reason
@@ -83,13 +86,18 @@ class KVCommConnector(KVConnectorBase_V1):
         self._neighbours = Neighbours(parents, self) if parents else Alone()
         share_handshakes(parents, self)
         block_size = vllm_config.cache_config.block_size
-        spec = pool_spec(self.config.tiers, vllm_config, kv_cache_config)
+        spec = None  # of pages of several kinds there are no tiers
+        if len(kv_cache_config.kv_cache_groups) <= 1:
+            spec = pool_spec(self.config.tiers, vllm_config, kv_cache_config)
         if role is KVConnectorRole.SCHEDULER:
             from kvcomm_vllm.scheduler.engine_state import EngineState
             from kvcomm_vllm.scheduler.half import SchedulerHalf
             from kvcomm_vllm.scheduler.trace import open_trace
 
-            self._off = engine_off(vllm_config, kv_cache_config)
+            hybrid = isinstance(self, SupportsHMA) and not parents
+            self._off = engine_off(vllm_config, kv_cache_config, hybrid)
+            groups = engine_groups(vllm_config, kv_cache_config, self._off)
+            self._groups = groups
             if not recovers_failed_loads(vllm_config):
                 # For what workers could not repair either: an error is better than a wrong answer.
                 # Read when this returns.
@@ -108,6 +116,7 @@ class KVCommConnector(KVConnectorBase_V1):
                 engine,
                 find_wake_up(),
                 spec,
+                groups,
             )
             trace = open_trace(
                 self.config.trace, data_parallel_rank(vllm_config), self._scheduler.stats
@@ -125,7 +134,8 @@ class KVCommConnector(KVConnectorBase_V1):
             from kvcomm_vllm.worker.half import WorkerHalf
 
             make = spec and partial(offloading_worker, spec, vllm_config, kv_cache_config)
-            self._worker = WorkerHalf(self.config, vllm_config, block_size, make)
+            numbers = group_of_layers(kv_cache_config)
+            self._worker = WorkerHalf(self.config, vllm_config, block_size, make, numbers)
 
     # ---- scheduler ------------------------------------------------------------------------------
 
@@ -163,6 +173,11 @@ class KVCommConnector(KVConnectorBase_V1):
                 self._neighbours.said,
                 tightest.summary,
             )
+            longest = self._vllm_config.model_config.max_model_len
+            size, hybrid = self._scheduler.block_size, bool(self._groups.windows)
+            line = memory_line(tightest.windows, longest, size, hybrid)
+            if line is not None:
+                logger.info("kvcomm: %s", line)
 
     def _turn_off(self, reason: Reason, detail: str) -> None:
         self._scheduler.off = reason
@@ -184,7 +199,12 @@ class KVCommConnector(KVConnectorBase_V1):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        self._scheduler.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+        block_ids, windowed = self._by_group(blocks.get_block_ids())
+        self._scheduler.admit(request, block_ids, num_external_tokens, windowed)
+
+    def _by_group(self, tables: tuple[list[int], ...]) -> tuple[list[int], dict[int, list[int]]]:
+        """The pages that hold all of a text, and those of windowed groups."""
+        return tables[self._groups.full], {group: tables[group] for group in self._groups.windows}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         message = self._scheduler.build_message(scheduler_output)
@@ -280,3 +300,12 @@ class KVCommConnector(KVConnectorBase_V1):
         cls, vllm_config: Any, metric_types: Any, labelnames: Any, per_engine_labelvalues: Any
     ) -> KVCommPromMetrics:
         return KVCommPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+class HybridKVCommConnector(KVCommConnector, SupportsHMA):
+    """The same beside vLLM's hybrid KV cache manager, which it leaves on (``hybrid_kv_cache``)."""
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._scheduler.finish(request, *self._by_group(block_ids))

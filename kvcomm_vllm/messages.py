@@ -52,6 +52,8 @@ class LoadOp:
         placeholder_index: index of the run's first token in its placeholder; tokens before that
             count as its first.
         mapped: correct by means and map; False = by means alone.
+        windowed: of other KV cache groups, by their numbers, the pages that stand in the place of
+            ``source_blocks``; 0 = nothing is read there.
     """
 
     source_blocks: list[int]
@@ -62,6 +64,7 @@ class LoadOp:
     entry: int = -1
     placeholder_index: int = 0
     mapped: bool = True
+    windowed: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -113,6 +116,23 @@ class EstimateOp:
 
 
 @dataclass(slots=True)
+class WindowPages:
+    """A request's pages in a KV cache group whose layers attend to a window.
+
+    Args:
+        pages: in the place of ``RequestOps.block_ids``; 0 = none: nothing looks at these tokens.
+        window: tokens that its layers attend to, a token itself included.
+        own: number of the first page that stays the request's.
+        spare: one more page; its content is nobody's.
+    """
+
+    pages: list[int]
+    window: int
+    own: int
+    spare: int
+
+
+@dataclass(slots=True)
 class RequestOps:
     """All work for one request in one step; ``block_ids`` is its block table up to the last
     external token.
@@ -124,6 +144,7 @@ class RequestOps:
         tokens: int32 ids from ``first_token`` to the end of its plan, to be computed where what was
             to be loaded is not; empty in pieces that load nothing.
         adapter: None for the model as it is.
+        windowed: its pages in other KV cache groups, by their numbers.
     """
 
     request_id: str
@@ -136,6 +157,7 @@ class RequestOps:
     last: bool = True
     tokens: bytes = b""
     adapter: Adapter | None = None
+    windowed: dict[int, WindowPages] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -325,7 +347,8 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     how much of what it learns can be kept there (placeholders, rows); empty where reuse does not
     work. ``alone``: no other engine takes part in this one's forwards (data parallelism);
     ``compares``: its model tells which token follows; ``pool``: it has a host pool;
-    ``layout``: how KV lies in its pages.
+    ``layout``: how KV lies in its pages; ``windows``: by layer, how many tokens it attends to, 0
+    for all.
     """
 
     reason: str | None
@@ -337,6 +360,7 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     compares: bool = True
     pool: bool = False
     layout: str = ""
+    windows: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from contextlib import suppress
 
 CONNECTOR_MODULE = "kvcomm_vllm.connector"
-CONNECTOR_CLASS = "KVCommConnector"
 
 
 def register() -> None:
@@ -37,10 +36,10 @@ def _register() -> str | None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from kvcomm_vllm.compat import cli
-    from kvcomm_vllm.compat.parts import NAMES
+    from kvcomm_vllm.compat.parts import CLASSES
 
-    for name in NAMES:
+    for name, class_name in CLASSES.items():
         with suppress(ValueError):  # registered before
-            KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, CONNECTOR_CLASS)
+            KVConnectorFactory.register_connector(name, CONNECTOR_MODULE, class_name)
     cli.install()
     return None

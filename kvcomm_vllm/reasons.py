@@ -75,7 +75,8 @@ class Reason(enum.StrEnum):
     SLIDING_WINDOW_HYBRID = (
         "sliding_window_hybrid",
         Scope.ENGINE,
-        "The hybrid KV cache manager was forced on; it drops pages outside the window.",
+        "The hybrid KV cache manager, which drops pages outside the window, was forced on without "
+        "hybrid_kv_cache, or has other groups than one of full attention and some with a window.",
     )
     SLIDING_WINDOW_ONLY = (
         "sliding_window_only",
@@ -266,6 +267,13 @@ class Reason(enum.StrEnum):
         "More is to be computed between shared texts than one step takes (max_hole_tokens, or "
         "vLLM's token budget). Other requests wait for it in pieces; one with a LoRA adapter "
         "cannot, since meanwhile its adapter may not be in use.",
+    )
+    WINDOW_HOLES = (
+        "window_holes",
+        Scope.REQUEST,
+        "More is to be computed between shared texts than one step takes (max_hole_tokens, or "
+        "vLLM's token budget), which layers with windows in pages of their own (hybrid_kv_cache) "
+        "cannot wait for in pieces.",
     )
     LEARNING = (
         "learning",

@@ -22,6 +22,7 @@ from vllm.config import KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 
+from kvcomm_vllm.compat.hybrid import beside_hybrid, choose, keep_findable, wants_hybrid
 from kvcomm_vllm.compat.offload import unknown_tiers
 from kvcomm_vllm.compat.parts import NAMES, other_parts, our_parts, with_part, without_us
 from kvcomm_vllm.config import ConfigError, KVCommConfig
@@ -233,7 +234,10 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     config = checked(transfer)
     # With several API servers their parent (rank -1) has already said it.
     quiet = args._api_process_count > 1 and args._api_process_rank >= 0
-    reason = unsupported_model(model) or unsupported_arguments(args, transfer, model)
+    hybrid = wants_hybrid(config, args, model)
+    beside = beside_hybrid(config, args) if hybrid else None
+    hybrid = hybrid and beside is None
+    reason = unsupported_model(model) or unsupported_arguments(args, transfer, model, hybrid)
     if reason is not None:
         args.kv_transfer_config = without_us(transfer)
         if not quiet:
@@ -246,13 +250,17 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
             )
         return
     (ours,) = our_parts(transfer)
-    ours = with_host_pool(args, ours, config)
-    if args.disable_hybrid_kv_cache_manager is False:
+    ours = choose(with_host_pool(args, ours, config), hybrid)
+    if hybrid:
+        keep_findable(args)
+    if not hybrid and args.disable_hybrid_kv_cache_manager is False:
         # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
         args.disable_hybrid_kv_cache_manager = None
     if transfer.kv_load_failure_policy != "recompute" and not quiet:
         logger.info("kv_load_failure_policy is set: failed loads are computed where vLLM can")
     if not quiet:
+        if beside is not None:
+            logger.warning("hybrid_kv_cache has no effect beside %s", beside)
         for warning in config.warnings():
             logger.warning("%s", warning)
     if config.moved or config.tiers.confidential:  # what has moved has been said now

@@ -45,6 +45,11 @@ class MetadataBuilder:
         return list(self._group.layer_names)
 
     @property
+    def number(self) -> int:
+        """Which of vLLM's KV cache groups it belongs to."""
+        return int(self._group.kv_cache_group_id)
+
+    @property
     def block_size(self) -> int:
         """Tokens per page of the block tables it is given."""
         return int(self._group.kv_cache_spec.block_size)

@@ -101,10 +101,17 @@ def tells_tokens(runner: Any) -> bool:
 
 @contextmanager
 def forward_context(
-    metadata: dict[str, Any], config: VllmConfig, tokens: int, slots: torch.Tensor, eager: bool
+    metadata: dict[str, Any],
+    config: VllmConfig,
+    tokens: int,
+    slots: dict[str, torch.Tensor],
+    eager: bool,
 ) -> Iterator[None]:
     """vLLM's forward context for one extra forward outside CUDA graphs; ``eager``: outside compiled
     code, too.
+
+    Args:
+        metadata, slots: by layer.
     """
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import set_forward_context
@@ -113,7 +120,7 @@ def forward_context(
         metadata,
         config,
         num_tokens=tokens,
-        slot_mapping=dict.fromkeys(metadata, slots),
+        slot_mapping=slots,
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
         skip_compiled=eager,
     ):

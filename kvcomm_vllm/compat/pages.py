@@ -16,7 +16,9 @@ def prefix_cache(pool: BlockPool) -> Any | None:
     return getattr(pool, "cached_block_hash_to_block", None)
 
 
-def name_partial_page(pool: BlockPool, block_id: int, name: bytes, tokens: int) -> bool:
+def name_partial_page(
+    pool: BlockPool, block_id: int, name: bytes, tokens: int, group: int = 0
+) -> bool:
     """Give a page that is not full a name in vLLM's prefix cache, so that it can be looked up, and
     is evicted, like any other; False where that is not possible.
 
@@ -27,7 +29,7 @@ def name_partial_page(pool: BlockPool, block_id: int, name: bytes, tokens: int) 
     block = pool.blocks[block_id]
     if block.is_null or block.block_hash is not None:
         return False
-    key = make_block_hash_with_group_id(BlockHash(name), 0)
+    key = make_block_hash_with_group_id(BlockHash(name), group)
     if hasattr(pool, "_insert_block_hash"):  # vLLM 0.32+
         pool._insert_block_hash(key, block, num_tokens=tokens)
     else:

@@ -12,12 +12,15 @@ from typing import Any
 from vllm.config import KVTransferConfig
 
 MULTI = "MultiConnector"
-NAMES = ("kvcomm", "KVCommConnector")  # ours: registered, and that of its class
+PLAIN, HYBRID = "KVCommConnector", "HybridKVCommConnector"  # our classes
+# What they may be called in vLLM's configuration: a name, or that of the class itself.
+CLASSES = {"kvcomm": PLAIN, PLAIN: PLAIN, "kvcomm_hybrid": HYBRID, HYBRID: HYBRID}
+NAMES = tuple(CLASSES)
 _PARTS = "connectors"
 
 
 def is_ours(config: KVTransferConfig | None) -> bool:
-    """Whether ``config`` selects our connector, by registered name or by class."""
+    """Whether ``config`` selects one of our connectors, by registered name or by class."""
     return config is not None and config.kv_connector in NAMES
 
 
@@ -43,6 +46,7 @@ def with_part(config: KVTransferConfig, ours: KVTransferConfig) -> KVTransferCon
     if is_ours(config):
         return ours
     told = {
+        "kv_connector": ours.kv_connector,
         "kv_role": ours.kv_role,
         "kv_load_failure_policy": ours.kv_load_failure_policy,
         "kv_connector_extra_config": ours.kv_connector_extra_config,

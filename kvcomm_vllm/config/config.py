@@ -224,6 +224,14 @@ class KVCommConfig:
         high=600.0,
         when_zero="never wait",
     )
+    hybrid_kv_cache: bool = key(
+        False,
+        "For models whose layers attend to a window in part: leave vLLM's hybrid KV cache manager "
+        "on, which drops what lies behind the window; without, such layers keep all KV, and take "
+        "as much of it as the others. Nothing is learned then (mode anchor is mode seam), nothing "
+        "is healed, and text is computed where the KV of its window is gone. Has no effect beside "
+        "other connectors, tiers, LoRA adapters, speculative decoding and KV events.",
+    )
     report: str = key(
         "auto",
         "What a response's kv_transfer_params.kvcomm tells of shared text: off = nothing, coarse = "

@@ -43,7 +43,7 @@ _HEAD = "| Key | Default | Allowed | Meaning |\n|---|---|---|---|\n"
 # Every key stands in one group; a test sees to that.
 GROUPS = {
     "What most people need": ("mode", "seam_tokens", "anchor_memory_mb", "report"),
-    "Which requests": ("default_on", "self_check"),
+    "Which requests and engines": ("default_on", "self_check", "hybrid_kv_cache"),
     "What is worth reusing": (
         *("min_span_tokens", "min_reuse_tokens", "min_reuse_share", "private_price"),
         *("max_unseen_share", "max_refresh_share", "reuse_approximate", "max_hole_tokens"),

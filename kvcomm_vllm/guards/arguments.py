@@ -25,24 +25,29 @@ _PLAIN_KV = frozenset({"auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5
 
 
 def unsupported_arguments(
-    args: EngineArgs, transfer: KVTransferConfig, model: ModelConfig
+    args: EngineArgs, transfer: KVTransferConfig, model: ModelConfig, hybrid: bool = False
 ) -> Reason | None:
-    """Why an engine of these arguments could not reuse KV, or None."""
+    """Why an engine of these arguments could not reuse KV, or None.
+
+    Args:
+        hybrid: our connector works beside the hybrid KV cache manager.
+    """
     asked = unsupported_settings(rules.settings_of_arguments(args, model))
     if asked is not None:
         return asked
-    return next((reason for found, reason in _checks(args, transfer, model) if found), None)
+    checks = _checks(args, transfer, model, hybrid)
+    return next((reason for found, reason in checks if found), None)
 
 
 def _checks(
-    args: EngineArgs, transfer: KVTransferConfig, model: ModelConfig
+    args: EngineArgs, transfer: KVTransferConfig, model: ModelConfig, hybrid: bool
 ) -> Iterator[tuple[bool, Reason]]:
     """Lazily: the last ones may ask the GPU's driver and the network."""
     yield rules.offloads_elsewhere(args, transfer), Reason.KV_OFFLOADING
     yield bool(foreign_parts(transfer)), Reason.OTHER_CONNECTOR
     yield rules.kv_cache_dtype(args, model) not in _PLAIN_KV, Reason.KV_QUANTISED
-    hybrid = args.disable_hybrid_kv_cache_manager is False
-    yield hybrid and has_windowed_layers(model), Reason.SLIDING_WINDOW_HYBRID
+    forced = args.disable_hybrid_kv_cache_manager is False and not hybrid
+    yield forced and has_windowed_layers(model), Reason.SLIDING_WINDOW_HYBRID
     refused = rules.refuses_expandable_segments(transfer, model)
     yield refused, Reason.EXPANDABLE_SEGMENTS
     windows = has_sliding_layers(model)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvcomm_vllm.compat.groups import UnknownGroupsError, kv_groups
 from kvcomm_vllm.compat.rules import settings_of_config
 from kvcomm_vllm.guards.settings import unsupported_settings
+from kvcomm_vllm.kv_groups import ONE_GROUP, KVGroups
 from kvcomm_vllm.reasons import Reason
 
 if TYPE_CHECKING:
@@ -27,14 +29,27 @@ class EngineOff:
     detail: str
 
 
-def engine_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
-    """The first thing found that rules reuse out, or None."""
+def engine_groups(config: VllmConfig, kv_cache: KVCacheConfig, off: EngineOff | None) -> KVGroups:
+    """The groups that are reused, if any are."""
+    return ONE_GROUP if off is not None else kv_groups(config, kv_cache)
+
+
+def engine_off(
+    config: VllmConfig, kv_cache: KVCacheConfig, hybrid: bool = False
+) -> EngineOff | None:
+    """The first thing found that rules reuse out, or None.
+
+    Args:
+        hybrid: the connector is made for several KV cache groups.
+    """
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
     groups = kv_cache.kv_cache_groups
     reason = unsupported_settings(settings_of_config(config))
     if reason is not None:
         return EngineOff(reason, "in vLLM's finished configuration")
+    if hybrid and len(groups) > 1:
+        return _hybrid_off(config, kv_cache)
     if len(groups) != 1:
         return EngineOff(Reason.SLIDING_WINDOW_HYBRID, f"{len(groups)} KV cache groups")
     spec = groups[0].kv_cache_spec
@@ -43,4 +58,17 @@ def engine_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
         return EngineOff(Reason.UNKNOWN_LAYOUT, type(spec).__name__)
     if getattr(kv_cache, "hash_block_size", None) not in (None, spec.block_size):
         return EngineOff(Reason.UNKNOWN_LAYOUT, "block hashes finer than pages")
+    return None
+
+
+def _hybrid_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:
+    events = getattr(config, "kv_events_config", None)
+    listened = bool(getattr(events, "enable_kv_cache_events", False))
+    if listened or config.lora_config is not None or config.speculative_config is not None:
+        detail = "beside LoRA adapters, speculative decoding or KV events"
+        return EngineOff(Reason.SLIDING_WINDOW_HYBRID, detail)
+    try:
+        kv_groups(config, kv_cache)
+    except UnknownGroupsError as found:
+        return EngineOff(Reason.SLIDING_WINDOW_HYBRID, str(found))
     return None

@@ -19,12 +19,11 @@ from vllm.logger import init_logger
 
 from kvcomm_vllm.compat.beside import Alone
 from kvcomm_vllm.compat.events import hide_private
-from kvcomm_vllm.compat.scheduler import count_cached_tokens
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.kv_groups import NO_GROUPS, ONE_GROUP, KVGroups, Tables
 from kvcomm_vllm.messages import RequestOps, StepMessage, StepReport, WorkerFacts
 from kvcomm_vllm.metrics import KVCommStats
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.scheduler import near
 from kvcomm_vllm.scheduler.adapters import Adapters
 from kvcomm_vllm.scheduler.computed_hits import ComputedHits
 from kvcomm_vllm.scheduler.cover import AS_IT_IS, cover
@@ -35,11 +34,12 @@ from kvcomm_vllm.scheduler.index import SequenceIndex
 from kvcomm_vllm.scheduler.losses import note_losses
 from kvcomm_vllm.scheduler.modes.base import AskAgain, Found, Parts
 from kvcomm_vllm.scheduler.modes.registry import Modes
-from kvcomm_vllm.scheduler.operations import operations
+from kvcomm_vllm.scheduler.operations import operations_of
 from kvcomm_vllm.scheduler.pages import SourcePages
 from kvcomm_vllm.scheduler.planner import first_approximate, generation
 from kvcomm_vllm.scheduler.reports import Reports
 from kvcomm_vllm.scheduler.requests import new_state
+from kvcomm_vllm.scheduler.service import note_service
 from kvcomm_vllm.scheduler.set_back import set_back
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.spans import Plan
@@ -49,6 +49,7 @@ from kvcomm_vllm.scheduler.store import SequenceStore
 from kvcomm_vllm.scheduler.tiers.base import NoTiers, Tiers
 from kvcomm_vllm.scheduler.tiers.opening import open_tiers
 from kvcomm_vllm.scheduler.turns import Turns
+from kvcomm_vllm.scheduler.windows import name_windows
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -69,6 +70,7 @@ class SchedulerHalf:
         engine: what its operator has done to it.
         wake: ends the engine's sleep, if it ever sleeps.
         pool_spec: of which tiers are made, if any were asked for.
+        groups: vLLM's KV cache groups.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class SchedulerHalf:
         engine: EngineState,
         wake: Callable[[], None] | None = None,
         pool_spec: Any | None = None,
+        groups: KVGroups = ONE_GROUP,
     ) -> None:
         self.config = config
+        self.groups = groups
         self.pool_spec = pool_spec
         self.block_size = block_size
         self.max_batched_tokens = max_batched_tokens
@@ -109,7 +113,7 @@ class SchedulerHalf:
         """Must precede the first request: pages are looked up in vLLM's own pool."""
         self.engine.watch(pool)
         events = hide_private(pool, self._first_private_page)
-        self.pages = SourcePages(pool, self.block_size, events)
+        self.pages = SourcePages(pool, self.block_size, events, self.groups)
         self.finder = SourceFinder(self.config, self.store.index, self.pages, self.engine)
         self.lessons = LessonQueue(self.config, self.pages, self.stats, self.engine, self.wake)
         self.adapters = Adapters(self.states, self.store, self.pages, self.lessons)
@@ -157,7 +161,7 @@ class SchedulerHalf:
         state = self.states.get(request.request_id)
         if state is None:
             return 0, False
-        self._forget(state)
+        self.turns.forget(state)
         state.local = local
         if not self._active(state):
             coming = self.tiers.bring(state, self.finder.beginning(state, local))
@@ -178,7 +182,11 @@ class SchedulerHalf:
 
     def _at_once(self, state: RequestState) -> int:
         """Tokens of holes that this step takes at most; a plan with more takes several."""
-        return self.spread.at_once(len(self.states) == 1 or state.adapter is not None)
+        return self.spread.at_once(len(self.states) == 1 or self._in_one_step(state))
+
+    def _in_one_step(self, state: RequestState) -> bool:
+        """Whether it cannot wait for pieces of its holes."""
+        return state.adapter is not None or bool(self.groups.windows)
 
     def _plan(self, state: RequestState, local: int) -> Plan | Reason | AskAgain:
         """A plan whose source pages are held, or why there is none."""
@@ -211,14 +219,14 @@ class SchedulerHalf:
         plan = self.modes[state.mode].plan(state, found)
         if not isinstance(plan, Plan):
             return plan
-        if limits.max_refresh_share:
-            plan = refresh.cut(plan, self.block_size)
-        plan = self.finder.with_rest(state, plan, private)
+        plan = self.finder.shaped(state, plan, private)
+        if isinstance(plan, Reason):
+            return plan
         taken = self._hole_tokens()
         taken += sum(other.plan.hole_tokens for other in self._planned if other.plan)
         room = self._at_once(state) - plan.hole_tokens
-        if room < 0 and state.adapter is not None:
-            return Reason.ADAPTER_HOLES
+        if room < 0 and self._in_one_step(state):
+            return Reason.WINDOW_HOLES if self.groups.windows else Reason.ADAPTER_HOLES
         if room >= 0 and 0 < taken > room:
             return AskAgain.STEP_FULL
         if not self.finder.all_written(state, plan, self.states.values()):
@@ -234,15 +242,11 @@ class SchedulerHalf:
         """Tokens of the holes that are computed in this step."""
         return sum(len(hole.tokens) for ops in self._ops for hole in ops.holes)
 
-    def _forget(self, state: RequestState) -> None:
-        """Let a plan go that was not admitted."""
-        if state.plan is not None:
-            state.plan = None
-            self.pages.release(state.id)
-
     # ---- vLLM admits the request ---------------------------------------------------------------
 
-    def admit(self, request: Request, block_ids: list[int], external: int) -> None:
+    def admit(
+        self, request: Request, block_ids: list[int], external: int, windowed: Tables = NO_GROUPS
+    ) -> None:
         state = self.states.get(request.request_id)
         if state is None:
             return
@@ -251,7 +255,7 @@ class SchedulerHalf:
             state.awaited = False
             return
         if plan is not None and external == 0:  # vLLM chose otherwise
-            self._forget(state)
+            self.turns.forget(state)
             if not state.is_private(state.local, self.block_size):
                 state.restore_exact()
             plan = None
@@ -261,8 +265,8 @@ class SchedulerHalf:
             state.loading = True
             self.computed_hits.admitted(state, plan)
             self.neighbours.written(block_ids)
-            ops = operations(state.id, plan, state.tokens(), block_ids, self.block_size)
-            ops.adapter = state.adapter
+            ops = operations_of(state, plan, windowed, self.block_size)
+            self.pages.evict(state.torn_pages)
             if plan.hole_tokens > self._at_once(state):
                 state.awaited = True
                 self.spread.add(ops)
@@ -272,9 +276,7 @@ class SchedulerHalf:
                 self.store.index.touch(span.source.sequence)
         state.origin = state.origin_by(plan)
         if first_time:
-            state.serve(plan, self.block_size)
-            self.modes.admitted(state, plan)
-            near.note(state, self.config, self.store.index)
+            note_service(state, plan, self.modes, self.config, self.store.index)
         if self.off is None:
             self.store.register(state)
 
@@ -284,7 +286,7 @@ class SchedulerHalf:
         self.reports.next_step()
         self._keep_up()
         for state in self._planned:
-            self._forget(state)
+            self.turns.forget(state)
         self._planned.clear()
         self.store.follow(output)
         room = self.max_batched_tokens - output.total_num_scheduled_tokens - self._hole_tokens()
@@ -316,12 +318,13 @@ class SchedulerHalf:
         self.lessons.on_report(report)
         self.tiers.on_report(report)
         if report.lesson >= 0:
-            self._count_anchors()
+            self.stats.count_held(*self.modes.counts())
         for request_id, distances in report.distances.items():
             self.modes.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
             states = [*self.states.values(), *self._leaving.values()]
             self.store.lose(lost_pages, states, self.pages)
+        name_windows(report, self.states, self.pages)
         for request_id in report.written | report.failed:
             self.pages.release(request_id)
         if report.failed:
@@ -339,14 +342,14 @@ class SchedulerHalf:
                 state.confirmed = True
                 self.store.loaded(state)
             else:
-                state.failed, state.awaited = True, False
-                state.decline(Reason.LOAD_FAILED)
-                count_cached_tokens(state.request, state.served_local, 0)
+                state.not_loaded()
                 self.store.drop(state)
 
-    def finish(self, request: Request, block_ids: list[int]) -> dict[str, Any] | None:
-        """Stores the finished sequence, whose pages are ``block_ids``; returns the report for the
-        response.
+    def finish(
+        self, request: Request, block_ids: list[int], windowed: Tables = NO_GROUPS
+    ) -> dict[str, Any] | None:
+        """Stores the finished sequence, whose pages are ``block_ids``, and ``windowed`` those of
+        windowed groups; returns the report for the response.
         """
         state = self.states.pop(request.request_id, None)
         if state is None:
@@ -354,7 +357,7 @@ class SchedulerHalf:
         self.spread.abandon(state.id)
         if state.loading:
             self._leaving[state.id] = state
-        kept = self.store.finish(state, self.pages, block_ids)
+        kept = self.store.finish(state, self.pages, block_ids, windowed)
         if kept is not None:
             self.tiers.stored(kept, block_ids[: len(kept.block_hashes)])
         self.audits.ended(state)
@@ -388,11 +391,10 @@ class SchedulerHalf:
         self.engine.renewed()  # known now
         for state in self.states.values():
             state.lesson = None
+            if state.windows is not None:
+                state.windows.forget()
         self.store.clear(list(self.states.values()))
         self.lessons.clear()
         self.tiers.clear()
         self.modes.clear()
-        self._count_anchors()
-
-    def _count_anchors(self) -> None:
         self.stats.count_held(*self.modes.counts())

@@ -5,8 +5,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvcomm_vllm.kv_groups import Tables
 from kvcomm_vllm.messages import EstimateOp, HoleOp, LoadOp, RequestOps
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
+from kvcomm_vllm.scheduler.state import RequestState
+
+
+def operations_of(state: RequestState, plan: Plan, windowed: Tables, block_size: int) -> RequestOps:
+    """Those of a request that vLLM has given its pages: ``windowed`` those of windowed groups."""
+    ops = operations(state.id, plan, state.tokens(), state.block_ids, block_size)
+    ops.adapter = state.adapter
+    if state.windows is not None:
+        state.windows.complete(ops, windowed, state.request.block_hashes)
+    return ops
 
 
 def operations(

@@ -15,6 +15,7 @@ import numpy as np
 from kvcomm_vllm.compat.adapters import adapter_number
 from kvcomm_vllm.compat.events import ExactPage, PageEvents, Unheard
 from kvcomm_vllm.compat.pages import cache_page, evict_soon, name_partial_page
+from kvcomm_vllm.kv_groups import ONE_GROUP, KVGroups
 from kvcomm_vllm.scheduler.index import Match, Sequence
 from kvcomm_vllm.scheduler.spans import Source
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
-
-GROUP = [0]  # one KV cache group: the connector does not ask for the hybrid allocator
 
 
 @dataclass
@@ -45,11 +44,20 @@ class SourcePages:
 
     Args:
         events: what is published of them.
+        groups: vLLM's KV cache groups. Where nothing else is said, pages are those of the group
+            whose layers attend to everything.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, events: PageEvents | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_size: int,
+        events: PageEvents | None = None,
+        groups: KVGroups = ONE_GROUP,
+    ) -> None:
         self.pool = pool
         self.block_size = block_size
+        self.groups = groups
         self.events = events or Unheard()
         self._held: dict[str, list[KVCacheBlock]] = {}
         # are told of pages with true KV that have been put into the prefix cache, and of sequences
@@ -57,8 +65,9 @@ class SourcePages:
         self.kept: Callable[[list[bytes], list[int]], None] = lambda names, block_ids: None
         self.healed: Callable[[Sequence], None] = lambda sequence: None
 
-    def lookup(self, block_hash: bytes) -> KVCacheBlock | None:
-        found = self.pool.get_cached_block(block_hash, GROUP)
+    def lookup(self, block_hash: bytes, group: int | None = None) -> KVCacheBlock | None:
+        number = self.groups.full if group is None else group
+        found = self.pool.get_cached_block(block_hash, [number])
         return found[0] if found else None
 
     def keep_partial(self, block_id: int, tokens: int) -> bytes | None:
@@ -67,10 +76,17 @@ class SourcePages:
         vLLM would drop it with its request: up to a page's worth of every message's last tokens.
         """
         name = os.urandom(32)
-        if not name_partial_page(self.pool, block_id, name, tokens):
+        if not name_partial_page(self.pool, block_id, name, tokens, self.groups.full):
             return None
         self.events.hide(name)
         return name
+
+    def put_windowed(self, group: int, block_id: int, name: bytes, tokens: int) -> None:
+        """The same for a page of a windowed group, under a name that is known already, unless
+        another one is. Nobody hears of these pages.
+        """
+        if self.lookup(name, group) is None:
+            name_partial_page(self.pool, block_id, name, tokens, group)
 
     def put(self, name: bytes, block_id: int, tokens: int, exact: ExactPage | None = None) -> bool:
         """Make a page findable under a name that is known already, unless another one is.
@@ -80,7 +96,7 @@ class SourcePages:
         """
         if self.lookup(name) is not None:
             return False
-        if not name_partial_page(self.pool, block_id, name, tokens):
+        if not name_partial_page(self.pool, block_id, name, tokens, self.groups.full):
             return False
         if exact is None:
             self.events.hide(name)
@@ -143,9 +159,25 @@ class SourcePages:
         return any(self.lookup(block_hash) is not None for block_hash in sequence.block_hashes)
 
     def leading(self, block_hashes: list[bytes]) -> int:
-        """Number of leading hashes whose pages are cached."""
+        """Number of leading hashes that vLLM's own lookup would find: all of their pages are
+        cached, and those of the last window where layers attend to one.
+        """
         found = (n for n, one in enumerate(block_hashes) if self.lookup(one) is None)
-        return next(found, len(block_hashes))
+        count = next(found, len(block_hashes))
+        while count and (gone := self._last_gone(block_hashes, count)) is not None:
+            count = gone
+        return count
+
+    def _last_gone(self, block_hashes: list[bytes], count: int) -> int | None:
+        """The last page that is missing of the windows before page ``count``."""
+        missing = None
+        for group in self.groups.windows:
+            first = self.groups.first_page(group, count * self.block_size, self.block_size)
+            for number in reversed(range(first, count)):
+                if self.lookup(block_hashes[number], group) is None:
+                    missing = number if missing is None else min(missing, number)
+                    break
+        return missing
 
     def cached(self, block_hashes: list[bytes]) -> dict[int, int]:
         """Page ids of those that are cached, by their number in the list."""

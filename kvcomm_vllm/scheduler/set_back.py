@@ -28,5 +28,6 @@ def set_back(
         if spread.drop(state.id) or ended:
             pages.release(state.id)
             state.loading = state.awaited = state.admitted = False
+            state.windows = None
             found.append(state)
     return found

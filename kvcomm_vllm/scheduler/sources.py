@@ -12,6 +12,7 @@ import numpy as np
 from vllm.v1.request import RequestStatus
 
 from kvcomm_vllm.config import KVCommConfig
+from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.scheduler.context import Context
 from kvcomm_vllm.scheduler.engine_state import EngineState
 from kvcomm_vllm.scheduler.index import Match, Reach, Sequence, SequenceIndex
@@ -21,6 +22,7 @@ from kvcomm_vllm.scheduler.refresh import LEAST_LOAD, Refresh
 from kvcomm_vllm.scheduler.spans import Plan, ReuseSpan
 from kvcomm_vllm.scheduler.state import RequestState
 from kvcomm_vllm.scheduler.tiers.wanted import Text, Wanted, chain, missing, text_of
+from kvcomm_vllm.scheduler.windows import Windows
 
 
 class SourceFinder:
@@ -260,7 +262,57 @@ class SourceFinder:
         them.
         """
         blocks = [block for span in plan.spans for block in span.source.blocks]
-        return self.pages.hold(state.id, blocks, self.own(state))
+        if not self.pages.groups.windows:
+            return self.pages.hold(state.id, blocks, self.own(state))
+        windows = self.windows(state, plan)
+        found = windows.prepare()
+        # free pages are taken before vLLM takes those that it has found
+        blocks += [*found.read, *windows.local_pages()]
+        needed = self._own_beside(state, plan) + found.wanted
+        if not self.pages.hold(state.id, blocks, needed):
+            return False
+        found.take(self.pages.hold_scratch(state.id, found.wanted))
+        state.windows = found
+        return True
+
+    def shaped(self, state: RequestState, plan: Plan, private: bool) -> Plan | Reason:
+        """The plan with holes for what is to be computed again, and with what it leaves out of the
+        last page of the local hit, which is ``private`` or not.
+        """
+        assert state.limits is not None
+        if state.limits.max_refresh_share:
+            plan = self.refresh(state).cut(plan, self.block_size)
+        plan = self.with_rest(state, plan, private)
+        return self._fit(state, plan) if self.pages.groups.windows else plan
+
+    def _fit(self, state: RequestState, plan: Plan) -> Plan | Reason:
+        """The plan, as far as windowed layers have the KV that it takes, and of its texts those
+        placeholders of which something is left.
+        """
+        limits, fitting = state.limits, self.windows(state, plan).fit()
+        assert limits is not None
+        if fitting is None:
+            return Reason.SOURCE_EVICTED
+        starts = [span.start for span in fitting.spans]
+        left = [place for place in state.places if any(place[0] <= at < place[1] for at in starts)]
+        least = max(limits.min_reuse_tokens, limits.min_reuse_share * fitting.external_tokens)
+        if fitting.reused_tokens < least or not left:
+            return Reason.SOURCE_EVICTED
+        known = dict.fromkeys((start, key) for *_, start, key in left)
+        state.planned_placeholders = [key for _, key in known]
+        return fitting
+
+    def windows(self, state: RequestState, plan: Plan) -> Windows:
+        return Windows(self.pages, self.pages.groups, plan, state.request.block_hashes)
+
+    def _own_beside(self, state: RequestState, plan: Plan) -> int:
+        """Free pages that the request will ask for in all groups, if its local hit is held."""
+        size, local = self.block_size, plan.local // self.block_size
+        step = self.engine.drafted_tokens + 1
+        pages = -(-(int(state.request.num_tokens) + step) // size)
+        groups = self.pages.groups
+        first = [groups.first_page(group, plan.end, size) for group in groups.windows]
+        return sum(pages - max(local, number) for number in [0, *first])
 
 
 def coming_tokens(matches: Listing[Match], prompt: np.ndarray) -> int:

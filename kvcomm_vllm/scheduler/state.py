@@ -28,6 +28,7 @@ from kvcomm_vllm.scheduler.refresh import Refresh
 from kvcomm_vllm.scheduler.repeats import repeats
 from kvcomm_vllm.scheduler.spans import Plan, Treatment
 from kvcomm_vllm.scheduler.taint import Taint
+from kvcomm_vllm.scheduler.window_pages import PlanWindows
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -59,6 +60,7 @@ class RequestState:
         trusted: its sender may know what is shared: only those who know its cache salt share with
             it, or the operator allows it.
         plan: made by the current scheduling attempt, not admitted yet.
+        windows: pages of windowed layers, of that plan, or of the one that is being loaded.
         block_ids: its block table at its last admission.
         loading: operations are on their way to the workers; ``awaited``: over several steps.
         supplied: another connector loads, or has loaded, for its last admission.
@@ -73,6 +75,7 @@ class RequestState:
         generation, origin: see :class:`~kvcomm_vllm.scheduler.index.sequence.Sequence`;
             ``local_origin``: that of the conversation whose private pages it continues.
         planned_placeholders: keys of the last plan's spans, ``placeholders`` of the served one's.
+        places: of the last plan's spans start, end, and start and key of their placeholders.
         uses: how the last plan treats each placeholder, ``reused_uses`` of the served one those
             that it reuses.
         lesson: what can be learned from the last plan.
@@ -95,6 +98,7 @@ class RequestState:
     taint: Taint
     local: int = 0
     plan: Plan | None = None
+    windows: PlanWindows | None = None
     admitted: bool = False
     block_ids: list[int] = field(default_factory=list)
     loading: bool = False
@@ -122,6 +126,7 @@ class RequestState:
     refresh: Refresh | None = None
     planned_placeholders: list[str] = field(default_factory=list)
     placeholders: list[str] = field(default_factory=list)
+    places: list[tuple[int, int, int, str]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     reused_uses: list[Use] = field(default_factory=list)
     lesson: Lesson | None = None
@@ -174,6 +179,11 @@ class RequestState:
         if first_approximate is not None:
             self.taint.apply(first_approximate // block_size)
 
+    @property
+    def torn_pages(self) -> list[int]:
+        """Pages of its plan that are not whole, though vLLM has named them."""
+        return [] if self.windows is None else self.windows.torn
+
     def restore_exact(self) -> None:
         self.taint.restore()
         self.first_approximate, self.generation, self.local_origin = None, 0, None
@@ -197,17 +207,6 @@ class RequestState:
 
     # ---- the report ------------------------------------------------------------------------------
 
-    def serve(self, plan: Plan | None, block_size: int) -> None:
-        """How the prompt is served at its first admission."""
-        self.served, self.served_local = plan, self.local
-        if self.is_private(self.local, block_size):
-            assert self.first_approximate is not None
-            self.served_approximate = self.local - self.first_approximate
-        if plan is not None:
-            self.declined.clear()
-            self.placeholders = self.planned_placeholders
-            count_cached_tokens(self.request, plan.local, plan.reused_tokens)
-
     @property
     def written(self) -> bool:
         """Whether the plan's KV is there. A request that has output without a failure has it: vLLM
@@ -229,6 +228,12 @@ class RequestState:
         """Its loads have failed; all of its plan was computed in the same step."""
         self.repaired, self.reused_uses = True, []
         self.decline(Reason.LOAD_REPAIRED)
+        count_cached_tokens(self.request, self.served_local, 0)
+
+    def not_loaded(self) -> None:
+        """Its loads have failed, and vLLM computes what was to be loaded."""
+        self.failed, self.awaited = True, False
+        self.decline(Reason.LOAD_FAILED)
         count_cached_tokens(self.request, self.served_local, 0)
 
     @property

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.request import RequestStatus
 
+from kvcomm_vllm.kv_groups import NO_GROUPS, Tables
 from kvcomm_vllm.messages import number_of
 from kvcomm_vllm.scheduler.index import Sequence, SequenceIndex
 from kvcomm_vllm.scheduler.origin import numbered
@@ -103,10 +104,14 @@ class SequenceStore:
                 self.drop(state)
 
     def finish(
-        self, state: RequestState, pages: SourcePages, block_ids: list[int]
+        self,
+        state: RequestState,
+        pages: SourcePages,
+        block_ids: list[int],
+        windowed: Tables = NO_GROUPS,
     ) -> Sequence | None:
         """The request ended: keep what its pages hold, prompt and output, or forget what never got
-        its KV. ``block_ids`` are its pages, not freed yet.
+        its KV. ``block_ids`` are its pages, not freed yet, ``windowed`` those of windowed groups.
 
         Returns:
             What is kept of it.
@@ -126,6 +131,9 @@ class SequenceStore:
         if self._worth_a_page(state, rows) and 0 < rows - tokens < self.block_size:
             last = pages.keep_partial(block_ids[blocks], rows - tokens)
             if last is not None:
+                for group, table in windowed.items():
+                    if len(table) > blocks:
+                        pages.put_windowed(group, table[blocks], last, rows - tokens)
                 tokens = rows
                 hashes.append(last)
         self.index.extend(sequence, state.tokens()[:tokens], hashes)

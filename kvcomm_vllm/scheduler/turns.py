@@ -33,11 +33,15 @@ class Turns:
         if state is None or state.loading:
             return
         state.supplied = False
-        if state.plan is not None:
-            state.plan = None
-            self._pages.release(state.id)
+        self.forget(state)
         if not state.is_private(local, self._pages.block_size):
             state.restore_exact()
+
+    def forget(self, state: RequestState) -> None:
+        """Let a plan go that was not admitted."""
+        if state.plan is not None:
+            state.plan = state.windows = None
+            self._pages.release(state.id)
 
     def stand_back(self, request: Request, local: int) -> None:
         """One that is asked before us loads: nothing is planned."""

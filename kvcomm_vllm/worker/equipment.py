@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +53,29 @@ class Equipment:
     drafts: list[LayerGroup] = field(default_factory=list)
 
     @property
+    def by_number(self) -> dict[int, list[LayerGroup]]:
+        """Groups of layers by vLLM's KV cache group."""
+        found: dict[int, list[LayerGroup]] = {}
+        for group in self.groups:
+            found.setdefault(group.number, []).append(group)
+        return found
+
+    @property
     def device(self) -> torch.device:
         return self.groups[0].pages.layers[0].device
 
 
 def equip(
-    runner: Any | None, vllm_config: Any, config: KVCommConfig, block_size: int
+    runner: Any | None,
+    vllm_config: Any,
+    config: KVCommConfig,
+    block_size: int,
+    numbers: Mapping[str, int] | None = None,
 ) -> tuple[Equipment, WorkerFacts]:
     """Learn the layout of the KV cache, check it, and reserve memory for anchors.
+
+    Args:
+        numbers: of vLLM's KV cache groups, by layer; None where there is one.
 
     Raises:
         Unsupported: this model or its pages cannot be served with reuse.
@@ -75,8 +90,8 @@ def equip(
     positions = max(vllm_config.model_config.max_model_len, CHECKED_PAGES * block_size)
 
     def grouped(unrotated: Collection[str] = ()) -> tuple[list[LayerGroup], list[LayerGroup]]:
-        drafts = drafter and build_groups(others, drafter.model, unrotated, positions)
-        return build_groups(own, runner.model, unrotated, positions), drafts or []
+        drafts = drafter and build_groups(others, drafter.model, unrotated, positions, numbers)
+        return build_groups(own, runner.model, unrotated, positions, numbers), drafts or []
 
     groups, drafts = grouped()
     device = groups[0].pages.layers[0].device
@@ -86,7 +101,9 @@ def equip(
     check_text_positions(runner.model, vllm_config.model_config, side_forward.position_rows)
     check_page_sizes(layers, side_forward.builders, block_size)
     parallel = vllm_config.parallel_config
-    alone = parallel.data_parallel_size == 1
+    # a lesson's prompt would need pages of windowed layers that nobody has
+    several = len({group.number for group in groups}) > 1
+    alone = parallel.data_parallel_size == 1 and not several
     with torch.inference_mode():
         if config.self_check:
             # Forwards first: they have collectives, so no rank may fail before them alone
@@ -113,6 +130,8 @@ def equip(
     facts = WorkerFacts(
         None, "", layout + said, rooms=rooms, alone=alone, compares=compares, layout=layout
     )
+    members = (layer for group in groups for layer in group.layers)
+    facts.windows = [getattr(layer, "sliding_window", None) or 0 for layer in members]
     return Equipment(groups, kernel, side_forward, corrections, drafts), facts
 
 

@@ -9,10 +9,9 @@ it can. Only among several ranks a side forward that fails ends the engine (``Ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.logger import init_logger
 
@@ -23,7 +22,6 @@ from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.kernels import packing
 from kvcomm_vllm.messages import (
     Adapter,
-    HoleOp,
     LessonOp,
     ProbeOp,
     RequestOps,
@@ -38,13 +36,20 @@ from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.clock import Clock, HostClock, clock_of
 from kvcomm_vllm.worker.compare import compare
 from kvcomm_vllm.worker.equipment import Equipment, equip
+from kvcomm_vllm.worker.holes import forwards_of
 from kvcomm_vllm.worker.kv_view import layers_of
-from kvcomm_vllm.worker.load import run_loads, slots_of, token_moves
+from kvcomm_vllm.worker.load import in_group, run_loads, slots_of, token_moves
 from kvcomm_vllm.worker.side_forward import RanksApartError, Row
 from kvcomm_vllm.worker.transfers import Transfers
 
 logger = init_logger("vllm.kvcomm.worker")
 MakePool = Callable[[dict[str, torch.Tensor]], Any]
+
+
+class LoadsLostError(RuntimeError):
+    """KV is neither loaded nor computed, and among several KV cache groups vLLM has no way to be
+    told of it: the engine ends, as with vLLM's own forwards.
+    """
 
 
 class WorkerHalf:
@@ -54,6 +59,7 @@ class WorkerHalf:
         config: the effective configuration.
         block_size: tokens per page in block tables.
         make_pool: what copies pages of this KV cache to a host pool, if one was asked for.
+        numbers: of vLLM's KV cache groups, by layer.
     """
 
     def __init__(
@@ -62,8 +68,10 @@ class WorkerHalf:
         vllm_config: Any,
         block_size: int,
         make_pool: MakePool | None = None,
+        numbers: Mapping[str, int] | None = None,
     ) -> None:
         self.config = config
+        self.numbers = numbers
         self.make_pool = make_pool
         self.vllm_config = vllm_config
         self.block_size = block_size
@@ -81,7 +89,7 @@ class WorkerHalf:
         """The KV cache exists: learn its layout, check it, and say what was found."""
         try:
             self.ready, self.facts = equip(
-                self.runner, self.vllm_config, self.config, self.block_size
+                self.runner, self.vllm_config, self.config, self.block_size, self.numbers
             )
             self.clock = clock_of(self.ready.device)
         except Unsupported as found:
@@ -130,6 +138,8 @@ class WorkerHalf:
             return
         lost = self._load_or_lose(requests)
         if not self._compute(requests, lost):
+            if any(ops.windowed for ops in requests):
+                raise LoadsLostError("neither loaded nor computed, and vLLM cannot do it either")
             for ops in requests:
                 report.failed.add(ops.request_id)
                 self._lost_blocks.update(ops.block_ids[ops.first_token // self.block_size :])
@@ -185,11 +195,11 @@ class WorkerHalf:
     def _load(self, requests: list[RequestOps]) -> None:
         began = self.clock.begin()
         ready = self.equipment
-        plain = [(ops.block_ids, load) for ops in requests for load in ops.loads if load.entry < 0]
+        plain = [(ops, load) for ops in requests for load in ops.loads if load.entry < 0]
         with torch.inference_mode():
-            if plain:
-                moves = token_moves(plain, self.block_size, ready.device)
-                run_loads(ready.groups, moves, ready.kernel)
+            for number, groups in ready.by_number.items() if plain else ():
+                moves = token_moves(in_group(plain, number), self.block_size, ready.device)
+                run_loads(groups, moves, ready.kernel)
             for correction in ready.corrections.values():
                 correction.load(requests)
             if ready.drafts:
@@ -223,15 +233,12 @@ class WorkerHalf:
 
     def _fill_holes(self, requests: list[RequestOps], lost: set[str], eager: bool = False) -> None:
         """In the order of requests: one may have the pages of those before it as its own prefix."""
-        rows = [
-            Row(ops.block_ids, hole, adapter=number_of(ops.adapter))
-            for ops in requests
-            for hole in ([_whole_plan(ops)] if ops.request_id in lost else ops.holes)
-        ]
-        if not rows:
+        forwards = forwards_of(requests, lost, self.block_size)
+        if not forwards:
             return
         began = self.clock.begin()
-        self.equipment.side_forward.run(rows, eager)
+        for rows in forwards:
+            self.equipment.side_forward.run(rows, eager)
         self._took("side_forward", began)
 
     def _learn(self, lesson: LessonOp, report: StepReport) -> None:
@@ -302,7 +309,3 @@ class WorkerHalf:
         """The engine ends."""
         if self.transfers is not None:
             self.transfers.close()
-
-
-def _whole_plan(ops: RequestOps) -> HoleOp:
-    return HoleOp(ops.first_token, np.frombuffer(ops.tokens, np.int32).tolist())

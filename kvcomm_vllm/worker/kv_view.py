@@ -9,7 +9,7 @@ all heads instead: a latent from which keys and values are made, and a key that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,13 +59,14 @@ FP8_DTYPES = {
 @dataclass(frozen=True)
 class LayerGroup:
     """Layers whose loads share one launch: same pages, same rotary embedding (``rotary``, vLLM's
-    module).
+    module), same block tables (``number``: vLLM's KV cache group).
     """
 
     layers: tuple[Any, ...]
     pages: PageGroup
     rope: Rope
     rotary: Any | None
+    number: int = 0
 
 
 def build_groups(
@@ -73,19 +74,21 @@ def build_groups(
     model: torch.nn.Module,
     unrotated: Collection[str] = (),
     positions: int | None = None,
+    numbers: Mapping[str, int] | None = None,
 ) -> list[LayerGroup]:
     """Groups of all attention layers that own a cache, in model order.
 
     Args:
         unrotated: names of layers that are known not to use the rotary embedding they have.
         positions: that tokens can have.
+        numbers: of vLLM's KV cache groups, by layer; None where there is one.
 
     Raises:
         Unsupported: if any of them is not understood; reuse is then off for all.
     """
     ropes: dict[int | None, Rope] = {}
     members: dict[tuple[Any, ...], list[Any]] = {}
-    traits: dict[tuple[Any, ...], tuple[Packing, Rope, Any]] = {}
+    traits: dict[tuple[Any, ...], tuple[Packing, Rope, Any, int]] = {}
     for name, layer in layers.items():
         if not hasattr(layer, "kv_cache") or getattr(layer, "kv_sharing_target_layer_name", None):
             continue
@@ -96,12 +99,13 @@ def build_groups(
         if known not in ropes:
             ropes[known] = no_rope(cache.device) if module is None else rope_of(module, positions)
         rope = ropes[known]
+        number = 0 if numbers is None else numbers[name]
         key = (
-            *(packing, latent_dim(layer), id(rope)),
+            *(number, packing, latent_dim(layer), id(rope)),
             *(cache.shape, cache.stride(), cache.dtype, layer.kv_cache_dtype),
         )
         members.setdefault(key, []).append(layer)
-        traits[key] = (packing, rope, module)
+        traits[key] = (packing, rope, module, number)
     if not members:
         raise Unsupported(Reason.UNKNOWN_LAYOUT, "the model has no attention layer with a KV cache")
     return [_group(members[key], *traits[key]) for key in members]
@@ -154,7 +158,7 @@ def _fits(layer: Any, cache: torch.Tensor) -> bool:
     return cache.shape[3] == 2 * size and layer.head_size_v == size
 
 
-def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> LayerGroup:
+def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any, number: int) -> LayerGroup:
     first, latent = layers[0], latent_dim(layers[0])
     fp8 = FP8_DTYPES.get(first.kv_cache_dtype)
     caches = [cache_of(layer).view(fp8) if fp8 else cache_of(layer) for layer in layers]
@@ -168,7 +172,7 @@ def _group(layers: list[Any], packing: Packing, rope: Rope, rotary: Any) -> Laye
         k_scales=tuple(float(layer._k_scale) for layer in layers) if fp8 else None,
         v_scales=tuple(float(getattr(layer, of_values)) for layer in layers) if fp8 else None,
     )
-    return LayerGroup(tuple(layers), pages, rope, rotary)
+    return LayerGroup(tuple(layers), pages, rope, rotary, number)
 
 
 def layers_of(groups: list[LayerGroup]) -> Iterator[tuple[PageGroup, int]]:

@@ -7,7 +7,7 @@ K_new = R(new) (R(-old) K_page + dK)      V_new = V_page + dV      dK = dV = 0 f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ import torch
 from kvcomm_vllm.compat.device import let_vllm_scan_llvmlite
 from kvcomm_vllm.kernels.deviation import CodeMaps, Deviation, DistanceSums
 from kvcomm_vllm.kernels.pages import PageGroup, Rotation
-from kvcomm_vllm.messages import LoadOp
+from kvcomm_vllm.kv_groups import NOTHING
+from kvcomm_vllm.messages import LoadOp, RequestOps
 from kvcomm_vllm.worker import accelerator
 from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.rope import Rope
 from kvcomm_vllm.worker.upload import upload
 
+Pairs = list[tuple[list[int], LoadOp]]
 LoadKernel = Callable[[PageGroup, torch.Tensor, torch.Tensor, Rotation], None]
 CorrectKernel = Callable[
     [PageGroup, torch.Tensor, torch.Tensor, Rotation, Rotation, Deviation], None
@@ -162,10 +164,14 @@ def move_columns(ops: Iterable[tuple[list[int], LoadOp]], block_size: int) -> li
     columns: list[list[np.ndarray]] = [[], [], [], []]
     for block_ids, op in ops:
         span = np.arange(op.length, dtype=np.int64)
-        columns[0].append(slots_of(op.source_blocks, op.source_offset, op.length, block_size))
-        columns[1].append(slots_of(block_ids, op.prompt_start, op.length, block_size))
-        columns[2].append(op.source_start + span)
-        columns[3].append(op.prompt_start + span)
+        source = slots_of(op.source_blocks, op.source_offset, op.length, block_size)
+        target = slots_of(block_ids, op.prompt_start, op.length, block_size)
+        four = [source, target, op.source_start + span, op.prompt_start + span]
+        if op.windowed:  # of windowed layers not all is read, or has a place
+            there = (source // block_size != NOTHING) & (target // block_size != NOTHING)
+            four = [column[there] for column in four]
+        for column, part in zip(columns, four, strict=True):
+            column.append(part)
     return [np.concatenate(column) for column in columns]
 
 
@@ -174,6 +180,20 @@ def token_moves(
 ) -> TokenMoves:
     """The same on the device, in one transfer."""
     return TokenMoves(*upload(move_columns(ops, block_size), device))
+
+
+def in_group(pairs: Iterable[tuple[RequestOps, LoadOp]], group: int) -> Pairs:
+    """For :func:`move_columns`: in one of vLLM's KV cache groups, the block table of each load's
+    request, and the load as its pages lie there.
+    """
+    found: Pairs = []
+    for ops, load in pairs:
+        table = ops.windowed.get(group)
+        if table is None:
+            found.append((ops.block_ids, load))
+        else:
+            found.append((table.pages, replace(load, source_blocks=load.windowed[group])))
+    return found
 
 
 def placeholder_indices(ops: Iterable[tuple[list[int], LoadOp]]) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from kvcomm_vllm.compat.model import (
     model_positions,
     position_rows,
 )
+from kvcomm_vllm.kv_groups import Tables
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.worker.load import slots_of
 from kvcomm_vllm.worker.upload import upload
@@ -45,12 +46,14 @@ class Row:
     Args:
         shift: added to positions alone; not 0 only in the check at start.
         adapter: vLLM's number of the LoRA adapter it is computed with; 0 for none.
+        windowed: block tables of other KV cache groups than that of full attention.
     """
 
     block_ids: list[int]
     hole: HoleOp
     shift: int = 0
     adapter: int = 0
+    windowed: Tables = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -61,6 +64,10 @@ class Row:
         """The tokens behind each of its own; the last one's own where none is known."""
         tokens, following = self.hole.tokens, self.hole.following
         return [*tokens[1:], following if following >= 0 else tokens[-1]]
+
+    def table(self, group: int) -> list[int]:
+        """Its block table in one of vLLM's KV cache groups."""
+        return self.windowed.get(group, self.block_ids)
 
 
 def batches(
@@ -161,41 +168,42 @@ class SideForward:
         ends = np.array([row.end for row in rows], dtype=np.int32)
         starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
         total = int(starts[-1])
-        table = np.zeros((len(rows), max(len(row.block_ids) for row in rows)), dtype=np.int32)
-        for i, row in enumerate(rows):
-            table[i, : len(row.block_ids)] = row.block_ids
         ids = np.concatenate([np.asarray(row.hole.tokens, dtype=np.int32) for row in rows])
         spans = [np.arange(row.hole.start, row.end, dtype=np.int64) + row.shift for row in rows]
-        places = [
-            slots_of(row.block_ids, row.hole.start, len(row.hole.tokens), self.block_size)
-            for row in rows
-        ]
-        lists = (np.concatenate(spans), np.concatenate(places), ids, starts, ends, table)
-        positions, slots, ids_there, starts_there, ends_there, table_there = upload(
-            lists, self.device
-        )
-        common = common_metadata(
-            query_start_loc=starts_there,
-            query_start_loc_cpu=torch.from_numpy(starts),
-            seq_lens=ends_there,
-            seq_lens_cpu_upper_bound=torch.from_numpy(ends),
-            num_reqs=len(rows),
-            num_actual_tokens=total,
-            max_query_len=int(lengths.max()),
-            max_seq_len=int(ends.max()),
-            block_table_tensor=table_there,
-            slot_mapping=slots,
-            causal=True,
-            positions=positions,
-            is_prefilling=torch.ones(len(rows), dtype=torch.bool),
-        )
-        numbers = np.array([row.adapter for row in rows])
+        numbers = sorted({builder.number for builder in self.builders})
+        tables = [array for number in numbers for array in self._tables(rows, number)]
+        lists = (np.concatenate(spans), ids, starts, ends, *tables)
+        positions, ids_there, starts_there, ends_there, *tables_there = upload(lists, self.device)
+        by_group = dict(zip(numbers, zip(*[iter(tables_there)] * 2, strict=True), strict=True))
+
+        def common_of(number: int) -> Any:
+            slots, table = by_group[number]
+            return common_metadata(
+                query_start_loc=starts_there,
+                query_start_loc_cpu=torch.from_numpy(starts),
+                seq_lens=ends_there,
+                seq_lens_cpu_upper_bound=torch.from_numpy(ends),
+                num_reqs=len(rows),
+                num_actual_tokens=total,
+                max_query_len=int(lengths.max()),
+                max_seq_len=int(ends.max()),
+                block_table_tensor=table,
+                slot_mapping=slots,
+                causal=True,
+                positions=positions,
+                is_prefilling=torch.ones(len(rows), dtype=torch.bool),
+            )
+
+        adapters = np.array([row.adapter for row in rows])
         # Compiled code is the same for all adapters: vLLM tells them apart in CUDA graphs alone,
         # which take no part in this.
-        self.adapters.use(np.repeat(numbers, lengths).tolist(), numbers.tolist())
+        self.adapters.use(np.repeat(adapters, lengths).tolist(), adapters.tolist())
         metadata: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
         for builder in self.builders:
+            common = common_of(builder.number)
             metadata.update(dict.fromkeys(builder.layer_names, builder.build(common)))
+            slots.update(dict.fromkeys(builder.layer_names, common.slot_mapping))
         config = self.runner.vllm_config
         with torch.inference_mode(), forward_context(metadata, config, total, slots, eager):
             hidden: torch.Tensor | tuple[torch.Tensor, ...] = self.runner.model(
@@ -208,3 +216,16 @@ class SideForward:
             with torch.inference_mode(), forward_context(metadata, config, total, slots, eager):
                 self.drafter(hidden, ids_there, following, positions)
         return hidden if isinstance(hidden, torch.Tensor) else hidden[0]
+
+    def _tables(self, rows: list[Row], group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Slots ``[tokens]`` and the block table ``[rows, pages]`` of one KV cache group."""
+        tables = [row.table(group) for row in rows]
+        table = np.zeros((len(rows), max(map(len, tables))), dtype=np.int32)
+        for i, pages in enumerate(tables):
+            table[i, : len(pages)] = pages
+        pairs = zip(rows, tables, strict=True)
+        slots = [
+            slots_of(pages, row.hole.start, len(row.hole.tokens), self.block_size)
+            for row, pages in pairs
+        ]
+        return np.concatenate(slots), table

@@ -31,8 +31,10 @@ POOL: Part = {
 FOREIGN = ["ExampleConnector", "LMCacheConnectorV1", "NixlConnector", "MooncakeConnector", "Mine"]
 
 
-def with_parts(args_for: MakeArgs, *parts: Part, **more: Any) -> EngineArgs:
-    args = args_for("LlamaForCausalLM", **more)
+def with_parts(
+    args_for: MakeArgs, *parts: Part, architecture: str = "LlamaForCausalLM", **more: Any
+) -> EngineArgs:
+    args = args_for(architecture, **more)
     args.kv_transfer_config = KVTransferConfig(
         kv_connector="MultiConnector",
         kv_role="kv_both",

@@ -10,7 +10,7 @@ from math import inf
 import numpy as np
 from engine_without_worker import EngineWithoutWorker
 from simulated_memory import PageClaim
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_block_hash, get_group_id
 
 from kvcomm_vllm.messages import RequestOps
 from kvcomm_vllm.scheduler.idle.lesson import HOLDER
@@ -24,10 +24,12 @@ def check_all(engine: EngineWithoutWorker) -> None:
     check_states(engine)
 
 
-def cached_pages(engine: EngineWithoutWorker) -> list[tuple[bytes, KVCacheBlock]]:
-    """Every (hash, page) of vLLM's prefix cache."""
+def cached_pages(engine: EngineWithoutWorker, group: int = 0) -> list[tuple[bytes, KVCacheBlock]]:
+    """Every (hash, page) of a KV cache group in vLLM's prefix cache."""
     found = []
     for key, blocks in engine.pool.cached_block_hash_to_block._cache.items():
+        if get_group_id(key) != group:
+            continue
         for block in [blocks] if isinstance(blocks, KVCacheBlock) else blocks.values():
             found.append((bytes(get_block_hash(key)), block))
     return found
@@ -58,7 +60,8 @@ def pages_in_use(engine: EngineWithoutWorker) -> Counter[int]:
     """How often each page stands in a request's block table."""
     count: Counter[int] = Counter()
     for name in engine.scheduler.requests:
-        count.update(engine.scheduler.kv_cache_manager.get_block_ids(name)[0])
+        for table in engine.scheduler.kv_cache_manager.get_block_ids(name):
+            count.update(table)
     for _, blocks in engine.scheduler.deferred_frees:
         count.update(block.block_id for block in blocks)
     return count

@@ -12,6 +12,7 @@ import pytest
 from checks import check_all
 from engine_without_worker import EngineWithoutWorker
 from vllm.config import ModelConfig
+from windowed_engine import WindowedEngine, check_windows
 
 from kvcomm_vllm.plugin import register
 
@@ -55,6 +56,19 @@ def make_engine(tiny_model: ModelConfig) -> Callable[..., EngineWithoutWorker]:
         settings = {name: value for name, value in given.items() if name not in arguments}
         made = EngineWithoutWorker(tiny_model, settings, **engine)
         made.after_step = check_all
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_windowed(tiny_model: ModelConfig) -> Callable[..., WindowedEngine]:
+    """The same with vLLM's hybrid KV cache manager: arguments of the engine, and ``settings``."""
+
+    def make(settings: dict[str, Any] | None = None, **engine: Any) -> WindowedEngine:
+        gc.collect()
+        made = WindowedEngine(tiny_model, settings or {}, **{"num_blocks": 200, **engine})
+        made.after_step = check_windows
         return made
 
     return make

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from partial_pages import watch_partial_pages
 from plugin_settings import transfer_config
 from simulated_drafter import NOTHING, Guessed, SimulatedDrafter, speculative
 from simulated_memory import Row, Text
@@ -40,6 +41,8 @@ from kvcomm_vllm.messages import StepMessage, WorkerFacts
 from kvcomm_vllm.scheduler.half import SchedulerHalf
 from kvcomm_vllm.scheduler.tiers.pool import HostPool
 
+HEADS: dict[str, Any] = {"num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+
 
 @dataclass
 class Job:
@@ -69,6 +72,9 @@ class EngineWithoutWorker(SimulatedWorker):
         drafts: tokens guessed ahead for a request in one step, by speculative decoding.
         layered: by which method, if it is one with layers.
     """
+
+    connector_name = "kvcomm"
+    learns = True
 
     def __init__(
         self,
@@ -110,13 +116,10 @@ class EngineWithoutWorker(SimulatedWorker):
         config.scheduler_config.async_scheduling = pipeline > 1
         config.cache_config.num_gpu_blocks = num_blocks
         init_none_hash(sha256)
-        spec = FullAttentionSpec(
-            block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
-        )
         kind = AsyncScheduler if pipeline > 1 else Scheduler
         self.scheduler = kind(
             config,
-            KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            KVCacheConfig(num_blocks, [], self._groups(block_size)),
             StructuredOutputManager(config),
             block_size=block_size,
         )
@@ -136,13 +139,17 @@ class EngineWithoutWorker(SimulatedWorker):
         if self.scheduler.connector is not None:
             rooms = {"anchor": placeholders, "paper": paper_rows}
             facts = WorkerFacts(None, "", "test", rooms=rooms, compares=compares, pool=True)
+            facts.alone = self.learns
             self.scheduler.connector.set_xfer_handshake_metadata({0: facts})
-            self._watch_partial_pages()
+            watch_partial_pages(self.half.pages, self.partial_names)
             if isinstance(self.half.tiers, HostPool):  # nothing is computed here, at no cost
                 self.half.tiers._costs.step = lambda *_, **__: None  # type: ignore[method-assign]
 
     def transfer_config(self, settings: dict[str, Any]) -> KVTransferConfig:
-        return transfer_config(settings)
+        return transfer_config(settings, self.connector_name)
+
+    def _groups(self, block_size: int) -> list[KVCacheGroupSpec]:
+        return [KVCacheGroupSpec(["layer"], FullAttentionSpec(block_size=block_size, **HEADS))]
 
     @property
     def connector(self) -> KVCommConnector:
@@ -173,18 +180,6 @@ class EngineWithoutWorker(SimulatedWorker):
             return blocks
 
         self.pool.get_new_blocks = watched
-
-    def _watch_partial_pages(self) -> None:
-        pages = self.half.pages
-        keep = pages.keep_partial
-
-        def watched(block_id: int, tokens: int) -> bytes | None:
-            name = keep(block_id, tokens)
-            if name is not None:
-                self.partial_names.add(name)
-            return name
-
-        pages.keep_partial = watched
 
     # ---- requests --------------------------------------------------------------------------------
 

@@ -25,10 +25,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def transfer_config(settings: dict[str, Any]) -> KVTransferConfig:
-    """Our connector, with these changes to ``SETTINGS``."""
+def transfer_config(settings: dict[str, Any], name: str = "kvcomm") -> KVTransferConfig:
+    """Our connector by this name, with these changes to ``SETTINGS``."""
     return KVTransferConfig(
-        kv_connector="kvcomm",
+        kv_connector=name,
         kv_role=ROLE,
         kv_load_failure_policy="recompute",
         kv_connector_extra_config=SETTINGS | settings,

@@ -143,6 +143,7 @@ def llama_8b() -> LayerGroup:
 
 class _Builder:
     layer_names = ("layer",)
+    number = 0
 
     def build(self, *_: Any) -> None:
         return None

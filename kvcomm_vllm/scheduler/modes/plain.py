@@ -50,7 +50,9 @@ class PlainMode:
         if not isinstance(made, Reason):
             ends = {span.end for span in made.spans}
             rows = zip(plan.spans, there, strict=True)
-            state.planned_placeholders = _keys(one for span, one in rows if span.end in ends)
+            places = [(span, one) for span, one in rows if span.end in ends]
+            state.planned_placeholders = _keys(one for _, one in places)
+            state.places = [(s.start - s.seam, s.end, one.start, one.key) for s, one in places]
         return made
 
     def known(self, key: str) -> bool:

@@ -22,8 +22,19 @@ from kvcomm_vllm.worker.kv_view import LayerGroup
 from kvcomm_vllm.worker.load import LoadKernel, TokenMoves, run_loads
 from kvcomm_vllm.worker.side_forward import Row, SideForward
 
-PAGES = (1, 2)  # nobody uses them yet
 OLD = 3
+
+
+def check_pages(number: int = 0) -> tuple[int, int]:
+    """Two pages that nobody uses yet, in one of vLLM's KV cache groups: layers of different groups
+    may share memory.
+    """
+    return 2 * number + 1, 2 * number + 2
+
+
+def tables_of(groups: list[LayerGroup], *order: int) -> dict[int, list[int]]:
+    """By KV cache group the block table of its check pages in this order."""
+    return {g.number: [check_pages(g.number)[i] for i in order] for g in groups}
 
 
 def unrotated_layers(
@@ -39,8 +50,8 @@ def unrotated_layers(
     new = OLD + 2 * block_size + 1
     token = side_forward.runner.model_config.get_vocab_size() // 2
     rows = [
-        Row([page], HoleOp(0, [token]), shift)
-        for page, shift in zip(PAGES, (OLD, new), strict=True)
+        Row([check_pages()[i]], HoleOp(0, [token]), shift, windowed=tables_of(groups, i))
+        for i, shift in enumerate((OLD, new))
     ]
     side_forward.run(rows, eager=True)
     return frozenset().union(*(_unrotated(group, block_size, kernel, new) for group in groups))
@@ -49,9 +60,8 @@ def unrotated_layers(
 def _unrotated(group: LayerGroup, block_size: int, kernel: LoadKernel, new: int) -> set[str]:
     device = group.pages.layers[0].device
     # the token at both positions, and what a load makes of the first
-    slots = torch.tensor(
-        [PAGES[0] * block_size, PAGES[1] * block_size, PAGES[0] * block_size + 1]
-    ).to(device)
+    one, two = (page * block_size for page in check_pages(group.number))
+    slots = torch.tensor([one, two, one + 1]).to(device)
     positions = torch.tensor([OLD, new]).to(device)
     run_loads([group], TokenMoves(slots[:1], slots[2:], positions[:1], positions[1:]), kernel)
     found = set()

@@ -7,6 +7,7 @@ tokens' KV, and neither reading pages back nor tokens alone in their sequence wo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from kvcomm_vllm.compat.layers import cache_of
 from kvcomm_vllm.compat.metadata import MetadataBuilder
 from kvcomm_vllm.kernels import packing
+from kvcomm_vllm.kernels.pages import PageGroup
 from kvcomm_vllm.messages import HoleOp
 from kvcomm_vllm.reasons import Reason
-from kvcomm_vllm.worker.checks.model_check import PAGES
+from kvcomm_vllm.worker.checks.model_check import check_pages, tables_of
 from kvcomm_vllm.worker.checks.self_check import TOLERANCE
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.kv_view import LayerGroup, layers_of
@@ -65,20 +67,23 @@ def page_fault(groups: list[LayerGroup], block_size: int, side_forward: SideForw
     if count <= block_size:
         return None  # no request has a second page
     other, *tokens = _tokens(int(config.get_vocab_size()), count + 1)
-    there, back = list(PAGES), list(reversed(PAGES))
-    tail = Row(back, HoleOp(block_size, tokens[block_size:]))
+
+    def row(order: tuple[int, int], start: int, part: list[int]) -> Row:
+        pages = [check_pages()[i] for i in order]
+        return Row(pages, HoleOp(start, part), windowed=tables_of(groups, *order))
 
     def values(row: Row, *before: Row) -> list[torch.Tensor]:
         side_forward.run([*before, row], eager=True)
-        start = row.block_ids[1] * block_size
-        return _values(groups, torch.arange(start, start + count - block_size))
+        return _values(groups, row, block_size, count - block_size)
 
-    one = values(Row(there, HoleOp(0, tokens)))
-    two = values(tail, Row(back, HoleOp(0, tokens[:block_size])))
+    there, back = (0, 1), (1, 0)
+    tail = row(back, block_size, tokens[block_size:])
+    one = values(row(there, 0, tokens))
+    two = values(tail, row(back, 0, tokens[:block_size]))
     again = values(tail)
-    side_forward.run([Row(back, HoleOp(block_size - 1, [other]))], eager=True)
+    side_forward.run([row(back, block_size - 1, [other])], eager=True)
     replaced = values(tail)
-    _make_loud(groups, back[0] * block_size + block_size - 1)
+    _make_loud(groups, block_size)
     loud = values(tail)
     _clear(groups, block_size)
     return _verdict(groups, one, two, again, replaced, loud)
@@ -121,24 +126,35 @@ def _tokens(vocabulary: int, count: int) -> list[int]:
     return [int(token) for token in np.resize(shuffled, count)]
 
 
-def _values(groups: list[LayerGroup], slots: torch.Tensor) -> list[torch.Tensor]:
-    """Every layer's values at the slots: ``[tokens, kv_heads, value_dim]``; keys may be mostly
-    bias.
+def _values(groups: list[LayerGroup], row: Row, block_size: int, count: int) -> list[torch.Tensor]:
+    """Every layer's values of the first tokens of the row's second page: ``[tokens, kv_heads,
+    value_dim]``; keys may be mostly bias.
     """
-    slots = slots.to(groups[0].pages.layers[0].device)
-    return [packing.read(pages, index, slots)[1] for pages, index in layers_of(groups)]
+    found = []
+    for number, pages, index in _layers(groups):
+        start = row.table(number)[1] * block_size
+        slots = torch.arange(start, start + count, device=pages.layers[0].device)
+        found.append(packing.read(pages, index, slots)[1])
+    return found
 
 
-def _make_loud(groups: list[LayerGroup], slot: int) -> None:
-    slots = torch.tensor([slot], device=groups[0].pages.layers[0].device)
-    for pages, index in layers_of(groups):
+def _make_loud(groups: list[LayerGroup], block_size: int) -> None:
+    """The last token of the page that the tail stands behind."""
+    for number, pages, index in _layers(groups):
+        slot = check_pages(number)[1] * block_size + block_size - 1
+        slots = torch.tensor([slot], device=pages.layers[0].device)
         key, value = packing.read(pages, index, slots)
         packing.write(pages, index, slots, key, torch.full_like(value, LOUD))
 
 
 def _clear(groups: list[LayerGroup], block_size: int) -> None:
-    device = groups[0].pages.layers[0].device
-    slots = torch.cat([torch.arange(p * block_size, (p + 1) * block_size) for p in PAGES])
-    slots = slots.to(device)
-    for pages, index in layers_of(groups):
-        packing.clear(pages, index, slots)
+    for number, pages, index in _layers(groups):
+        for page in check_pages(number):
+            start = page * block_size
+            slots = torch.arange(start, start + block_size, device=pages.layers[0].device)
+            packing.clear(pages, index, slots)
+
+
+def _layers(groups: list[LayerGroup]) -> Iterator[tuple[int, PageGroup, int]]:
+    """Number of the KV cache group, pages, and index in them."""
+    return ((group.number, *layer) for group in groups for layer in layers_of([group]))

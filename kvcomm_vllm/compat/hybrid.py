@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's hybrid KV cache manager beside our connector: vLLM leaves it on for connectors whose class
+says that it can be, so there are two of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from kvcomm_vllm.compat.parts import HYBRID, PLAIN, is_ours
+from kvcomm_vllm.guards.model import has_sliding_layers
+
+if TYPE_CHECKING:
+    from vllm.config import KVTransferConfig, ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from kvcomm_vllm.config import KVCommConfig
+
+_PAIRS = (("kvcomm", "kvcomm_hybrid"), (PLAIN, HYBRID))
+
+
+def choose(transfer: KVTransferConfig, hybrid: bool) -> KVTransferConfig:
+    """The same configuration, with the connector that leaves the manager on, or that does not."""
+    plain, other = next(pair for pair in _PAIRS if transfer.kv_connector in pair)
+    return dataclasses.replace(transfer, kv_connector=other if hybrid else plain)
+
+
+def wants_hybrid(config: KVCommConfig, args: EngineArgs, model: ModelConfig) -> bool:
+    """Whether the manager is to stay on, and has any work."""
+    wanted = config.hybrid_kv_cache and args.disable_hybrid_kv_cache_manager is not True
+    return wanted and has_sliding_layers(model)
+
+
+def keep_findable(args: EngineArgs) -> None:
+    """vLLM 0.32+ by itself names pages of a prompt's last window alone, so that nobody finds the
+    others though they lie there.
+    """
+    if getattr(args, "prefix_cache_retention_interval", None) == 0:
+        args.prefix_cache_retention_interval = None
+
+
+def beside_hybrid(config: KVCommConfig, args: EngineArgs) -> str | None:
+    """What was asked for that pages of several kinds do not work with, if anything was."""
+    events = args.kv_events_config
+    found = {
+        "other connectors": not is_ours(args.kv_transfer_config),
+        "tiers": config.tiers.wanted or args.kv_offloading_size is not None,
+        "LoRA adapters": bool(args.enable_lora),
+        "KV events": bool(events is not None and events.enable_kv_cache_events),
+        "speculative decoding": any(
+            getattr(args, name, None) is not None
+            for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+        ),
+    }
+    return next((name for name, asked in found.items() if asked), None)
