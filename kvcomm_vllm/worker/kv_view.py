@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvcomm_vllm.compat.layers import PACKING_BACKEND, cpu_isa
+from kvcomm_vllm.compat.layers import PACKING_BACKEND, cpu_isa, is_drafters
 from kvcomm_vllm.kernels.pages import Packing, PageGroup
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
@@ -67,6 +67,8 @@ def build_groups(
     for name, layer in layers.items():
         if not hasattr(layer, "kv_cache") or getattr(layer, "kv_sharing_target_layer_name", None):
             continue
+        if is_drafters(layer):
+            raise Unsupported(Reason.SPEC_DECODE, name)
         module = None if name in unrotated else rope_module(model, layer)
         packing = packing_of(name, layer)
         cache = layer.kv_cache

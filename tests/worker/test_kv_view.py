@@ -74,6 +74,19 @@ def test_known_cpu_pages_are_read(isa: str, packing: Packing) -> None:
     assert packing_of("the layer", Layer(isa)) is packing
 
 
+def test_vllm_028_says_elsewhere_for_which_instruction_set_pages_are_packed() -> None:
+    impl = SimpleNamespace(do_kv_cache_update=None, alibi_slopes=None, isa="vec16")
+    assert packing_of("the layer", Layer("", impl=impl)) is Packing.VEC
+
+
+def test_layers_of_a_drafter_are_refused_as_drafts_are() -> None:
+    """vLLM 0.33 says whose a layer is."""
+    assert build((Layer(is_draft_layer=False), None))
+    with pytest.raises(Unsupported, match="layer 1") as caught:
+        build((Layer(), None), (Layer(is_draft_layer=True), None))
+    assert caught.value.reason is Reason.SPEC_DECODE
+
+
 @pytest.mark.parametrize("isa", ["neon", "rvv", "vxe", "", "vec32"])
 def test_pages_of_an_unknown_instruction_set_are_refused(isa: str) -> None:
     found = refusal(Layer(isa))
