@@ -207,7 +207,8 @@ def weights_digest(adapter: Any) -> bytes:
         for part in (layer.lora_a, layer.lora_b):
             for weights in part if isinstance(part, (list, tuple)) else (part,):
                 _add(digest, weights)
-    for name, layer in sorted(adapter.modules_to_save.items()):
+    whole = getattr(adapter, "modules_to_save", {})  # of classifiers, since vLLM 0.31
+    for name, layer in sorted(whole.items()):
         digest.update(name.encode())
         _add(digest, layer.weight)
         _add(digest, layer.bias)

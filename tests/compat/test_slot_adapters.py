@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from since import since
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
@@ -252,6 +253,7 @@ def test_a_digest_is_of_weights_shapes_and_scales() -> None:
     assert weights_digest(shaped) != same
 
 
+@since("0.31", "modules that are saved whole")
 def test_a_digest_is_of_modules_that_were_saved_whole_too() -> None:
     def saved(value: float) -> LoRAModel:
         whole: Any = SimpleNamespace(weight=torch.full((2, 2), value), bias=None)
