@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from kvcomm_vllm.compat import offload
+from kvcomm_vllm.compat import adapters, offload
+from kvcomm_vllm.compat.adapters import UnknownAdaptersError, adapters_of
 from kvcomm_vllm.compat.model import forwards_embeddings
 from kvcomm_vllm.config.tiers import TiersConfig
 
@@ -45,3 +46,14 @@ def test_before_032_tiers_are_refused_in_one_line_and_the_engine_serves(
     config: Any = None  # it is not looked at
     assert offload.pool_spec(TiersConfig(host_gb=1.0), config, config) is None
     assert said == ["kvcomm: tiers need vLLM 0.32: pages that leave the KV cache are lost"]
+
+
+def test_before_032_engines_with_adapters_do_not_reuse_and_others_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapters, "older_than", lambda number: number == (0, 32))
+    with_lora: Any = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=object()))
+    with pytest.raises(UnknownAdaptersError, match=r"never run before vLLM 0\.32"):
+        adapters_of(with_lora)
+    without: Any = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=None))
+    assert not adapters_of(without).apart

@@ -24,6 +24,8 @@ from kvcomm_vllm.compat.adapters import (
     weights_digest,
 )
 
+pytestmark = since("0.32", "adapters beside which KV is reused")
+
 
 def layer(seed: int, scaling: float = 1.0) -> LoRALayerWeights:
     draw = torch.Generator().manual_seed(seed)
@@ -253,7 +255,6 @@ def test_a_digest_is_of_weights_shapes_and_scales() -> None:
     assert weights_digest(shaped) != same
 
 
-@since("0.31", "modules that are saved whole")
 def test_a_digest_is_of_modules_that_were_saved_whole_too() -> None:
     def saved(value: float) -> LoRAModel:
         whole: Any = SimpleNamespace(weight=torch.full((2, 2), value), bias=None)

@@ -34,7 +34,8 @@ class Counted:
     def report(self) -> None:
         self.hits += self.now.hits
         self.queries += self.now.queries
-        self.by_source += sum(getattr(self.now, "hits_by_source", {}).values())
+        by_source = getattr(self.now, "hits_by_source", {0: self.now.hits})  # before vLLM 0.32
+        self.by_source += sum(by_source.values())
         self.now = self.engine.scheduler.connector_prefix_cache_stats = PrefixCacheStats()
 
 
