@@ -76,7 +76,7 @@ def page(record: Mapping[str, Mapping[str, Row]], known: Mapping[str, str]) -> s
         _table(["option", *told[1:]], ([row, *c[:3], c[4]] for row, c in _cells(record, options))),
         "## Refused\n",
         "Such engines say why once, and serve exactly.\n"
-        "Of architectures (`...ForCausalLM`) no engine was started, but their arguments were read.\n",
+        "Of architectures (`...ForCausalLM`) no engine was started: arguments were read.\n",
         _table(
             ["model", "reason", "vLLM"],
             ([row, _reason(c[0]), c[4]] for row, c in _cells(record, refused)),

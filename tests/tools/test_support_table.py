@@ -77,6 +77,7 @@ def test_of_nothing(): pass
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_outcomes_are_recorded_and_those_of_other_tests_stay(
     tmp_path: Path, processes: int
