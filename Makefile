@@ -4,6 +4,7 @@
 PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV    ?= .venv
+RECORD  := docs/results/support.json
 SMOLLM2 := models/SmolLM2-135M-Instruct
 GEMMA   := models/gemma-3-270m
 QWEN    := models/Qwen2.5-Coder-0.5B-Instruct
@@ -13,6 +14,10 @@ ARGS    ?=
 # How many processes run the tests; each may hold a vLLM server, some 8 GB.
 JOBS    ?= 2
 SHARED  := -n $(JOBS) --no-loadscope-reorder
+# Of `make test-vllm`: which vLLM, and which tests; it has an environment of its own.
+VLLM    ?= 0.28.0
+TESTS   ?= tests/compat tests/guards tests/tools/test_vllm_names.py tests/engine/test_exactness.py
+APART   := $(VENV)-vllm-$(VLLM)
 # Of `make soak`: how long, and which script; empty for the default.
 SECONDS ?=
 SEED    ?=
@@ -28,7 +33,7 @@ MODEL_FILES := $(if $(filter $(SMOLLM2),$(MODEL)),$(SMOLLM2)/config.json)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model model-gemma model-qwen model-qwen-1.5b
-.PHONY: demo test test-fast gpu soak soak-models lint format bench clean
+.PHONY: demo test test-fast test-vllm support gpu soak soak-models lint format bench clean
 
 help: ## this list
 	@echo 'make TARGET [MODEL=folder-or-huggingface-id] [ARGS="..."] [VENV=.venv] [PYTHON=python3.11]'
@@ -70,6 +75,17 @@ test: $(READY) $(SMOLLM2)/config.json ## the whole test suite
 
 test-fast: $(READY) ## what needs no engine and no server
 	$(BIN)/python -m pytest $(SHARED) -m 'not engine and not http and not slow and not soak' --durations=10 $(ARGS)
+
+test-vllm: $(APART)/.kvcomm-ready ## what any vLLM must do, on another one; VLLM=0.28.0 TESTS=tests
+	$(APART)/bin/python -m pytest $(SHARED) -m 'not slow and not soak' --durations=10 $(TESTS) $(ARGS)
+
+$(APART)/.kvcomm-ready: setup.py tools/setup_env.py tools/repair_env.py
+	$(PYTHON) tools/setup_env.py $(APART) $(VLLM)
+	@touch $@
+
+support: $(READY) ## runs what docs/support.md tells of, and makes it; ARGS='-k NAME' for some of it
+	-$(BIN)/python -m pytest $(SHARED) -m support --record-support $(RECORD) $(ARGS)
+	$(BIN)/python tools/support_table.py
 
 gpu: $(READY) $(SMOLLM2)/config.json ## proves the CUDA path on this machine's GPU, in 30 minutes
 	$(BIN)/python tools/prove_gpu.py --model $(SMOLLM2) $(ARGS)

@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores, 1)))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+import support_record
 from child_tests import scope_of
 from short_model import save_short
 from tiny_model import save_tiny_llama
@@ -32,6 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # nothing here is judged by how long it takes on a machine that may be busy
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+pytest_addoption = support_record.pytest_addoption
+pytest_configure = support_record.pytest_configure
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -141,6 +141,49 @@ FAMILIES = {
         {"head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": GEMMA3_ROPES, **WINDOWED},
     ),
     "cohere2 no rope first": Family("cohere2", 64, {"tie_word_embeddings": True, **FULL_FIRST}),
+    "qwen3-moe": Family(
+        "qwen3_moe",
+        64,
+        {"head_dim": 64, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+        {"dtype": "float32"},
+    ),
+    "mixtral": Family(
+        "mixtral",
+        64,
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"dtype": "float32"},
+    ),
+    "gpt-oss, sinks": Family(
+        "gpt_oss",
+        64,
+        {
+            "head_dim": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": rope(
+                "yarn",
+                factor=4.0,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=False,
+                original_max_position_embeddings=1024,
+            ),
+            **WINDOWED,
+        },
+    ),
+    "granite scales": Family(
+        "granite",
+        64,
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "glm4 partial": Family(
+        "glm4", 64, {"head_dim": 64, "rope_parameters": rope(partial_rotary_factor=0.5)}
+    ),
     "bloom alibi": Family(
         "bloom", 64, {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, kv_heads=4
     ),
@@ -176,6 +219,11 @@ FAMILIES = {
     "deepseek v2 lite": Family("deepseek_v2", 32, {"q_lora_rank": None, **MLA}, ON_CPU),
     "deepseek v2": Family("deepseek_v2", 32, {"q_lora_rank": 64, **MLA}, ON_CPU),
     "deepseek v3": Family("deepseek_v3", 32, {"q_lora_rank": 64, **MLA, **AS_V3}, ON_CPU),
+}
+
+# Families with which reuse is off, and why; vLLM takes Olmo 3 from transformers as it is.
+REFUSED = {
+    "olmo3": (Family("olmo3", 64, {"rope_parameters": rope(), **WINDOWED}), "rope_unsupported"),
 }
 
 

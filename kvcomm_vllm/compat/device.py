@@ -23,10 +23,8 @@ def free_memory(device: torch.device) -> int | None:
 
 def send(data: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Host memory on a device by way of pinned memory, without waiting for what the device does."""
-    try:
-        from vllm.utils.torch_utils import async_tensor_h2d
-    except ImportError:  # before 0.32
-        return data.pin_memory().to(device, non_blocking=True)
+    from vllm.utils.torch_utils import async_tensor_h2d
+
     there: torch.Tensor = async_tensor_h2d(data, device=device)
     return there
 

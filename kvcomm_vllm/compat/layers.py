@@ -37,9 +37,16 @@ def cache_of(layer: Any) -> torch.Tensor:
     return cache.unsqueeze(1) if latent_dim(layer) and cache.ndim == 3 else cache
 
 
+def is_drafters(layer: Any) -> bool:
+    """Whether a drafter owns the layer, as vLLM 0.33 says of each."""
+    return bool(getattr(layer, "is_draft_layer", False))
+
+
 def cpu_isa(layer: Any) -> str:
-    """Instruction set the CPU backend packs pages for; set on layers by its metadata builder."""
-    return str(getattr(layer, "isa", ""))
+    """Instruction set the CPU backend packs pages for; set on layers by its metadata builder, or
+    by their own half of it (vLLM 0.28).
+    """
+    return str(getattr(layer, "isa", None) or getattr(layer.impl, "isa", ""))
 
 
 def write_kv(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 def forwards_embeddings(model: ModelConfig) -> bool:
     """Whether vLLM embeds tokens before it calls the model, text alone included."""
-    return bool(model.enable_prompt_embeds or model.supports_multimodal_inputs)
+    return bool(model.enable_prompt_embeds or _takes_media(model))
+
+
+def _takes_media(model: ModelConfig) -> bool:
+    told = getattr(model, "supports_multimodal_inputs", None)
+    if told is not None:
+        return bool(told)
+    from vllm.multimodal import MULTIMODAL_REGISTRY  # before vLLM 0.31
+
+    return bool(MULTIMODAL_REGISTRY.supports_multimodal_inputs(model))
 
 
 # Where models keep what embedding leaves for the forward of the step that is about to run.

@@ -49,9 +49,10 @@ _METRICS = {
 
 
 def has_tiers() -> bool:
-    """Whether this vLLM has tiers as they are used here (0.32)."""
+    """Whether this vLLM has tiers as they are used here: it says where a hit comes from (0.32)."""
     try:
-        return find_spec("vllm.v1.kv_offload.tiering") is not None
+        needed = ("vllm.v1.kv_offload.tiering", "vllm.v1.metrics.cache_hit_source")
+        return None not in map(find_spec, needed)
     except ModuleNotFoundError:  # of a package around it
         return False
 

@@ -30,11 +30,7 @@ def name_partial_page(
     if block.is_null or block.block_hash is not None:
         return False
     key = make_block_hash_with_group_id(BlockHash(name), group)
-    if hasattr(pool, "_insert_block_hash"):  # vLLM 0.32+
-        pool._insert_block_hash(key, block, num_tokens=tokens)
-    else:
-        block.block_hash = key
-        pool.cached_block_hash_to_block.insert(key, block)
+    pool._insert_block_hash(key, block, num_tokens=tokens)
     return True
 
 
@@ -57,8 +53,6 @@ def cache_page(
 def evict_soon(pool: BlockPool, blocks: list[KVCacheBlock]) -> None:
     """Cached pages in no use become the first that are evicted; until then they can be found."""
     queue = pool.free_block_queue
-    if not hasattr(queue, "prepend_n"):  # of another version: they go when their turn comes
-        return
     for block in blocks:
         queue.remove(block)
     queue.prepend_n(blocks)

@@ -20,7 +20,7 @@ logger = init_logger("vllm.kvcomm")
 
 
 def require_load_before_forward(output: SchedulerOutput) -> None:
-    """vLLM 0.30+ runs ``start_load_kv`` before the forward only if this flag is set."""
+    """vLLM 0.29+ runs ``start_load_kv`` before the forward only if this flag is set."""
     if hasattr(output, "has_sync_kv_loads"):
         output.has_sync_kv_loads = True
 
@@ -68,7 +68,7 @@ def drafted_slots(scheduler: Any | None) -> int:
 
 
 def weight_version(engine: Any | None) -> str | None:
-    """What the weights were called when they were last changed (vLLM 0.32+), or None."""
+    """What the weights were called when they were last changed, or None."""
     version = getattr(engine, "get_weight_version", None)
     return None if version is None else str(version())
 

@@ -28,16 +28,28 @@ def check_vllm() -> str | None:
             f"kvcomm needs vLLM {wanted}, and none is installed: "
             "pip install '.[cuda]' in the checkout, or `make setup` on a machine without a GPU"
         )
-    release = re.match(r"(\d+)\.(\d+)", found)
-    if release is None:
-        return None
-    number = (int(release[1]), int(release[2]))
-    if number <= (0, 1) and "dev" in found:
+    number = release_of(found)
+    if number is None:
         return None
     if not OLDEST <= number <= NEWEST:
         age = "older" if number < OLDEST else "newer"
         return f"kvcomm supports vLLM {wanted}; the one installed, {found}, is {age}"
     return None
+
+
+def release_of(found: str) -> tuple[int, int] | None:
+    """The release a version is of, None where it has none in it."""
+    release = re.match(r"(\d+)\.(\d+)", found)
+    if release is None:
+        return None
+    number = (int(release[1]), int(release[2]))
+    return None if number <= (0, 1) and "dev" in found else number
+
+
+def older_than(number: tuple[int, int]) -> bool:
+    """Whether the installed vLLM is of an earlier release; False where that cannot be said."""
+    release = release_of(installed_version() or "")
+    return release is not None and release < number
 
 
 def installed_version() -> str | None:

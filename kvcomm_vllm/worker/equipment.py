@@ -26,7 +26,7 @@ from kvcomm_vllm.worker.checks.text_positions import check_text_positions
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
 from kvcomm_vllm.worker.corrections.base import Correction, Ground
 from kvcomm_vllm.worker.corrections.registry import reserve
-from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups
+from kvcomm_vllm.worker.kv_view import LayerGroup, build_groups, part_layers
 from kvcomm_vllm.worker.load import LoadKernel, load_kernel, warm_up_loads
 from kvcomm_vllm.worker.side_forward import SideForward
 
@@ -85,7 +85,7 @@ def equip(
     layers = attention_layers(vllm_config)
     side_forward = _side_forward(runner, block_size)
     drafter = side_forward.drafter
-    own, others = _parted(layers, frozenset() if drafter is None else drafter.layer_names)
+    own, others = part_layers(layers, frozenset() if drafter is None else drafter.layer_names)
     # the checks stand for texts of a few pages, whatever the engine serves
     positions = max(vllm_config.model_config.max_model_len, CHECKED_PAGES * block_size)
 
@@ -144,12 +144,6 @@ def _side_forward(runner: Any, block_size: int) -> SideForward:
         raise Unsupported(Reason.ROPE_UNSUPPORTED, str(error)) from error
     except UnknownDrafterError as error:
         raise Unsupported(Reason.SPEC_DECODE, str(error)) from error
-
-
-def _parted(layers: dict[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's layers, and those of these ``names``."""
-    own = {name: layer for name, layer in layers.items() if name not in names}
-    return own, {name: layer for name, layer in layers.items() if name in names}
 
 
 def _layout(groups: list[LayerGroup], block_size: int) -> str:

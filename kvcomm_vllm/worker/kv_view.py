@@ -19,6 +19,7 @@ from kvcomm_vllm.compat.layers import (
     PACKING_BACKEND,
     cache_of,
     cpu_isa,
+    is_drafters,
     latent_dim,
     picks_tokens,
 )
@@ -67,6 +68,21 @@ class LayerGroup:
     rope: Rope
     rotary: Any | None
     number: int = 0
+
+
+def part_layers(
+    layers: dict[str, Any], drafter: frozenset[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's own layers, and those that the drafter is known to have by these names.
+
+    Raises:
+        Unsupported: vLLM says of another layer that a drafter owns it.
+    """
+    own = {name: layer for name, layer in layers.items() if name not in drafter}
+    for name, layer in own.items():
+        if is_drafters(layer):
+            raise Unsupported(Reason.SPEC_DECODE, name)
+    return own, {name: layer for name, layer in layers.items() if name in drafter}
 
 
 def build_groups(

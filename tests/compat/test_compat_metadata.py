@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from since import since
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -158,6 +159,7 @@ def test_block_tables_are_mapped_to_the_pages_of_kernels(kind: type) -> None:
     assert ours.build(common(TABLE)).tolist() == HALVES
 
 
+@since("0.32", "the tables of kernels' pages")
 def test_a_second_batch_does_not_change_the_tables_of_vllms_step() -> None:
     vllms = group(AttentionGroup, Builder)
     theirs = vllms.build_metadata(common(TABLE))

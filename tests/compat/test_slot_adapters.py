@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from since import since
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
@@ -22,6 +23,8 @@ from kvcomm_vllm.compat.adapters import (
     adapters_of,
     weights_digest,
 )
+
+pytestmark = since("0.32", "adapters beside which KV is reused")
 
 
 def layer(seed: int, scaling: float = 1.0) -> LoRALayerWeights:

@@ -43,6 +43,7 @@ def hear(llm: LLM, number: int, hints: dict[str, str] = ANCHOR) -> Answer:
     return answer
 
 
+@pytest.mark.support("reuse", "mode anchor")
 def test_placeholders_are_learned_by_audits_and_then_corrected(learning: LLM) -> None:
     assert hear(learning, 0).report["corrected"] == 0
     for number in range(1, 5):
@@ -64,6 +65,7 @@ def test_a_correction_brings_kv_closer_to_dense(learning: LLM) -> None:
     assert all(0 < record.error < 0.95 for record in warm)
 
 
+@pytest.mark.support("exactness", "mode anchor")
 def test_lessons_change_no_exact_answer(learning: LLM, plain: LLM) -> None:
     prompts = [AGENT + text(2000 + n, 90) + TAIL for n in range(3)]
     truth = ask(plain, *prompts, tokens=8)

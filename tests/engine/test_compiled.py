@@ -10,6 +10,7 @@ from test_exactness import PROMPTS, check_holes
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
+@pytest.mark.support("exactness", "compiled model")
 def test_holes_are_exact_with_a_compiled_model_too(
     tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

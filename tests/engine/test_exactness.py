@@ -31,6 +31,7 @@ def holes_only(local: int, spans: Iterable[ReuseSpan], *rest: object) -> Plan:
 PROMPTS = [text(seed, 60 + seed) + SHARED + TAIL for seed in (3, 4, 5)]
 
 
+@pytest.mark.support("reuse", "default settings")
 def test_an_engine_that_is_a_producer_to_vllm_reuses(reusing: LLM) -> None:
     """It was asked for in the role kv_both."""
     assert core(reusing).scheduler.vllm_config.kv_transfer_config.kv_role == "kv_producer"
@@ -49,6 +50,7 @@ def check_holes(llm: LLM, truth: list[Answer], monkeypatch: pytest.MonkeyPatch) 
         assert answer.tokens == dense.tokens
 
 
+@pytest.mark.support("exactness", "default settings")
 def test_holes_alone_give_exactly_the_dense_answer(
     reusing: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +58,7 @@ def test_holes_alone_give_exactly_the_dense_answer(
     check_holes(reusing, ask(plain, *PROMPTS, tokens=12), monkeypatch)
 
 
+@pytest.mark.support("exactness", "default settings")
 def test_mode_off_gives_the_tokens_of_plain_vllm(reusing: LLM, plain: LLM) -> None:
     """Beside requests that are reused: what a server with the plugin may stand in for plain vLLM
     by, as `kvcomm demo` lets it.
@@ -69,6 +72,7 @@ def test_mode_off_gives_the_tokens_of_plain_vllm(reusing: LLM, plain: LLM) -> No
     assert {answer.report["reused"] for answer in answers} == {0}
 
 
+@pytest.mark.support("layer 0", "default settings")
 def test_moved_keys_of_the_first_layer_equal_native_ones(tiny_llama: str, reusing: LLM) -> None:
     """Layer 0 sees no context, so re-rotation alone must give what a dense prefill gives there."""
     prompt = text(6, 75) + SHARED + TAIL

@@ -40,6 +40,7 @@ def free_pages(llm: LLM) -> int:
     return int(core(llm).scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
 
+@pytest.mark.support("exactness", "healing")
 def test_a_follow_up_turn_is_an_exact_local_hit(healing: LLM, plain: LLM) -> None:
     prompt, answer = reuse(healing, 510)
     free = free_pages(healing)

@@ -21,6 +21,7 @@ def small(tiny_llama: str) -> Iterator[LLM]:
     ended(llm)
 
 
+@pytest.mark.support("reuse", "tiers: host memory")
 def test_reused_text_that_has_left_the_cache_gives_the_same_answer(small: LLM) -> None:
     there = quoted(small, "one")
     back = quoted(small, "two", between=1)
@@ -28,6 +29,7 @@ def test_reused_text_that_has_left_the_cache_gives_the_same_answer(small: LLM) -
     assert back.tokens == there.tokens
 
 
+@pytest.mark.support("exactness", "tiers: host memory")
 def test_an_exact_beginning_that_has_left_the_cache_is_a_local_hit(small: LLM, plain: LLM) -> None:
     prompt = text(320, 400)
     ask(small, prompt)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from engines import IN_ONE_PROCESS, Answer, ask, connector, core, elsewhere, make_engine, settle
 from engines import text as words
+from since import since
 from test_exactness import holes_only
 from tiny_adapter import save_tiny_adapter
 from vllm import LLM
@@ -23,7 +24,7 @@ from vllm.lora.request import LoRARequest
 from kvcomm_vllm.messages import Divergence
 from kvcomm_vllm.scheduler.modes import plain as plain_mode
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, since("0.32", "adapters beside which KV is reused")]
 
 VOCABULARY = 512
 SHARED, TAIL = words(801, 200), words(802, 6)
@@ -94,6 +95,7 @@ def test_adapters_and_none_answer_differently(
     assert len({tuple(answer.tokens) for answer in answers}) == 3
 
 
+@pytest.mark.support("reuse", "LoRA adapters")
 def test_each_reuses_its_own_text_and_nobody_else_s(
     adapted: LLM, one: LoRARequest, other: LoRARequest
 ) -> None:
@@ -106,6 +108,7 @@ def test_each_reuses_its_own_text_and_nobody_else_s(
         assert second.report["reused"] > 150
 
 
+@pytest.mark.support("exactness", "LoRA adapters")
 def test_holes_of_several_adapters_in_one_step_give_exactly_the_dense_answers(
     adapted: LLM, truth: LLM, one: LoRARequest, other: LoRARequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

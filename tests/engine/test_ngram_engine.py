@@ -56,6 +56,7 @@ def reset(llm: LLM) -> None:
     assert core(llm).scheduler.reset_prefix_cache(reset_connector=True), "pages are still in use"
 
 
+@pytest.mark.support("exactness", "drafts by ngram")
 def test_what_is_not_reused_is_answered_as_by_plain_vllm(
     guessing: LLM, plain: LLM, guesses: Guesses
 ) -> None:
@@ -67,6 +68,7 @@ def test_what_is_not_reused_is_answered_as_by_plain_vllm(
     assert guesses.wrong > 10
 
 
+@pytest.mark.support("exactness", "drafts by ngram")
 def test_holes_alone_give_exactly_the_dense_answer_beside_guesses(
     guessing: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,6 +76,7 @@ def test_holes_alone_give_exactly_the_dense_answer_beside_guesses(
     check_holes(guessing, ask(plain, *PROMPTS, tokens=12), monkeypatch)
 
 
+@pytest.mark.support("reuse", "drafts by ngram")
 def test_a_step_that_loads_has_guesses_in_it(guessing: LLM, guesses: Guesses) -> None:
     ask(guessing, SOURCE, tokens=1)
     assert guesses == Guesses(), "a prompt that is computed has none"

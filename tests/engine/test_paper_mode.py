@@ -40,6 +40,7 @@ def hear(llm: LLM, number: int, length: int = 120) -> Answer:
     return answer
 
 
+@pytest.mark.support("reuse", "mode paper")
 def test_requests_are_dense_until_two_anchors_cover_them_and_then_estimated(paper: LLM) -> None:
     for number in range(2):
         assert hear(paper, number).report["declined"] == {"learning": 1}
@@ -52,6 +53,7 @@ def test_requests_are_dense_until_two_anchors_cover_them_and_then_estimated(pape
     assert hear(paper, 3, length=150).report["declined"] == {"learning": 1}
 
 
+@pytest.mark.support("exactness", "mode paper")
 def test_dense_answers_are_those_of_plain_vllm(paper: LLM, plain: LLM) -> None:
     prompts = [AGENT + text(2000 + n, 90) + TAIL for n in range(3)]
     truth = ask(plain, *prompts, tokens=8)

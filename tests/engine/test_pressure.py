@@ -30,6 +30,7 @@ def worker() -> WorkerHalf:
     return get_kv_transfer_group()._worker  # type: ignore[no-any-return]
 
 
+@pytest.mark.support("exactness", "preemption")
 def test_preempted_requests_finish_and_leave_no_approximate_page(small: LLM, plain: LLM) -> None:
     prompts = [text(seed, 40) + SHARED + TAIL for seed in (211, 212, 213)]
     ask(small, text(210, 40) + SHARED + TAIL)
@@ -54,6 +55,7 @@ def test_an_evicted_source_is_a_miss(small: LLM, plain: LLM) -> None:
     assert_nothing_is_held(small)
 
 
+@pytest.mark.support("exactness", "failed loads")
 @pytest.mark.parametrize("broken", ["kernel", "first side_forward", "every side_forward"])
 def test_a_failed_load_is_computed_and_gives_the_dense_answer(
     small: LLM, plain: LLM, worker: WorkerHalf, broken: str, monkeypatch: pytest.MonkeyPatch

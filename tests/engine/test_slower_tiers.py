@@ -39,6 +39,7 @@ def finds_it(llm: LLM, plain: LLM, reused: int) -> None:
     assert exact.tokens == ask(plain, PROMPT + text(351, 20))[0].tokens
 
 
+@pytest.mark.support("reuse", "tiers: disk")
 def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
     tiny_llama: str, plain: LLM, tmp_path: Path
 ) -> None:
@@ -57,6 +58,7 @@ def test_a_new_engine_finds_on_disk_what_the_one_before_has_served(
         ended(llm)
 
 
+@pytest.mark.support("reuse", "tiers: shared server")
 def test_an_engine_elsewhere_reuses_what_another_one_has_put_into_the_shared_server(
     tiny_llama: str, plain: LLM, valkey_server: ValkeyServer
 ) -> None:
@@ -75,6 +77,7 @@ def test_an_engine_elsewhere_reuses_what_another_one_has_put_into_the_shared_ser
         ended(llm)
 
 
+@pytest.mark.support("exactness", "tiers: disk")
 def test_damaged_pages_are_computed(tiny_llama: str, plain: LLM, tmp_path: Path) -> None:
     folder = tmp_path / "kv"
     llm = started(tiny_llama, host_gb=0.05, disk_path=str(folder))

@@ -171,6 +171,7 @@ def test_the_engine_works_as_on_a_gpu(llm: LLM, worker: WorkerHalf, kind: Kind) 
     assert (token > head) is (kind.layout == "LBNHC")
 
 
+@pytest.mark.support("exactness", "strided pages, runners V1 and V2")
 def test_holes_alone_give_exactly_the_dense_answer(
     llm: LLM, dense: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +194,7 @@ def test_each_mode_serves_as_on_packed_pages(llm: LLM, ordinary: Ordinary) -> No
             assert step == pytest.approx(other, abs=0.002)
 
 
+@pytest.mark.support("reuse", "strided pages, runners V1 and V2")
 def test_an_exact_request_gets_only_exact_pages_after_reuse(
     llm: LLM, dense: list[list[int]]
 ) -> None:

@@ -44,6 +44,7 @@ def dense(both: LLM) -> list[list[int]]:
     return answers
 
 
+@pytest.mark.support("reuse", "strided pages, 2 ranks")
 def test_ranks_load_strided_pages_of_their_own_heads_with_steps_in_flight(both: LLM) -> None:
     assert both.llm_engine.vllm_config.scheduler_config.async_scheduling
     facts = both.collective_rpc("load_facts")
@@ -53,6 +54,7 @@ def test_ranks_load_strided_pages_of_their_own_heads_with_steps_in_flight(both: 
     assert both.collective_rpc("kernel_module") == ["kvcomm_vllm.kernels.load"] * 2
 
 
+@pytest.mark.support("exactness", "strided pages, 2 ranks")
 def test_exact_requests_get_the_dense_answer_beside_reuse(
     both: LLM, dense: list[list[int]]
 ) -> None:

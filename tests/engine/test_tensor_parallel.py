@@ -68,6 +68,7 @@ def test_every_rank_has_checked_its_own_heads(both: LLM) -> None:
     assert all("1 KV heads of 32" in summary for _, summary in facts)
 
 
+@pytest.mark.support("reuse", "tensor parallel, 2 ranks")
 def test_ranks_reuse_together(both: LLM, prompts: list[list[int]]) -> None:
     ask(both, text(420, 70) + SHARED + TAIL)
     for prompt in prompts:
@@ -76,6 +77,7 @@ def test_ranks_reuse_together(both: LLM, prompts: list[list[int]]) -> None:
         assert answer.report["declined"] == {}
 
 
+@pytest.mark.support("exactness", "tensor parallel, 2 ranks")
 def test_exact_requests_get_what_plain_vllm_answers(
     both: LLM, prompts: list[list[int]], dense: list[list[int]]
 ) -> None:

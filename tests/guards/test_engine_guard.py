@@ -52,7 +52,10 @@ def engine(**changes: Any) -> Any:
 
 def pages(*specs: kv.KVCacheSpec, **more: Any) -> KVCacheConfig:
     groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
-    return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups, **more)
+    made = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
+    for name, value in more.items():  # of newer versions
+        setattr(made, name, value)
+    return made
 
 
 def test_a_plain_engine_may_reuse_with_tensor_parallelism() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from engine_arguments import MakeArgs
+from support_record import tell
 from vllm.engine.arg_utils import EngineArgs
 
 from kvcomm_vllm.compat import cli
@@ -17,6 +18,7 @@ from kvcomm_vllm.config import ConfigError
 from kvcomm_vllm.reasons import Reason
 
 
+@pytest.mark.support("reuse")
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
@@ -31,8 +33,13 @@ from kvcomm_vllm.reasons import Reason
     ],
 )
 def test_models_whose_kv_cannot_be_reused_start_plainly_with_one_warning(
-    args_for: MakeArgs, said: list[str], architecture: str, reason: Reason
+    args_for: MakeArgs,
+    said: list[str],
+    architecture: str,
+    reason: Reason,
+    request: pytest.FixtureRequest,
 ) -> None:
+    tell(request, f"refused: {reason}")
     args = args_for(architecture)
     args.create_model_config()
     assert args.kv_transfer_config is None

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from engine_arguments import DECODER
+from serve_arguments import make_arg_parser
+from since import since
 from vllm import LLM
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.model_executor.models import registry
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -131,6 +132,7 @@ def test_no_way_to_start_opens_a_multimodal_server_to_embeddings(
     assert accepts(config) == (False, False)
 
 
+@since("0.32", "embeddings for whoever is sent KV")
 def test_vllm_itself_would_open_it_for_the_role_that_was_asked_for(model: str) -> None:
     """What the tests above protect from; if this fails, vLLM has changed, and they may go."""
     both = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}

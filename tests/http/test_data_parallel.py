@@ -68,6 +68,7 @@ def most_of(told: dict[str, Any]) -> float:
     return 0.7 * float(told["prompt_tokens"])
 
 
+@pytest.mark.support("reuse", "data parallel, shared tier")
 def test_a_rank_reuses_elsewhere_what_another_one_has_computed(
     told: dict[str, dict[str, Any]],
 ) -> None:

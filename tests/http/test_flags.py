@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from serve_arguments import make_arg_parser
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kvcomm_vllm import plugin

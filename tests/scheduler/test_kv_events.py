@@ -12,6 +12,7 @@ from checks import check_all, check_idle
 from checks import exactly_hashed as exact_names
 from engine_without_worker import EngineWithoutWorker
 from scripts import words
+from since import since
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash as external
 
@@ -113,6 +114,7 @@ def test_no_event_is_about_a_page_nobody_has_heard_of_though_pages_are_evicted(
     check_idle(engine)
 
 
+@since("0.32", "one seed for the hashes of all engines")
 def test_without_reuse_events_are_vllms_own(make_engine: Make, plain_engine: Make) -> None:
     heard = []
     for make in (make_engine, plain_engine):

@@ -17,6 +17,7 @@ from kvcomm_vllm.worker.kv_view import (
     STRIDED_BACKENDS,
     build_groups,
     packing_of,
+    part_layers,
 )
 
 HEAD, LATENT = 32, 96
@@ -87,6 +88,21 @@ def cache(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu")
 )
 def test_known_cpu_pages_are_read(isa: str, packing: Packing) -> None:
     assert packing_of("the layer", Layer(isa)) is packing
+
+
+def test_vllm_028_says_elsewhere_for_which_instruction_set_pages_are_packed() -> None:
+    impl = SimpleNamespace(do_kv_cache_update=None, alibi_slopes=None, isa="vec16")
+    assert packing_of("the layer", Layer("", impl=impl)) is Packing.VEC
+
+
+def test_layers_of_a_drafter_that_is_not_known_are_refused_as_drafts_are() -> None:
+    """vLLM 0.33 says whose a layer is."""
+    layers = {"own": Layer(is_draft_layer=False), "guesses": Layer(is_draft_layer=True)}
+    own, drafts = part_layers(layers, frozenset({"guesses"}))
+    assert (list(own), list(drafts)) == (["own"], ["guesses"])
+    with pytest.raises(Unsupported, match="guesses") as caught:
+        part_layers(layers, frozenset())
+    assert caught.value.reason is Reason.SPEC_DECODE
 
 
 @pytest.mark.parametrize("isa", ["neon", "rvv", "vxe", "", "vec32"])
