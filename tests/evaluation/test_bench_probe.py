@@ -27,7 +27,11 @@ class Client:
 
     def complete(self, messages: Any, tokens: int, salt: str, *, hints: Any) -> Answer:
         mode = hints["kvcomm"]["mode"]
-        declined = {"paper": {"no_paper_memory": 1}, "seam": {"mla": 1}, "anchor": {"no_match": 1}}
+        declined = {
+            "paper": {"no_paper_memory": 1},
+            "seam": {"mamba": 1},
+            "anchor": {"no_match": 1},
+        }
         params = {"kvcomm": {"declined": declined[mode]}} if self.reports else None
         return Answer("", (), 1, 0, None, 1.0, {"kv_transfer_params": params})
 
@@ -38,7 +42,7 @@ def test_columns_that_are_refused_or_declined_as_a_whole_are_named_with_the_reas
     found = rehearse(list(OWN.values()), servers)
     assert set(found) == {"rotate", "seam", "paper"}
     assert "not allowed" in found["rotate"]
-    assert found["seam"].startswith("mla: ")
+    assert found["seam"].startswith("mamba: ")
     assert "paper.memory_mb" in found["paper"]
 
 
