@@ -366,14 +366,6 @@ def test_of_a_stream_of_several_prompts_and_samples_each_choice_has_its_report(
         assert_adds_up({"kvcomm": told})
 
 
-def test_a_stream_that_ends_with_an_error_is_as_vllm_has_it(agents: Agents, shared: str) -> None:
-    """As a beam search does; the requests of its beams have reports, which belong nowhere."""
-    way = chat(stream=True, **BEAMS)
-    chunks = chunks_of(post(agents, CHAT, way.body("editor", shared)))
-    assert "error" in chunks[-1]
-    assert not [chunk for chunk in chunks if "kv_transfer_params" in chunk]
-
-
 def test_a_message_that_is_streamed_has_the_report_where_it_ends(
     agents: Agents, shared: str
 ) -> None:
