@@ -118,7 +118,7 @@ def test_drafters_with_layers_have_room_and_read_nothing_that_is_wrong(
 ) -> None:
     """vLLM reserves slots ahead for them, and takes a page less of what it has cached."""
     engine = make_engine(**options, drafts=drafts, pipeline=pipeline, layered=layered)
-    play(engine, seed, steps=200, failures=pipeline == 1)
+    play(engine, seed, steps=200)
     check_answers(engine)
 
 
