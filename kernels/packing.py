@@ -17,10 +17,11 @@ def views(group: PageGroup, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of one layer as views ``[pages, heads, ...]`` in their packing's shape."""
     cache, dim = group.layers[layer], group.head_dim
     pages, heads, tokens = cache.shape[:3]
-    if group.packing is Packing.STRIDED:
-        return group.split(cache)
-    if group.packing is Packing.LATENT:
-        return cache[..., group.key_at :], cache[..., : group.key_at]
+    if group.packing in ROWS:
+        return (
+            cache[..., group.key_at : group.key_at + dim],
+            cache[..., group.value_at : group.value_at + group.value_dim],
+        )
     flat = cache.view(pages, heads, 2 * tokens * dim)
     key, value = flat[..., : tokens * dim], flat[..., tokens * dim :]
     if group.packing is Packing.VEC:

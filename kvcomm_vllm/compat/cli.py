@@ -253,7 +253,7 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     ours = choose(with_host_pool(args, ours, config), hybrid)
     if hybrid:
         keep_findable(args)
-    if not hybrid and args.disable_hybrid_kv_cache_manager is False:
+    elif args.disable_hybrid_kv_cache_manager is False:
         # Without windowed layers it changes nothing, but vLLM would refuse it beside our connector.
         args.disable_hybrid_kv_cache_manager = None
     if transfer.kv_load_failure_policy != "recompute" and not quiet:

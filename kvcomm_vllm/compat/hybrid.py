@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from kvcomm_vllm.compat.parts import HYBRID, PLAIN, is_ours
+from kvcomm_vllm.compat.rules import asks_for_drafts
 from kvcomm_vllm.guards.model import has_sliding_layers
 
 if TYPE_CHECKING:
@@ -48,9 +49,6 @@ def beside_hybrid(config: KVCommConfig, args: EngineArgs) -> str | None:
         "tiers": config.tiers.wanted or args.kv_offloading_size is not None,
         "LoRA adapters": bool(args.enable_lora),
         "KV events": bool(events is not None and events.enable_kv_cache_events),
-        "speculative decoding": any(
-            getattr(args, name, None) is not None
-            for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens")
-        ),
+        "speculative decoding": asks_for_drafts(args),
     }
     return next((name for name, asked in found.items() if asked), None)

@@ -53,14 +53,22 @@ def settings_of_config(config: VllmConfig) -> EngineSettings:
     )
 
 
+def asks_for_drafts(args: EngineArgs) -> bool:
+    """Whether tokens are to be guessed ahead, in whatever way."""
+    return any(value is not None for value in _speculative(args))
+
+
+def _speculative(args: EngineArgs) -> list[Any]:
+    return [getattr(args, name, None) for name in _SPECULATIVE]
+
+
 def _asks_for_unknown_drafts(args: EngineArgs) -> bool:
     """Where no method is named, vLLM finds one by the drafter's own files, and what it has found is
     asked of the finished engine. It takes ``mtp`` by older names, too.
     """
-    given = [getattr(args, name, None) for name in _SPECULATIVE]
-    if all(value is None for value in given):
+    if not asks_for_drafts(args):
         return False
-    config, method, model, *_ = given
+    config, method, model, *_ = _speculative(args)
     settings = config if isinstance(config, Mapping) else {"method": config}
     methods = [name for name in (settings.get("method"), method) if name is not None]
     if not methods:

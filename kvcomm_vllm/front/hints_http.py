@@ -15,11 +15,12 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from vllm.exceptions import VLLMValidationError
 
 from kvcomm_vllm import metrics
 from kvcomm_vllm.front.carried_hints import PARAMS, carry
+from kvcomm_vllm.front.posts import PostMiddleware
 from kvcomm_vllm.hints import FIELD, HintError, parse_hints
 from kvcomm_vllm.reasons import Reason
 
@@ -45,20 +46,14 @@ class RefusedHintsError(VLLMValidationError, HTTPException):
         return str(self.detail)
 
 
-class HintsMiddleware:
+class HintsMiddleware(PostMiddleware):
     """Looks for ``kv_transfer_params.kvcomm`` in JSON bodies.
 
     A body is looked at while the route reads it, so that authentication and size limits still come
     first, and parsed only if it names the field at all.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
+    async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
         chunks: list[bytes] = []
         with carry() as carried:
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from vllm.logger import init_logger
 
 from kvcomm_vllm.front.carried_hints import PARAMS
+from kvcomm_vllm.front.posts import PostMiddleware
 from kvcomm_vllm.front.stream_events import Events
 from kvcomm_vllm.hints import FIELD
 
@@ -112,18 +113,12 @@ def report_for(chunk: Mapping[str, Any], told: Told) -> object | None:
     return None
 
 
-class StreamReportsMiddleware:
+class StreamReportsMiddleware(PostMiddleware):
     """Stands next to the routes. Whatever is no stream of events, or none of vLLM's, passes as it
     is.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
+    async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
         token = _TOLD.set(told := Told())
         try:
             await self.app(scope, receive, Response(send, told).send)

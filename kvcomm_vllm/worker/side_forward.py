@@ -176,9 +176,8 @@ class SideForward:
         positions, ids_there, starts_there, ends_there, *tables_there = upload(lists, self.device)
         by_group = dict(zip(numbers, zip(*[iter(tables_there)] * 2, strict=True), strict=True))
 
-        def common_of(number: int) -> Any:
-            slots, table = by_group[number]
-            return common_metadata(
+        commons = {
+            number: common_metadata(
                 query_start_loc=starts_there,
                 query_start_loc_cpu=torch.from_numpy(starts),
                 seq_lens=ends_there,
@@ -188,12 +187,13 @@ class SideForward:
                 max_query_len=int(lengths.max()),
                 max_seq_len=int(ends.max()),
                 block_table_tensor=table,
-                slot_mapping=slots,
+                slot_mapping=slots_there,
                 causal=True,
                 positions=positions,
                 is_prefilling=torch.ones(len(rows), dtype=torch.bool),
             )
-
+            for number, (slots_there, table) in by_group.items()
+        }
         adapters = np.array([row.adapter for row in rows])
         # Compiled code is the same for all adapters: vLLM tells them apart in CUDA graphs alone,
         # which take no part in this.
@@ -201,7 +201,7 @@ class SideForward:
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
         for builder in self.builders:
-            common = common_of(builder.number)
+            common = commons[builder.number]
             metadata.update(dict.fromkeys(builder.layer_names, builder.build(common)))
             slots.update(dict.fromkeys(builder.layer_names, common.slot_mapping))
         config = self.runner.vllm_config
