@@ -39,6 +39,7 @@ from kvcomm_vllm.compat.scheduler import (
     recovers_failed_loads,
     require_load_before_forward,
     uncount_hits,
+    unname_what_is_not_computed,
 )
 from kvcomm_vllm.config import KVCommConfig
 from kvcomm_vllm.guards.engine import engine_groups, engine_off
@@ -123,6 +124,7 @@ class KVCommConnector(KVConnectorBase_V1):
             )
             self._scheduler.reports.trace = trace
             if self._vllm_scheduler is not None:
+                unname_what_is_not_computed(self._vllm_scheduler)
                 let_go_before_resets(self._vllm_scheduler, self._scheduler.let_go)
                 hear_before_outputs(self._vllm_scheduler, self._hear)
                 if self.config.report != "off":

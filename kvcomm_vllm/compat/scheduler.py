@@ -154,6 +154,33 @@ def add_reports(scheduler: Any, tell: Callable[[str], dict[str, Any] | None]) ->
     scheduler.update_from_output = update_from_output
 
 
+def unname_what_is_not_computed(scheduler: Any) -> None:
+    """Take the names of pages that a preempted request will not fill.
+
+    vLLM (0.28 - 0.33) names a page when it schedules the step that fills it. Where it preempts the
+    request for a more urgent one in that very step (``--scheduling-policy priority``), the page
+    keeps the name, and whoever comes next with that prompt reads what nobody has computed: so this
+    scheduler's ``_preempt_request`` is wrapped.
+    """
+    preempt = getattr(scheduler, "_preempt_request", None)
+    if preempt is None:
+        return
+
+    @wraps(preempt)
+    def preempt_request(request: Request, *args: Any, **kwargs: Any) -> Any:
+        manager = scheduler.kv_cache_manager
+        try:
+            computed = request.num_computed_tokens // scheduler.block_size
+            tables = manager.get_block_ids(request.request_id)
+            manager.evict_blocks({page for table in tables for page in table[computed:]})
+        except Exception:
+            scheduler._preempt_request = preempt
+            logger.exception("kvcomm: pages of preempted requests keep their names from now on")
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt_request
+
+
 def let_go_before_resets(scheduler: Any, let_go: Callable[[bool], list[Request]]) -> None:
     """Let requests whose KV arrives over several steps begin anew when running requests are reset.
 

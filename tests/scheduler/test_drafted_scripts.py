@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from engine_without_worker import EngineWithoutWorker
@@ -28,22 +27,6 @@ def check_answers(engine: EngineWithoutWorker) -> None:
     for name, served in engine.served.items():
         told = [token for output in served.outputs for token in output.new_token_ids]
         assert told == served.text.tokens[served.prompt_tokens :][: len(told)].tolist(), name
-
-
-def unname_what_is_not_computed(engine: EngineWithoutWorker) -> None:
-    """vLLM 0.32 names a page when it schedules the step that fills it, and leaves it the name if it
-    preempts the request for a more urgent one in that very step; a wrong guess may stand there.
-    """
-    scheduler = engine.scheduler
-    preempt = scheduler._preempt_request
-
-    def preempt_unnamed(request: Any, *rest: Any, **named: Any) -> Any:
-        blocks = scheduler.kv_cache_manager.get_blocks(request.request_id).blocks[0]
-        for block in blocks[request.num_computed_tokens // engine.half.block_size :]:
-            engine.pool._maybe_evict_cached_block(block)
-        return preempt(request, *rest, **named)
-
-    scheduler._preempt_request = preempt_unnamed  # type: ignore[method-assign]
 
 
 @thorough
@@ -73,7 +56,6 @@ def test_priorities_preempt_what_guesses(
     make_engine: Make, options: dict[str, object], seed: int, drafts: int, pipeline: int
 ) -> None:
     engine = make_engine(**options, drafts=drafts, pipeline=pipeline, policy="priority")
-    unname_what_is_not_computed(engine)
     play(engine, seed, steps=200)
     check_answers(engine)
 
@@ -118,7 +100,7 @@ def test_drafters_with_layers_have_room_and_read_nothing_that_is_wrong(
 ) -> None:
     """vLLM reserves slots ahead for them, and takes a page less of what it has cached."""
     engine = make_engine(**options, drafts=drafts, pipeline=pipeline, layered=layered)
-    play(engine, seed, steps=200)
+    play(engine, seed, steps=200, failures=pipeline == 1)
     check_answers(engine)
 
 

@@ -106,6 +106,30 @@ def test_a_neighbour_on_the_lost_pages_is_not_a_source_either(make_engine: Make)
     check_idle(engine)
 
 
+@pytest.mark.parametrize("end", ["abort", "preempt"])
+def test_who_shares_lost_pages_does_not_count_on_another_to_compute_them(
+    make_engine: Make, end: str
+) -> None:
+    """vLLM has the first of them compute the pages, and lets the others read them at once."""
+    engine = make_engine(share_inflight_seconds=0)
+    with_failure(engine, "second")
+    answer = words("answer", 6)
+    engine.add("second", READER, answer)
+    engine.add("neighbour", [*READER[:40], *words("else", 30)], answer)
+    engine.step()
+    first, second = (engine.trace[-1][name][1] for name in ("second", "neighbour"))
+    assert first[:2] == second[:2], "computed before what was to be loaded for the first of them"
+    if end == "abort":
+        engine.abort("second")
+    else:
+        preempted = engine.scheduler.running.pop(0)
+        engine.scheduler._preempt_request(preempted, 0.0)
+        engine.abort(preempted.request_id)
+    engine.run()
+    assert engine.served["neighbour"].finished
+    check_idle(engine)
+
+
 def test_reuse_goes_on_after_a_failure(make_engine: Make) -> None:
     engine = make_engine()
     with_failure(engine, "second")
