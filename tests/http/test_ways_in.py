@@ -311,6 +311,14 @@ def test_beams_in_a_stream_of_text_are_refused_as_vllm_does_it(
     assert not grown()
 
 
+def test_a_stream_that_ends_with_an_error_is_as_vllm_has_it(agents: Agents, shared: str) -> None:
+    """More beams than vLLM gives log-probabilities for, which it finds when it has answered 200."""
+    way = chat(stream=True, **{**BEAMS, "n": 11})
+    (chunk,) = chunks_of(post(agents, CHAT, way.body("editor", shared)))
+    assert chunk.keys() == {"error"}
+    assert chunk["error"]["type"] == "BadRequestError"
+
+
 def test_a_message_that_is_streamed_has_the_report_where_it_ends(
     agents: Agents, shared: str
 ) -> None:
