@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvcomm_vllm.compat import rules
+from kvcomm_vllm.compat.parts import other_parts
 from kvcomm_vllm.guards.connectors import foreign_parts
 from kvcomm_vllm.guards.model import has_sliding_layers, has_windowed_layers
 from kvcomm_vllm.guards.settings import unsupported_settings
@@ -55,7 +56,7 @@ def _checks(
 ) -> Iterator[tuple[bool, Reason]]:
     """Lazily: the last ones may ask the GPU's driver and the network."""
     yield rules.offloads_elsewhere(args, transfer), Reason.KV_OFFLOADING
-    yield bool(foreign_parts(transfer, config)), Reason.OTHER_CONNECTOR
+    yield bool(foreign_parts(other_parts(transfer), config)), Reason.OTHER_CONNECTOR
     yield rules.kv_cache_dtype(args, model) not in _PLAIN_KV, Reason.KV_QUANTISED
     forced = args.disable_hybrid_kv_cache_manager is False and not hybrid
     yield forced and has_windowed_layers(model), Reason.SLIDING_WINDOW_HYBRID
