@@ -242,6 +242,22 @@ def test_lessons_take_no_page_that_is_still_to_be_copied(make_beside: Make, last
 
 
 @ORDERS
+def test_no_lesson_begins_in_the_step_that_tells_of_a_requests_end(
+    make_beside: Make, last: bool
+) -> None:
+    """Whoever is asked behind us may store some of its pages then, which are free already."""
+    engine = make_beside(last=last, late=0)
+    engine.serve("first", FIRST)
+    engine.serve("second", SECOND, words("answer", 9))
+    assert not engine.offloading.has_pending_push_work()
+    output = engine.schedule()
+    assert output.finished_req_ids == {"second"}
+    assert not engine.lessons
+    engine.idle()
+    assert engine.lessons
+
+
+@ORDERS
 def test_pages_of_a_request_that_waits_for_its_pieces_are_copied_before_they_are_written(
     make_beside: Make, last: bool
 ) -> None:
@@ -303,6 +319,9 @@ def test_workers_words_reach_the_part_they_are_for(make_beside: Make) -> None:
     parent.set_xfer_handshake_metadata_pp_aware({(0, 0): said})
     assert told == [{0: "theirs"}]
     assert engine.half.off == "unknown_layout"
+    engine.offloading.get_handshake_metadata = lambda: None
+    parent.set_xfer_handshake_metadata_pp_aware({(0, 0): parent.get_handshake_metadata()})
+    assert told[1:] == [{}], "who has said nothing hears of nobody"
 
 
 @pytest.mark.slow
