@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import enum
 
+from kvcomm_vllm.wording import shown
+
 
 class Scope(enum.Enum):
     """What a reason speaks about."""
@@ -38,8 +40,15 @@ class Reason(enum.StrEnum):
 
     @classmethod
     def of(cls, word: str) -> Reason:
-        """The reason whose word this is."""
-        return next(reason for reason in cls if reason.value == word)
+        """The reason whose word this is.
+
+        Raises:
+            ValueError: there is none, as of a word that another version of kvcomm has said.
+        """
+        for reason in cls:
+            if reason.value == word:
+                return reason
+        raise ValueError(f"{shown(word)} is no reason that this version of kvcomm knows")
 
     SPARSE_ATTENTION = (
         "sparse_attention",

@@ -44,7 +44,10 @@ def _problem(column: Column, client: ChatClient) -> str | None:
         if (report := answer.report) is None:
             return f"its responses carry no report: {NO_REPORT}"
         for word in report.get("declined", {}):
-            reason = Reason.of(word)
+            try:
+                reason = Reason.of(word)
+            except ValueError as error:  # an endpoint that somebody else has started
+                return str(error)
             if reason.scope is Scope.ENGINE or reason is Reason.NO_PAPER_MEMORY:
                 return f"{word}: {reason.explanation}"
     return None

@@ -142,6 +142,17 @@ def allocator() -> str:
     )
 
 
+def connectors() -> str:
+    """Beside which of vLLM's connectors KV is reused, and whether that was tried with this vLLM."""
+    from kvcomm_vllm.guards.connectors import NAMES
+    from kvcomm_vllm.guards.version import TESTED, older_than
+
+    names = " and ".join(sorted(NAMES))
+    if older_than(TESTED):
+        raise AdviceError(f"beside {names} nobody has tried this vLLM: reuse may be off")
+    return f"beside kvcomm in a MultiConnector: {names}; beside any other one reuse is off"
+
+
 def measuring_packages() -> str:
     if lack := lacking([*CLIENT, *PICTURE, TOOLS]):
         raise AdviceError(f"missing {lack}")

@@ -56,6 +56,7 @@ def run_checks(
         ("plugin", checks.plugin),
         ("kernels", checks.kernels),
         ("allocator", checks.allocator),
+        ("connectors", checks.connectors),
         ("demo packages", checks.measuring_packages),
     ]
     if config is not None:

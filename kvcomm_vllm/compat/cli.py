@@ -237,7 +237,9 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     hybrid = wants_hybrid(config, args, model)
     beside = beside_hybrid(config, args) if hybrid else None
     hybrid = hybrid and beside is None
-    reason = unsupported_model(model) or unsupported_arguments(args, transfer, model, hybrid)
+    reason = unsupported_model(model) or unsupported_arguments(
+        args, transfer, config, model, hybrid
+    )
     if reason is not None:
         args.kv_transfer_config = without_us(transfer)
         if not quiet:

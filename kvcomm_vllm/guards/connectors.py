@@ -11,33 +11,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvcomm_vllm.compat.parts import other_parts, our_parts
-from kvcomm_vllm.config import KVCommConfig
-
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig
+    from kvcomm_vllm.config import KVCommConfig
 
 # By class, its module first: a name in a configuration may be that of anybody's.
 UNDERSTOOD = frozenset(
     {"vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector.OffloadingConnector"}
 )
-_NAMES = frozenset(path.rpartition(".")[2] for path in UNDERSTOOD)
+NAMES = frozenset(path.rpartition(".")[2] for path in UNDERSTOOD)
 TIERS = "kvcomm's own tiers"
 
 
-def foreign_parts(transfer: KVTransferConfig) -> list[str]:
-    """What of a ``MultiConnector`` with us among its parts rules reuse out, by name.
+def foreign_parts(others: list[str], config: KVCommConfig) -> list[str]:
+    """What of the parts beside ours, or of our settings, rules reuse out in a ``MultiConnector``.
+
+    Args:
+        others: the other parts, by the names they are chosen with.
 
     What hides behind a name that is understood is looked at when it is there
     (:func:`is_understood`). Tiers of ours beside another pool of pages nobody has tried.
     """
-    others = other_parts(transfer)
-    unknown = [name for name in others if name not in _NAMES]
+    unknown = [name for name in others if name not in NAMES]
     if unknown or not others:
         return unknown
-    extra = our_parts(transfer)[0].kv_connector_extra_config
-    wanted = KVCommConfig.from_mapping(extra, "kv_connector_extra_config").tiers.wanted
-    return [TIERS] if wanted else []
+    return [TIERS] if config.tiers.wanted else []
 
 
 def is_understood(kind: type) -> bool:

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from kvcomm_vllm.cli import checks, machine, serve_command
 from kvcomm_vllm.cli.doctor import Status, run_checks
 from kvcomm_vllm.cli.main import app
+from kvcomm_vllm.guards import version
 
 
 def test_a_bad_config_file_fails_and_names_key_and_file(tmp_path: Path) -> None:
@@ -39,6 +40,18 @@ def test_an_allocator_that_keeps_the_plugin_out_is_named_with_the_ways_round_it(
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
     with pytest.raises(checks.AdviceError, match=r"no KV connector.*--enable-cumem-allocator"):
         checks.allocator()
+
+
+def test_connectors_beside_ours_are_named_and_an_older_vllm_is_a_remark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(version, "installed_version", lambda: "0.32.1")
+    assert "MultiConnector: OffloadingConnector; beside any other one reuse is off" in (
+        checks.connectors()
+    )
+    monkeypatch.setattr(version, "installed_version", lambda: "0.31.0")
+    with pytest.raises(checks.AdviceError, match=r"beside OffloadingConnector nobody has tried"):
+        checks.connectors()
 
 
 def test_a_torchvision_that_does_not_fit_fails_with_the_remedy(

@@ -34,6 +34,16 @@ IN_ONE_PROCESS = {
     "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 }
 
+# vLLM's ``OffloadingConnector`` with a worker for CPUs, which its own has not.
+POOL = {
+    "kv_connector": "OffloadingConnector",
+    "kv_connector_extra_config": {
+        "spec_name": "HostPoolSpec",
+        "spec_module_path": "kvcomm_vllm.worker.host_pool",
+        "cpu_bytes_to_use": 64 << 20,
+    },
+}
+
 
 @contextmanager
 def elsewhere() -> Iterator[None]:

@@ -6,9 +6,8 @@ its own, as ``test_compiled.py``.
 from pathlib import Path
 
 import pytest
-from engines import ask, core, make_engine
 from no_torchvision import know
-from test_exactness import PROMPTS, check_holes
+from test_compiled import check_compiled
 from tiny_families import FAMILIES, save_family
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -22,16 +21,4 @@ def test_holes_are_exact_with_compiled_code_for_rows_of_positions(
     assert family.vision_class is not None
     know(*family.vision_class)
     limits = {"image": 0, "video": 0}
-    llm = make_engine(
-        str(tmp_path),
-        plugin={},
-        enforce_eager=False,
-        limit_mm_per_prompt=limits,
-        **family.engine,
-    )
-    try:
-        dense = ask(llm, *PROMPTS, tokens=12, hints={"mode": "off"})
-        core(llm).scheduler.reset_prefix_cache(reset_connector=True)
-        check_holes(llm, dense, monkeypatch)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    check_compiled(str(tmp_path), monkeypatch, limit_mm_per_prompt=limits, **family.engine)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from accidents import assert_nothing_is_held
-from engines import IN_ONE_PROCESS, Answer, answer_of, elsewhere, make_engine
+from engines import IN_ONE_PROCESS, POOL, Answer, answer_of, elsewhere, make_engine
 from latent_platform import with_prefix_caching
 from mixed_script import EXACT_SHARE, Asked, Script
 from no_torchvision import know
@@ -41,14 +41,6 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
 
 ITSELF = {"method": "draft_model", "num_speculative_tokens": 3}  # the model drafts for itself
-POOL = {
-    "kv_connector": "OffloadingConnector",
-    "kv_connector_extra_config": {
-        "spec_name": "HostPoolSpec",
-        "spec_module_path": "kvcomm_vllm.worker.host_pool",
-        "cpu_bytes_to_use": 64 << 20,
-    },
-}
 
 
 @dataclass(frozen=True)

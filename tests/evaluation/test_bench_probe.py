@@ -16,10 +16,11 @@ from kvcomm_vllm.evaluation.serving.client import Answer, RefusedError
 
 
 class Client:
-    """Serves ``anchor`` only; ``reports`` whether it has the plugin at all."""
+    """Serves ``anchor`` only, where it declines with ``word``; ``reports``: it has the plugin."""
 
-    def __init__(self, reports: bool = True) -> None:
+    def __init__(self, reports: bool = True, word: str = "no_match") -> None:
         self.reports = reports
+        self.word = word
 
     def stream(self, messages: Any, tokens: int, salt: str, *, hints: Any) -> None:
         if hints and hints["kvcomm"]["mode"] == "rotate":
@@ -30,7 +31,7 @@ class Client:
         declined = {
             "paper": {"no_paper_memory": 1},
             "seam": {"mamba": 1},
-            "anchor": {"no_match": 1},
+            "anchor": {self.word: 1},
         }
         params = {"kvcomm": {"declined": declined[mode]}} if self.reports else None
         return Answer("", (), 1, 0, None, 1.0, {"kv_transfer_params": params})
@@ -51,4 +52,12 @@ def test_a_server_that_dropped_the_plugin_is_not_measured_as_if_it_had_it() -> N
     servers = {PLAIN: Served(client), KVCOMM: Served(client)}
     found = rehearse(list(OWN.values()), servers)
     assert "no report" in found["anchor"]
+    assert "plain" not in found
+
+
+def test_a_reason_of_another_versions_server_is_named_and_ends_no_bench() -> None:
+    client: Any = Client(word="moon_phase")
+    servers = {PLAIN: Served(client), KVCOMM: Served(client)}
+    found = rehearse(list(OWN.values()), servers)
+    assert found["anchor"] == "'moon_phase' is no reason that this version of kvcomm knows"
     assert "plain" not in found

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import front_requests
 import pytest
-from tiny_model import save_tokenizer
-from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
-from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
-from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from kvcomm_vllm.compat import cli
 from kvcomm_vllm.front.late_reports import report_choices, with_batch_reports, with_choices_reports
@@ -29,42 +26,14 @@ FINAL = {"kvcomm": {"reused": 7, "declined": {}}}
 STOP = 9
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
 class FrontEnd:
     """vLLM's output processor with one request, whose stop string is token 9."""
 
     def __init__(self, tokenizer: Any, kind: RequestOutputKind, samples: int = 1) -> None:
         cli.wrap_front_end(serving=False)
         self.processor = OutputProcessor(tokenizer, log_stats=False)
-        self.queue = RequestOutputCollector(kind, "r-1")
         params = SamplingParams(stop=[f"w{STOP}"], output_kind=kind, n=samples, max_tokens=99)
-        request = EngineCoreRequest(
-            request_id="r-1",
-            external_req_id="r",
-            prompt_token_ids=[3, 4, 5],
-            mm_features=None,
-            sampling_params=params,
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        parent = ParentRequest(request) if samples > 1 else None
-        for index in range(samples):
-            if parent is not None:
-                name, child = parent.get_child_info(index)
-                request = EngineCoreRequest(
-                    **{f: getattr(request, f) for f in request.__struct_fields__}
-                    | {"request_id": name, "sampling_params": child}
-                )
-            self.processor.add_request(request, "w3 w4 w5", parent, index, self.queue)
+        _, self.queue = front_requests.begin(self.processor, "r-1", "r", params)
 
     def hear(self, *outputs: EngineCoreOutput) -> list[str]:
         """Requests that vLLM aborts in the engine after these outputs of it."""

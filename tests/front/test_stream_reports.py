@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Promises of reports in streams: each is in the chunk that ends its choice, and in no other
-response's; whatever else happens, a stream is what the route has made of it. The front end's
-requests and chunks are vLLM's own.
+"""Promises of reports in streams: each goes out with its own response, and whatever else happens, a
+stream is what the route has made of it. The front end's requests and chunks are vLLM's own.
 """
 
 from __future__ import annotations
@@ -9,153 +8,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import front_requests
 import pytest
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from tiny_model import save_tokenizer
-from transformers import AutoTokenizer
+from stream_chunks import DONE, chat_chunk, report, reused, usage_chunk
 from vllm import SamplingParams
-from vllm.entrypoints.anthropic.protocol import AnthropicStreamEvent
-from vllm.entrypoints.generate.base.protocol import DeltaMessage
-from vllm.entrypoints.openai.chat_completion.protocol import (
-    ChatCompletionResponseStreamChoice,
-    ChatCompletionStreamResponse,
-)
-from vllm.entrypoints.openai.completion.protocol import (
-    CompletionResponseStreamChoice,
-    CompletionStreamResponse,
-)
-from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
-from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from kvcomm_vllm.compat import cli
 from kvcomm_vllm.front import stream_reports
-from kvcomm_vllm.front.stream_reports import StreamReportsMiddleware, Told, report_for
+from kvcomm_vllm.front.stream_reports import StreamReportsMiddleware, Told
 
-DONE = "data: [DONE]\n\n"
-USAGE = UsageInfo(prompt_tokens=3, completion_tokens=2, total_tokens=5)
 POST = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
-
-
-def event(chunk: Any) -> str:
-    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
-
-
-def chat_chunk(name: str, choice: int, finish: str | None = None) -> str:
-    delta = DeltaMessage(content="x")
-    one = ChatCompletionResponseStreamChoice(index=choice, delta=delta, finish_reason=finish)
-    return event(ChatCompletionStreamResponse(id=name, model="m", choices=[one]))
-
-
-def text_chunk(name: str, choice: int, finish: str | None = None) -> str:
-    one = CompletionResponseStreamChoice(index=choice, text="x", finish_reason=finish)
-    return event(CompletionStreamResponse(id=name, model="m", choices=[one]))
-
-
-def usage_chunk(name: str) -> str:
-    return event(ChatCompletionStreamResponse(id=name, model="m", choices=[], usage=USAGE))
-
-
-def report(number: int) -> dict[str, Any]:
-    return {"kvcomm": {"reused": number}}
-
-
-def reused(line: str) -> int | None:
-    """What a line of a stream reports."""
-    if not line.startswith("data: {"):
-        return None
-    params = json.loads(line.removeprefix("data: ")).get("kv_transfer_params")
-    return params and int(params["kvcomm"]["reused"])
-
-
-def told(*reports: tuple[str, int, int, int]) -> Told:
-    found = Told()
-    for name, sample, samples, number in reports:
-        found.hear(name, sample, samples, report(number)["kvcomm"])
-    return found
-
-
-# ---- which chunk has which report ----------------------------------------------------------------
-
-
-def given(line: str, heard: Told) -> Any:
-    found = report_for(json.loads(line.removeprefix("data: ")), heard)
-    return found and found["reused"]  # type: ignore[call-overload, index]
-
-
-def test_the_chunk_that_ends_a_choice_has_its_report() -> None:
-    heard = told(("chatcmpl-a", 0, 2, 1), ("chatcmpl-a", 1, 2, 2))
-    assert [given(chat_chunk("chatcmpl-a", n, "stop"), heard) for n in range(3)] == [1, 2, None]
-    assert given(chat_chunk("chatcmpl-a", 0), heard) is None
-
-
-def test_of_several_prompts_and_samples_each_choice_has_its_own() -> None:
-    heard = told(*((f"cmpl-a-{p}", s, 3, 10 * p + s) for p in range(2) for s in range(3)))
-    found = [given(text_chunk("cmpl-a", choice, "length"), heard) for choice in range(7)]
-    assert found == [0, 1, 2, 10, 11, 12, None]
-
-
-def test_the_chunk_with_the_usage_has_the_first_ones() -> None:
-    assert given(usage_chunk("chatcmpl-a"), told(("chatcmpl-a", 0, 1, 7))) == 7
-    assert given(usage_chunk("cmpl-a"), told(("cmpl-a-1", 0, 1, 8), ("cmpl-a-0", 0, 1, 7))) == 7
-    assert given(usage_chunk("cmpl-a"), told(("cmpl-a-1", 0, 1, 8))) is None
-
-
-def test_steps_on_the_way_to_an_answer_are_no_report_of_it() -> None:
-    """As the requests of a beam search."""
-    heard = told(*((f"beam_search-a-beam-{n}", 0, 1, n) for n in range(4)))
-    assert given(text_chunk("cmpl-a", 0, "length"), heard) is None
-    assert given(usage_chunk("cmpl-a"), heard) is None
-
-
-def test_a_message_of_one_request_has_its_report_where_it_ends() -> None:
-    ends = event(AnthropicStreamEvent(type="message_delta"))
-    assert given(ends, told(("chatcmpl-a", 0, 1, 7))) == 7
-    assert given(ends, told(("a", 0, 1, 7), ("b", 0, 1, 8))) is None
-    assert given(event(AnthropicStreamEvent(type="message_stop")), told(("a", 0, 1, 7))) is None
-
-
-def test_tokens_are_named_by_their_request() -> None:
-    chunk = {"request_id": "generate-tokens-a", "choices": [{"index": 0, "finish_reason": "stop"}]}
-    assert report_for(chunk, told(("generate-tokens-a", 0, 1, 7))) == {"reused": 7}
-
-
-@pytest.mark.parametrize(
-    "chunk",
-    [
-        {},
-        {"choices": None, "id": "a"},
-        {"choices": {"index": 0}, "id": "a"},
-        {"choices": [None, 3], "id": "a"},
-        {"choices": [{"finish_reason": "stop"}], "id": "a"},
-        {"choices": [{"index": "0", "finish_reason": "stop"}], "id": "a"},
-        {"choices": [{"index": 0, "finish_reason": "stop"}]},
-        {"choices": [{"index": 0, "finish_reason": "stop"}], "id": ["a"]},
-        {"choices": [{"index": -1, "finish_reason": "stop"}], "id": "a"},
-        {"choices": [], "usage": None, "id": "a"},
-        {"choices": [{"index": 0, "finish_reason": "stop"}], "id": "a", "kv_transfer_params": None},
-        {"error": {"message": "no"}, "id": "a"},
-    ],
-    ids=repr,
-)
-def test_what_is_no_end_of_a_choice_has_none(chunk: dict[str, Any]) -> None:
-    assert report_for(chunk, told(("a", 0, 1, 7))) is None
-
-
-# ---- through the middleware ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 class FrontEnd:
@@ -167,33 +36,9 @@ class FrontEnd:
         self.numbers = iter(range(100))
 
     def begin(self, name: str, samples: int = 1) -> tuple[list[str], RequestOutputCollector]:
-        """As ``AsyncLLM.add_request`` does."""
-        kind, internal = RequestOutputKind.DELTA, f"{name}-{next(self.numbers)}"
-        params = SamplingParams(output_kind=kind, n=samples, max_tokens=99)
-        request = EngineCoreRequest(
-            request_id=internal,
-            external_req_id=name,
-            prompt_token_ids=[3, 4, 5],
-            mm_features=None,
-            sampling_params=params,
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        queue, begun = RequestOutputCollector(kind, internal), []
-        parent = ParentRequest(request) if samples > 1 else None
-        for index in range(samples):
-            if parent is not None:
-                child, params = parent.get_child_info(index)
-                fields = {f: getattr(request, f) for f in request.__struct_fields__}
-                request = EngineCoreRequest(
-                    **fields | {"request_id": child, "sampling_params": params}
-                )
-            begun.append(request.request_id)
-            self.processor.add_request(request, "w3 w4 w5", parent, index, queue)
-        return begun, queue
+        params = SamplingParams(output_kind=RequestOutputKind.DELTA, n=samples, max_tokens=99)
+        internal = f"{name}-{next(self.numbers)}"
+        return front_requests.begin(self.processor, internal, name, params)
 
     def end(self, name: str, params: Any) -> None:
         """What the engine says of a request, heard in a task that serves all."""

@@ -17,22 +17,35 @@ httpx = pytest.importorskip("httpx", reason="the demo extra is not installed")
 openai = pytest.importorskip("openai", reason="the demo extra is not installed")
 
 from serving import AS_ON_ONE_GPU, QUIET, Agents, story, wait_until  # noqa: E402
+from ways import (  # noqa: E402
+    BATCH,
+    BEAMS,
+    CHAT,
+    OFF,
+    TEXT,
+    TOKENS_IN,
+    WAYS,
+    Body,
+    Way,
+    anthropic,
+    batch,
+    chat,
+    chunks_of,
+    post,
+    prompts,
+    responses,
+    tokens,
+)
 
 from kvcomm_vllm.cli.serve_command import serve_command, serve_env, served_name  # noqa: E402
 from kvcomm_vllm.evaluation.serving.server import free_port, running  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.http, pytest.mark.model]
 
-CHAT, TEXT, BATCH = "/v1/chat/completions", "/v1/completions", "/v1/chat/completions/batch"
-TOKENS_IN = "/inference/v1/generate"
-OFF = {"kv_transfer_params": {"kvcomm": {"mode": "off"}}}
-TOKENS = 3
 LATE = {"min_tokens": 8, "max_tokens": 60}  # so that a stop string is not in the first output
 LETTERS = [*"aeit"]  # vLLM takes four stop strings
 WORDS = 160
 HANG_UPS = 3
-
-Body = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -63,104 +76,6 @@ def shared(request: pytest.FixtureRequest, agents: Agents) -> str:
 def ended(agents: Agents) -> int:
     """Requests of the engine that have been counted."""
     return sum(n for key, n in agents.counters().items() if key.startswith("requests/"))
-
-
-def post(agents: Agents, path: str, body: Body | bytes, **options: Any) -> Any:
-    """Send a request; ``body`` without the model's name."""
-    if isinstance(body, dict):
-        body = json.dumps({"model": agents.model, **body}).encode()
-    headers = {"content-type": "application/json", **options.pop("headers", {})}
-    url = agents.server.base_url + path
-    return httpx.post(url, content=body, headers=headers, timeout=300, **options)
-
-
-def messages(role: str, text: str) -> list[Body]:
-    return [
-        {"role": "system", "content": f"{role} " * 12},
-        {"role": "user", "content": f"{text}\nWhat does the {role} say?"},
-    ]
-
-
-class Way:
-    """An endpoint and how it is asked: ``body`` makes a request of an agent's role and a text, of
-    which vLLM makes ``requests`` engine requests.
-    """
-
-    def __init__(self, path: str, requests: int, body: Callable[[str, str], Body]) -> None:
-        self.path = path
-        self.requests = requests
-        self.body = body
-
-
-def chat(path: str = CHAT, requests: int = 1, **options: Any) -> Way:
-    given = {"max_tokens": TOKENS, "temperature": 0, **options}
-    return Way(path, requests, lambda role, text: {"messages": messages(role, text), **given})
-
-
-def prompts(requests: int = 1, count: int = 1, **options: Any) -> Way:
-    given = {"max_tokens": TOKENS, "temperature": 0, **options}
-
-    def body(role: str, text: str) -> Body:
-        each = [f"{role} " * (n + 1) + text for n in range(count)]
-        return {"prompt": each if count > 1 else each[0], **given}
-
-    return Way(TEXT, requests, body)
-
-
-def batch(role: str, text: str) -> Body:
-    each = [messages(f"{role}{n}", text) for n in range(2)]
-    return {"messages": each, "max_tokens": TOKENS, "temperature": 0}
-
-
-def responses(**options: Any) -> Way:
-    given = {"max_output_tokens": TOKENS, "temperature": 0, "store": False, **options}
-    return Way("/v1/responses", 1, lambda role, text: {"input": f"{role} {text}", **given})
-
-
-def anthropic(**options: Any) -> Way:
-    def body(role: str, text: str) -> Body:
-        ask = {"system": f"{role} " * 12, "messages": messages(role, text)[1:]}
-        return {**ask, "max_tokens": TOKENS, "temperature": 0, **options}
-
-    return Way("/v1/messages", 1, body)
-
-
-def tokens(**options: Any) -> Way:
-    """Token in, token out: tokens that stand for text here."""
-
-    def body(role: str, text: str) -> Body:
-        ids = [100 + sum(word.encode()) % 5000 for word in f"{role} {text}".split()]
-        params = {"max_tokens": TOKENS, "temperature": 0}
-        return {"token_ids": ids, "sampling_params": params, **options}
-
-    return Way(TOKENS_IN, 1, body)
-
-
-def scoring(role: str, text: str) -> Body:
-    return {"query": f"{role} {text}", "items": [" one", " two"], "label_token_ids": [300, 301]}
-
-
-BEAMS = {"use_beam_search": True, "n": 2, "ignore_eos": True}
-WAYS = {
-    "chat": chat(),
-    "chat, streamed": chat(stream=True),
-    "chat, samples": chat(requests=3, n=3, temperature=1.0, seed=1),
-    "chat, beams": chat(requests=1 + 2 * (TOKENS - 1), **BEAMS),
-    "chat, by SageMaker's route": chat("/invocations"),
-    "batch": Way(BATCH, 2, batch),
-    "text": prompts(),
-    "text, streamed": prompts(stream=True),
-    "text, several prompts": prompts(requests=2, count=2),
-    "text, beams": prompts(requests=1 + 2 * (TOKENS - 1), **BEAMS),
-    "responses": responses(),
-    "responses, streamed": responses(stream=True),
-    "responses, in the background": responses(background=True, store=True),
-    "messages": anthropic(),
-    "messages, streamed": anthropic(stream=True),
-    "tokens": tokens(),
-    "tokens, streamed": tokens(stream=True),
-    "scoring": Way("/generative_scoring", 2, scoring),
-}
 
 
 @pytest.fixture(params=WAYS)
@@ -316,13 +231,6 @@ def test_each_of_several_prompts_has_a_report(agents: Agents, shared: str) -> No
     assert params[2] == params[3] != params[0]
 
 
-def chunks_of(answer: Any) -> list[Body]:
-    """What a stream consists of; nothing but events, the last of which says that it is over."""
-    *lines, end = answer.text.split("\n\n")
-    assert (lines.pop(), end) == ("data: [DONE]", "")
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
-
-
 STREAMS = {
     "chat": chat(stream=True, stop=LETTERS, **LATE),
     "chat, by SageMaker's route": chat("/invocations", stream=True, stop=LETTERS, **LATE),
@@ -364,6 +272,51 @@ def test_of_a_stream_of_several_prompts_and_samples_each_choice_has_its_report(
     assert lengths[0] + lengths[2] == chunks[-1]["usage"]["prompt_tokens"]
     for told in ends.values():
         assert_adds_up({"kvcomm": told})
+
+
+@pytest.mark.parametrize("usage", [False, True], ids=["", "with usage"])
+def test_beams_come_in_a_stream_of_chat_as_vllm_sends_them(
+    agents: Agents, usage: bool, shared: str
+) -> None:
+    """Each at once, in the chunk that ends its choice. The requests on the way to them have
+    reports, which belong nowhere.
+    """
+    body = {**chat(**BEAMS).body("editor", shared), **OFF}
+    whole = post(agents, CHAT, body).json()
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    chunks = chunks_of(post(agents, CHAT, {**body, "stream": True, **options}))
+    assert not [chunk for chunk in chunks if {"error", "kv_transfer_params"} & chunk.keys()]
+    if usage:
+        assert chunks.pop()["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+    begins, ends = chunks[:2], chunks[2:]
+    assert [chunk["choices"][0]["delta"]["role"] for chunk in begins] == ["assistant"] * 2
+    told = [(chunk["choices"][0]["finish_reason"], said(chunk)) for chunk in ends]
+    assert told == [("length", choice["message"]["content"]) for choice in whole["choices"]]
+
+
+def said(chunk: Body) -> str:
+    """The piece of text in a chunk of a chat."""
+    text: str = chunk["choices"][0]["delta"]["content"]
+    return text
+
+
+def test_beams_in_a_stream_of_text_are_refused_as_vllm_does_it(
+    agents: Agents, shared: str, grown: Any
+) -> None:
+    grown()
+    answer = post(agents, TEXT, prompts(stream=True, **BEAMS).body("editor", shared))
+    assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
+    assert answer.json()["error"]["type"] == "BadRequestError"
+    assert answer.json().keys() == {"error"}
+    assert not grown()
+
+
+def test_a_stream_that_ends_with_an_error_is_as_vllm_has_it(agents: Agents, shared: str) -> None:
+    """More beams than vLLM gives log-probabilities for, which it finds when it has answered 200."""
+    way = chat(stream=True, **{**BEAMS, "n": 11})
+    (chunk,) = chunks_of(post(agents, CHAT, way.body("editor", shared)))
+    assert chunk.keys() == {"error"}
+    assert chunk["error"]["type"] == "BadRequestError"
 
 
 def test_a_message_that_is_streamed_has_the_report_where_it_ends(
