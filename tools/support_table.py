@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "docs/results/support.json"
 PAGE = ROOT / "docs/support.md"
 COLUMNS = ("reuse", "exactness", "layer 0", "memory")
+MIXED = "mixed"
 REFUSED = "refused: "
 Row = Mapping[str, Any]
 
@@ -63,7 +64,12 @@ def page(record: Mapping[str, Mapping[str, Row]], known: Mapping[str, str]) -> s
         record: vLLM's version -> row -> column -> outcome.
         known: see :func:`families`.
     """
-    rows = dict.fromkeys(row for version in record.values() for row in version)
+    rows = dict.fromkeys(
+        row
+        for version in record.values()
+        for row, found in version.items()
+        if {*COLUMNS} & {*found}
+    )
     refused = [row for row in rows if _is_refused(record, row)]
     options = [row for row in rows if row not in known and row not in refused]
     titles = ["family", "tiny model", *COLUMNS[:3], "KV", "vLLM"]
@@ -74,6 +80,11 @@ def page(record: Mapping[str, Mapping[str, Row]], known: Mapping[str, str]) -> s
         _table(titles, ([known[row], row, *cells] for row, cells in _cells(record, known))),
         "## Options of engines\n",
         _table(["option", *told[1:]], ([row, *c[:3], c[4]] for row, c in _cells(record, options))),
+        "## A thousand mixed requests\n",
+        "`make soak-models`: several tenants quote, edit, go on and try again, in a cache that is\n"
+        "too small for them.\n"
+        "Every answer that was to be exact is plain vLLM's; nothing stays behind.\n",
+        _table(["engine", "outcome", "vLLM"], _mixed(record)),
         "## Refused\n",
         "Such engines say why once, and serve exactly.\n"
         "Of architectures (`...ForCausalLM`) no engine was started: arguments were read.\n",
@@ -100,6 +111,13 @@ def _cells(
                 versions.setdefault(outcomes, []).append(version)
         for outcomes, same in versions.items():
             yield row, [*outcomes, ", ".join(same)]
+
+
+def _mixed(record: Mapping[str, Mapping[str, Row]]) -> Iterable[list[str]]:
+    for version in sorted(record):
+        for row, found in record[version].items():
+            if MIXED in found:
+                yield [row, str(found[MIXED]), version]
 
 
 def _shown(outcome: Any) -> str:

@@ -18,6 +18,7 @@ from engines import IN_ONE_PROCESS, POOL, Answer, answer_of, elsewhere, make_eng
 from latent_platform import with_prefix_caching
 from mixed_script import EXACT_SHARE, Asked, Script
 from no_torchvision import know
+from support_record import tell
 from tiny_adapter import save_tiny_adapter
 from tiny_families import FAMILIES, save_family
 from tiny_model import save_tiny_llama
@@ -83,6 +84,11 @@ class Run:
     declined: dict[str, int] = field(default_factory=dict)
     different: list[str] = field(default_factory=list)
 
+    @property
+    def told(self) -> str:
+        share = self.reused / self.prompt_tokens
+        return f"{self.requests} requests, {share:.0%} reused, {len(self.exact)} exact"
+
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
@@ -124,8 +130,8 @@ def serve(kind: Kind, folder: Path) -> Run:
     with elsewhere():
         llm = make_engine(str(model), enable_prefix_caching=False, **options, **IN_ONE_PROCESS)
     try:
-        for asked, given in run.exact:
-            (true,) = send(llm, adapters, [asked])
+        answers = send(llm, adapters, [asked for asked, _ in run.exact])
+        for (_, given), true in zip(run.exact, answers, strict=True):
             if said := difference(given, true):
                 run.different.append(said)
     finally:
@@ -189,7 +195,11 @@ def difference(given: Answer, true: Answer) -> str:
     return ""
 
 
-def test_a_thousand_requests_were_served_and_much_was_reused(run: Run) -> None:
+@pytest.mark.support("mixed")
+def test_a_thousand_requests_were_served_and_much_was_reused(
+    run: Run, request: pytest.FixtureRequest
+) -> None:
+    tell(request, run.told)
     assert run.requests >= REQUESTS
     assert run.reused > run.least_reused * run.prompt_tokens, run.declined
     assert run.declined.get("source_evicted"), "the cache was not too small"
@@ -197,6 +207,8 @@ def test_a_thousand_requests_were_served_and_much_was_reused(run: Run) -> None:
     assert "load_repaired" not in run.declined
 
 
-def test_what_was_exact_is_plain_vllm_s_answer(run: Run) -> None:
+@pytest.mark.support("mixed")
+def test_what_was_exact_is_plain_vllm_s_answer(run: Run, request: pytest.FixtureRequest) -> None:
+    tell(request, run.told)
     assert len(run.exact) > REQUESTS * EXACT_SHARE / 2
     assert not run.different, f"{len(run.different)} of {len(run.exact)}: {run.different[:5]}"

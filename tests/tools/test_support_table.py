@@ -34,7 +34,11 @@ def test_versions_share_a_line_only_where_they_have_the_same_outcomes() -> None:
     good = {"reuse": "on", "exactness": "passed", "layer 0": "passed", "memory": 1.0}
     record = {
         "0.30.0": {"one": good, "other": good},
-        "0.32.0": {"one": good, "other": {**good, "exactness": "failed"}},
+        "0.32.0": {
+            "one": {**good, "mixed": "1000 requests"},
+            "other": {**good, "exactness": "failed"},
+            "an engine": {"mixed": "1001 requests"},
+        },
         "0.28.0": {"option": {"reuse": "passed"}, "MambaModel": {"reuse": "refused: mamba"}},
     }
     lines = support_table.page(record, {"one": "llama", "other": "qwen2"}).splitlines()
@@ -44,8 +48,11 @@ def test_versions_share_a_line_only_where_they_have_the_same_outcomes() -> None:
         "| qwen2 | other | on | failed | passed | 1.00x | 0.32.0 |",
         "| option | passed | - | - | 0.28.0 |",
         "| MambaModel | `mamba` | 0.28.0 |",
+        "| one | 1000 requests | 0.32.0 |",
+        "| an engine | 1001 requests | 0.32.0 |",
     ):
         assert line in lines
+    assert not any("an engine | -" in line for line in lines), "it is no option that was not tried"
 
 
 SUITE = """
