@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,13 @@ GEMMA3_ROPES = {
     "sliding_attention": rope(),
     "full_attention": rope("linear", factor=8.0, rope_theta=1000000.0),
 }
-WINDOWED = {
-    "sliding_window": 64,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWED = {"sliding_window": 64, "layer_types": [SLIDING, FULL, SLIDING]}
 # Which of a token's positions, in time, height and width, turns which pairs of channels.
 SECTIONS = rope(mrope_section=[8, 12, 12])
 INTERLEAVED = rope(mrope_section=[12, 10, 10], mrope_interleaved=True)
 # Cohere 2 does not rotate in layers of full attention.
-FULL_FIRST = {
-    "sliding_window": 64,
-    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-}
+FULL_FIRST = {"sliding_window": 64, "layer_types": [FULL, SLIDING, SLIDING]}
 
 # Widths of a row are DeepSeek's own: vLLM's attention on CPU takes no other.
 MLA = {
@@ -219,6 +214,25 @@ FAMILIES = {
     "deepseek v2 lite": Family("deepseek_v2", 32, {"q_lora_rank": None, **MLA}, ON_CPU),
     "deepseek v2": Family("deepseek_v2", 32, {"q_lora_rank": 64, **MLA}, ON_CPU),
     "deepseek v3": Family("deepseek_v3", 32, {"q_lora_rank": 64, **MLA, **AS_V3}, ON_CPU),
+}
+
+
+def hybrid(name: str, *layer_types: str) -> dict[str, Family]:
+    """A family in fp32 with such layers, served with vLLM's hybrid KV cache manager; by its row in
+    docs/support.md.
+    """
+    family = FAMILIES[name]
+    layers = {"layer_types": list(layer_types), "num_hidden_layers": len(layer_types)}
+    config = {**family.config, **layers}
+    engine = {**family.engine, "dtype": "float32"}
+    return {f"{name}, hybrid_kv_cache": replace(family, config=config, engine=engine)}
+
+
+# vLLM makes groups of as many layers each: four, three and two of them.
+HYBRID = {
+    **hybrid("gemma3 two ropes", *[*[SLIDING] * 3, FULL] * 2),
+    **hybrid("cohere2 no rope first", FULL, SLIDING, SLIDING),
+    **hybrid("gpt-oss, sinks", *[SLIDING, FULL] * 3),
 }
 
 # Families with which reuse is off, and why; vLLM takes Olmo 3 from transformers as it is.
