@@ -135,6 +135,22 @@ FAMILIES = {
         32,
         {"head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": GEMMA3_ROPES, **WINDOWED},
     ),
+    "gemma4, heads of two sizes": Family(
+        "gemma4_text",
+        32,
+        {
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "sliding_window": 64,
+            "layer_types": [SLIDING, SLIDING, FULL],
+            "rope_parameters": {
+                SLIDING: rope(),
+                FULL: rope("proportional", partial_rotary_factor=0.25, rope_theta=1000000.0),
+            },
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 32,
+        },
+    ),
     "cohere2 no rope first": Family("cohere2", 64, {"tie_word_embeddings": True, **FULL_FIRST}),
     "qwen3-moe": Family(
         "qwen3_moe",
@@ -179,6 +195,8 @@ FAMILIES = {
     "glm4 partial": Family(
         "glm4", 64, {"head_dim": 64, "rope_parameters": rope(partial_rotary_factor=0.5)}
     ),
+    "olmo3": Family("olmo3", 64, {"rope_parameters": rope(), **WINDOWED}),
+    "smollm3, no rope in a layer": Family("smollm3", 64, {"no_rope_layers": [1, 0, 1]}),
     "bloom alibi": Family(
         "bloom", 64, {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, kv_heads=4
     ),
@@ -228,16 +246,20 @@ def hybrid(name: str, *layer_types: str) -> dict[str, Family]:
     return {f"{name}, hybrid_kv_cache": replace(family, config=config, engine=engine)}
 
 
-# vLLM makes groups of as many layers each: four, three and two of them.
+# vLLM makes groups of as many layers each: from two to four of them.
 HYBRID = {
     **hybrid("gemma3 two ropes", *[*[SLIDING] * 3, FULL] * 2),
     **hybrid("cohere2 no rope first", FULL, SLIDING, SLIDING),
     **hybrid("gpt-oss, sinks", *[SLIDING, FULL] * 3),
+    **hybrid("olmo3", SLIDING, SLIDING, FULL),
 }
 
-# Families with which reuse is off, and why; vLLM takes Olmo 3 from transformers as it is.
+# Families with which reuse is off, and why.
 REFUSED = {
-    "olmo3": (Family("olmo3", 64, {"rope_parameters": rope(), **WINDOWED}), "rope_unsupported"),
+    "olmo2, dynamic rope": (
+        Family("olmo2", 64, {"rope_parameters": rope("dynamic", factor=2.0)}),
+        "rope_unsupported",
+    ),
 }
 
 
