@@ -79,6 +79,8 @@ KINDS = {
     "deepseek v3": Kind("deepseek v3", {"num_gpu_blocks_override": 600}),
     "gemma3, hybrid": Kind("gemma3 two ropes", THIRDS, plugin=HYBRID),
     "gpt-oss, hybrid": Kind("gpt-oss, sinks", THIRDS, plugin=HYBRID),
+    "gemma4": Kind("gemma4, heads of two sizes"),
+    "olmo3": Kind("olmo3"),
     "beside OffloadingConnector": Kind(ours={"beside": [POOL]}, plugin={"audits": False}),
 }
 
