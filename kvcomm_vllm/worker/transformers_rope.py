@@ -28,7 +28,7 @@ class TransformersRope:
             it knows several.
         apply: the model's own function that turns keys by them.
         head_dim: channels of a head, of which the first are turned.
-        dtype: in which the model computes, and to which some round their tables.
+        dtype: in which the model computes, and to which some round their tables; ``device``: where.
     """
 
     rotary: Any
@@ -36,6 +36,7 @@ class TransformersRope:
     apply: Any
     head_dim: int
     dtype: torch.dtype
+    device: torch.device
 
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As the model makes them: ``[1, tokens, rotary_dim]`` each."""
@@ -73,11 +74,6 @@ class TransformersRope:
             if all(torch.equal(one[:, first], one[:, second]) for one in (cos, sin)):
                 return cos[:, first].contiguous(), sin[:, first].contiguous()
         raise Unsupported(Reason.ROPE_UNSUPPORTED, f"table of {type(self.rotary).__name__}")
-
-    @property
-    def device(self) -> torch.device:
-        found: torch.device = next(iter(self.rotary.buffers())).device
-        return found
 
     @property
     def interleaved(self) -> bool:
@@ -125,4 +121,5 @@ def transformers_rope(
         raise Unsupported(
             Reason.ROPE_UNSUPPORTED, f"rotary embedding {type(rotary).__name__} of type {rope_type}"
         )
-    return TransformersRope(rotary, kind, apply, int(layer.head_size), attention.config.dtype)
+    dtype, device = attention.config.dtype, next(attention.parameters()).device
+    return TransformersRope(rotary, kind, apply, int(layer.head_size), dtype, device)

@@ -5,6 +5,7 @@ at q by that code, whatever their pairs are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_pairs_that_are_neither_of_two_kinds_are_refused() -> None:
     def mirrored(query: Any, key: Any, cos: Any, sin: Any) -> Any:
         return query, key * cos + key.flip(-1) * sin
 
-    other = TransformersRope(found.rotary, None, mirrored, HEAD, torch.float32)
+    other = replace(found, apply=mirrored)
     with pytest.raises(Unsupported, match="pairs of Olmo2RotaryEmbedding"):
         rope_of(other, POSITIONS)
 
