@@ -95,7 +95,8 @@ class Reason(enum.StrEnum):
     UNEVEN_HEADS = (
         "uneven_heads",
         Scope.ENGINE,
-        "Layers have KV heads of different number or size, and so pages of different size.",
+        "Layers have KV heads of different number or size, and the model is not Gemma 4, or shares "
+        "KV among its layers, or tiers or other connectors are to copy its pages.",
     )
     KV_QUANTISED = (
         "kv_quantised",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,13 @@ GEMMA3_ROPES = {
     "sliding_attention": rope(),
     "full_attention": rope("linear", factor=8.0, rope_theta=1000000.0),
 }
-WINDOWED = {
-    "sliding_window": 64,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWED = {"sliding_window": 64, "layer_types": [SLIDING, FULL, SLIDING]}
 # Which of a token's positions, in time, height and width, turns which pairs of channels.
 SECTIONS = rope(mrope_section=[8, 12, 12])
 INTERLEAVED = rope(mrope_section=[12, 10, 10], mrope_interleaved=True)
 # Cohere 2 does not rotate in layers of full attention.
-FULL_FIRST = {
-    "sliding_window": 64,
-    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-}
+FULL_FIRST = {"sliding_window": 64, "layer_types": [FULL, SLIDING, SLIDING]}
 
 # Widths of a row are DeepSeek's own: vLLM's attention on CPU takes no other.
 MLA = {
@@ -140,6 +135,22 @@ FAMILIES = {
         32,
         {"head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": GEMMA3_ROPES, **WINDOWED},
     ),
+    "gemma4, heads of two sizes": Family(
+        "gemma4_text",
+        32,
+        {
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "sliding_window": 64,
+            "layer_types": [SLIDING, SLIDING, FULL],
+            "rope_parameters": {
+                SLIDING: rope(),
+                FULL: rope("proportional", partial_rotary_factor=0.25, rope_theta=1000000.0),
+            },
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 32,
+        },
+    ),
     "cohere2 no rope first": Family("cohere2", 64, {"tie_word_embeddings": True, **FULL_FIRST}),
     "qwen3-moe": Family(
         "qwen3_moe",
@@ -184,6 +195,8 @@ FAMILIES = {
     "glm4 partial": Family(
         "glm4", 64, {"head_dim": 64, "rope_parameters": rope(partial_rotary_factor=0.5)}
     ),
+    "olmo3": Family("olmo3", 64, {"rope_parameters": rope(), **WINDOWED}),
+    "smollm3, no rope in a layer": Family("smollm3", 64, {"no_rope_layers": [1, 0, 1]}),
     "bloom alibi": Family(
         "bloom", 64, {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, kv_heads=4
     ),
@@ -221,9 +234,32 @@ FAMILIES = {
     "deepseek v3": Family("deepseek_v3", 32, {"q_lora_rank": 64, **MLA, **AS_V3}, ON_CPU),
 }
 
-# Families with which reuse is off, and why; vLLM takes Olmo 3 from transformers as it is.
+
+def hybrid(name: str, *layer_types: str) -> dict[str, Family]:
+    """A family in fp32 with such layers, served with vLLM's hybrid KV cache manager; by its row in
+    docs/support.md.
+    """
+    family = FAMILIES[name]
+    layers = {"layer_types": list(layer_types), "num_hidden_layers": len(layer_types)}
+    config = {**family.config, **layers}
+    engine = {**family.engine, "dtype": "float32"}
+    return {f"{name}, hybrid_kv_cache": replace(family, config=config, engine=engine)}
+
+
+# vLLM makes groups of as many layers each: from two to four of them.
+HYBRID = {
+    **hybrid("gemma3 two ropes", *[*[SLIDING] * 3, FULL] * 2),
+    **hybrid("cohere2 no rope first", FULL, SLIDING, SLIDING),
+    **hybrid("gpt-oss, sinks", *[SLIDING, FULL] * 3),
+    **hybrid("olmo3", SLIDING, SLIDING, FULL),
+}
+
+# Families with which reuse is off, and why.
 REFUSED = {
-    "olmo3": (Family("olmo3", 64, {"rope_parameters": rope(), **WINDOWED}), "rope_unsupported"),
+    "olmo2, dynamic rope": (
+        Family("olmo2", 64, {"rope_parameters": rope("dynamic", factor=2.0)}),
+        "rope_unsupported",
+    ),
 }
 
 

@@ -40,8 +40,10 @@ real engines on a CPU, with tiny random models of each family (`tests/tiny_famil
 * **layer 0**: moved keys of the first layer, which sees no context, are those of a dense prefill
   up to rounding, and moved values are equal.
 * **KV**: what a request as long as the model allows holds while it decodes, divided by what it
-  holds in plain vLLM, as vLLM reckons it for the same layers; where it is more, two of three layers
-  have a window of 64 of 2,048 tokens.
+  holds in plain vLLM, as vLLM reckons it for the same layers.
+  Where it is more, two of three layers have a window of 64 of 2,048 tokens, and keep all KV.
+  In rows with `hybrid_kv_cache` that setting is true: vLLM drops what lies behind such a window, as
+  in plain vLLM, for a [price](limits.md#layers-with-windows).
 
 "passed" and "on" are outcomes of tests; a dash means that no test asks.
 """
@@ -51,10 +53,10 @@ def families() -> dict[str, str]:
     """Row -> what transformers calls the model."""
     sys.path.insert(0, str(ROOT / "tests"))
     try:
-        from tiny_families import FAMILIES
+        from tiny_families import FAMILIES, HYBRID
     finally:
         sys.path.pop(0)
-    return {name: family.model_type for name, family in FAMILIES.items()}
+    return {name: family.model_type for name, family in {**FAMILIES, **HYBRID}.items()}
 
 
 def page(record: Mapping[str, Mapping[str, Row]], known: Mapping[str, str]) -> str:

@@ -235,9 +235,11 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     # With several API servers their parent (rank -1) has already said it.
     quiet = args._api_process_count > 1 and args._api_process_rank >= 0
     hybrid = wants_hybrid(config, args, model)
-    beside = beside_hybrid(config, args) if hybrid else None
+    beside = beside_hybrid(config, args, model) if hybrid else None
     hybrid = hybrid and beside is None
-    reason = unsupported_model(model) or unsupported_arguments(
+    tiers = config.tiers.wanted or args.kv_offloading_size is not None
+    copied = tiers or bool(other_parts(transfer))
+    reason = unsupported_model(model, copied) or unsupported_arguments(
         args, transfer, config, model, hybrid
     )
     if reason is not None:

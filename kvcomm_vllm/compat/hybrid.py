@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from kvcomm_vllm.compat.parts import HYBRID, PLAIN, is_ours
-from kvcomm_vllm.compat.rules import asks_for_drafts
+from kvcomm_vllm.compat.rules import asks_for_drafts, has_uneven_heads
 from kvcomm_vllm.guards.model import has_sliding_layers
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def keep_findable(args: EngineArgs) -> None:
         args.prefix_cache_retention_interval = None
 
 
-def beside_hybrid(config: KVCommConfig, args: EngineArgs) -> str | None:
+def beside_hybrid(config: KVCommConfig, args: EngineArgs, model: ModelConfig) -> str | None:
     """What was asked for that pages of several kinds do not work with, if anything was."""
     events = args.kv_events_config
     found = {
@@ -50,5 +50,7 @@ def beside_hybrid(config: KVCommConfig, args: EngineArgs) -> str | None:
         "LoRA adapters": bool(args.enable_lora),
         "KV events": bool(events is not None and events.enable_kv_cache_events),
         "speculative decoding": asks_for_drafts(args),
+        # vLLM makes pages of as many bytes of them, and so of several numbers of tokens
+        "KV heads of several sizes": has_uneven_heads(model),
     }
     return next((name for name, asked in found.items() if asked), None)

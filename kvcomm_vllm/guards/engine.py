@@ -8,7 +8,7 @@ only the workers see (page layout, rotary embedding) follows in ``worker/kv_view
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcomm_vllm.compat.groups import UnknownGroupsError, kv_groups
 from kvcomm_vllm.compat.rules import settings_of_config
@@ -42,8 +42,6 @@ def engine_off(
     Args:
         hybrid: the connector is made for several KV cache groups.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
-
     groups = kv_cache.kv_cache_groups
     reason = unsupported_settings(settings_of_config(config))
     if reason is not None:
@@ -53,12 +51,30 @@ def engine_off(
     if len(groups) != 1:
         return EngineOff(Reason.SLIDING_WINDOW_HYBRID, f"{len(groups)} KV cache groups")
     spec = groups[0].kv_cache_spec
-    # subclasses drop pages of a running request (R-SWA) or put their own before it (sinks)
-    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
-        return EngineOff(Reason.UNKNOWN_LAYOUT, type(spec).__name__)
+    unknown = _unknown_kinds(spec, config.speculative_config is not None)
+    if unknown:
+        return EngineOff(Reason.UNKNOWN_LAYOUT, ", ".join(unknown))
     if getattr(kv_cache, "hash_block_size", None) not in (None, spec.block_size):
         return EngineOff(Reason.UNKNOWN_LAYOUT, "block hashes finer than pages")
     return None
+
+
+def _unknown_kinds(spec: Any, drafts: bool) -> list[str]:
+    """Of the layers of a group what is not understood, by vLLM's names; layers with heads of
+    several sizes are not where some may be a drafter's.
+    """
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec,
+        MLAAttentionSpec,
+        UniformTypeKVCacheSpecs,
+    )
+
+    # subclasses drop pages of a running request (R-SWA) or put their own before it (sinks)
+    known: tuple[type, ...] = (FullAttentionSpec, MLAAttentionSpec)
+    specs = [spec]
+    if type(spec) is UniformTypeKVCacheSpecs and not drafts:
+        known, specs = (FullAttentionSpec,), list(spec.kv_cache_specs.values())
+    return sorted({type(one).__name__ for one in specs if type(one) not in known})
 
 
 def _hybrid_off(config: VllmConfig, kv_cache: KVCacheConfig) -> EngineOff | None:

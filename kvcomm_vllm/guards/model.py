@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 # Their token embeddings carry the position and vLLM's ModelConfig has no flag that says so.
 _ABSOLUTE_POSITIONS = frozenset({"gpt2", "gpt_bigcode", "opt"})
+_UNEVEN_HEADS = frozenset({"gemma4_text"})
 _SLIDING = "sliding_attention"
 
 
-def unsupported_model(model: ModelConfig) -> Reason | None:
+def unsupported_model(model: ModelConfig, copied: bool = False) -> Reason | None:
     """Why KV of this model can never be reused; None when nothing speaks against it.
+
+    Args:
+        copied: tiers or other connectors are to copy its pages, too.
 
     Whether the attention layers can be read and rotated shows only in the worker, once they exist.
     """
@@ -42,7 +46,7 @@ def unsupported_model(model: ModelConfig) -> Reason | None:
         return Reason.ABSOLUTE_POSITIONS
     if _only_slides(model):
         return Reason.SLIDING_WINDOW_ONLY
-    if has_uneven_heads(model):
+    if has_uneven_heads(model) and (copied or not _was_tried(model)):
         return Reason.UNEVEN_HEADS
     return None
 
@@ -63,6 +67,15 @@ def has_sliding_layers(model: ModelConfig) -> bool:
     if model.disable_sliding_window:
         return False
     return _SLIDING in _layer_types(model) or model.get_sliding_window() is not None
+
+
+def _was_tried(model: ModelConfig) -> bool:
+    """Whether a model with uneven heads is known to work without the hybrid KV cache manager; with
+    layers that look at the KV of others (small Gemma 4) vLLM 0.32 does not even start.
+    """
+    config = model.hf_text_config
+    shares_kv = bool(getattr(config, "num_kv_shared_layers", 0))
+    return getattr(config, "model_type", "") in _UNEVEN_HEADS and not shares_kv
 
 
 def _picks_tokens(model: ModelConfig) -> bool:

@@ -149,7 +149,8 @@ def _side_forward(runner: Any, block_size: int) -> SideForward:
 def _layout(groups: list[LayerGroup], block_size: int) -> str:
     pages, count = groups[0].pages, sum(len(group.layers) for group in groups)
     dtype = str(pages.layers[0].dtype).removeprefix("torch.")
-    heads = f"{pages.kv_heads} KV heads of {pages.head_dim}"
+    sizes = dict.fromkeys((one.pages.kv_heads, one.pages.head_dim) for one in groups)
+    heads = " and ".join(f"{number} KV heads of {size}" for number, size in sizes)
     if pages.packing is Packing.LATENT:
         heads = f"rows of {pages.value_dim} + {pages.head_dim}"
     return (

@@ -102,7 +102,7 @@ def build_groups(
     Raises:
         Unsupported: if any of them is not understood; reuse is then off for all.
     """
-    ropes: dict[int | None, Rope] = {}
+    ropes: dict[Any, Rope] = {}
     members: dict[tuple[Any, ...], list[Any]] = {}
     traits: dict[tuple[Any, ...], tuple[Packing, Rope, Any, int]] = {}
     for name, layer in layers.items():
@@ -111,10 +111,9 @@ def build_groups(
         module = None if name in unrotated else rope_module(model, layer)
         packing = packing_of(name, layer)
         cache = cache_of(layer)
-        known = None if module is None else id(module)
-        if known not in ropes:
-            ropes[known] = no_rope(cache.device) if module is None else rope_of(module, positions)
-        rope = ropes[known]
+        if module not in ropes:
+            ropes[module] = no_rope(cache.device) if module is None else rope_of(module, positions)
+        rope = ropes[module]
         number = 0 if numbers is None else numbers[name]
         key = (
             *(number, packing, latent_dim(layer), id(rope)),

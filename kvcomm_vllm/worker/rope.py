@@ -19,6 +19,7 @@ import torch
 from kvcomm_vllm.kernels.pages import Rotation
 from kvcomm_vllm.reasons import Reason
 from kvcomm_vllm.worker.checks.unsupported import Unsupported
+from kvcomm_vllm.worker.transformers_rope import TransformersRope, transformers_rope
 
 TABLE_ROPES = {
     "RotaryEmbedding",
@@ -78,7 +79,7 @@ def no_rope(device: torch.device | str = "cpu") -> Rope:
 
 
 def rope_of(module: Any, positions: int | None = None) -> Rope:
-    """The table of a vLLM rotary embedding module.
+    """The table of a rotary embedding module.
 
     Args:
         positions: that are ever used; vLLM's own tables of M-RoPE have four times as many.
@@ -87,6 +88,8 @@ def rope_of(module: Any, positions: int | None = None) -> Rope:
         Unsupported: for kinds that are not one rotation per pair and position, such as FoPE or dual
             chunk.
     """
+    if isinstance(module, TransformersRope):
+        return Rope(*module.table(positions), module.interleaved)
     name = type(module).__name__
     if name not in TABLE_ROPES:
         raise Unsupported(Reason.ROPE_UNSUPPORTED, f"rotary embedding {name}")
@@ -103,9 +106,9 @@ def rope_of(module: Any, positions: int | None = None) -> Rope:
     )
 
 
-def rope_module(model: torch.nn.Module, layer: torch.nn.Module) -> Any | None:
-    """The rotary embedding used with an attention layer: a sibling of it; None where the model has
-    none there.
+def rope_module(model: torch.nn.Module, layer: Any) -> Any | None:
+    """The rotary embedding used with an attention layer: a sibling of it, or the only one of a
+    model of ``transformers``; None where the model has none.
 
     Raises:
         Unsupported: where it cannot be told.
@@ -115,6 +118,9 @@ def rope_module(model: torch.nn.Module, layer: torch.nn.Module) -> Any | None:
             for attribute in ("rotary_emb", "rotary", "rope"):
                 if hasattr(module, attribute):
                     return getattr(module, attribute)
+            alone = transformers_rope(model, module, layer)
+            if alone is not None:
+                return alone
             break
     if getattr(layer.impl, "alibi_slopes", None) is not None:
         return None

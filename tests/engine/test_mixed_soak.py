@@ -42,6 +42,8 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
 
 ITSELF = {"method": "draft_model", "num_speculative_tokens": 3}  # the model drafts for itself
+HYBRID = {"hybrid_kv_cache": True}
+THIRDS = {"num_gpu_blocks_override": 600}  # pages of one layer of three
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ KINDS = {
     "draft_model": Kind(options={"speculative_config": ITSELF}),
     "qwen2.5-vl": Kind("qwen2.5-vl, m-rope, float32"),
     "deepseek v3": Kind("deepseek v3", {"num_gpu_blocks_override": 600}),
+    "gemma3, hybrid": Kind("gemma3 two ropes", THIRDS, plugin=HYBRID),
+    "gpt-oss, hybrid": Kind("gpt-oss, sinks", THIRDS, plugin=HYBRID),
+    "gemma4": Kind("gemma4, heads of two sizes"),
+    "olmo3": Kind("olmo3"),
     "beside OffloadingConnector": Kind(ours={"beside": [POOL]}, plugin={"audits": False}),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from engine_arguments import MakeArgs
 from since import since
+from test_connectors_beside import OURS, POOL, with_parts
 
 from kvcomm_vllm.compat import rules
 from kvcomm_vllm.config import ConfigError, KVCommConfig
@@ -92,6 +93,42 @@ def test_a_size_for_offloading_is_that_of_our_host_pool(args_for: MakeArgs) -> N
     assert args.kv_offloading_size is None, "or vLLM installs its own connector"
     extra = args.kv_transfer_config.kv_connector_extra_config
     assert KVCommConfig.from_mapping(extra, "test").tiers.host_gb == 2.5
+
+
+@since("0.32", "a model's configuration that tells sizes layer by layer")
+@pytest.mark.parametrize("copied", ["tiers", "offloading", "by another connector"])
+def test_heads_of_several_sizes_are_not_reused_where_their_pages_are_copied(
+    args_for: MakeArgs, said: list[str], copied: str
+) -> None:
+    if copied == "by another connector":
+        with_parts(args_for, OURS, POOL, architecture="Gemma4ForCausalLM")
+    else:
+        options: Any = {"kv_offloading_size": 1.0} if copied == "offloading" else {}
+        config = {"tiers": {"host_gb": 1.0}} if copied == "tiers" else {}
+        args_for("Gemma4ForCausalLM", config, **options).create_model_config()
+    (line,) = said
+    assert line.startswith("KV reuse is off (uneven_heads)")
+
+
+@since("0.32", "a model's configuration that tells sizes layer by layer")
+def test_heads_of_several_sizes_are_not_reused_where_layers_share_kv(
+    args_for: MakeArgs, said: list[str]
+) -> None:
+    """vLLM could not start then."""
+    shared = {"num_kv_shared_layers": 1}
+    args_for("Gemma4ForCausalLM", hf_overrides=shared).create_model_config()
+    (line,) = said
+    assert line.startswith("KV reuse is off (uneven_heads)")
+
+
+@since("0.32", "a model's configuration that tells sizes layer by layer")
+def test_other_models_with_heads_of_several_sizes_are_not_reused(
+    args_for: MakeArgs, said: list[str]
+) -> None:
+    other = {"per_layer_config": {"1": {"num_key_value_heads": 1}}}
+    args_for("LlamaForCausalLM", hf_overrides=other).create_model_config()
+    (line,) = said
+    assert line.startswith("KV reuse is off (uneven_heads)")
 
 
 @since("0.32", "tiers as they are used here")

@@ -80,6 +80,25 @@ def test_the_rows_of_mla_may_be_reused() -> None:
     assert engine_off(engine(), pages(kv.MLAAttentionSpec(**ROW))) is None
 
 
+def uneven(*specs: kv.FullAttentionSpec) -> kv.KVCacheSpec:
+    """Layers that share block tables though their pages are not of one size, as vLLM makes it."""
+    layers: dict[str, kv.KVCacheSpec] = {f"layer {i}": spec for i, spec in enumerate(specs)}
+    return kv.UniformTypeKVCacheSpecs(block_size=PAGE["block_size"], kv_cache_specs=layers)
+
+
+WIDE = kv.FullAttentionSpec(**{**PAGE, "head_size": 128})
+
+
+def test_heads_of_several_sizes_may_reuse() -> None:
+    assert engine_off(engine(), pages(uneven(FULL, WIDE))) is None
+
+
+def test_heads_of_several_sizes_are_not_understood_where_a_drafter_may_have_some() -> None:
+    off = engine_off(engine(speculative_config={"method": "eagle"}), pages(uneven(FULL, WIDE)))
+    assert off is not None
+    assert off.reason is Reason.UNKNOWN_LAYOUT
+
+
 SETTINGS = [
     ("cache_config__enable_prefix_caching", False, Reason.PREFIX_CACHING_OFF),
     ("parallel_config__pipeline_parallel_size", 2, Reason.PIPELINE_PARALLEL),
@@ -118,6 +137,10 @@ LAYOUTS = {
         Reason.UNKNOWN_LAYOUT,
     ),
     "pages of sinks": (pages(kv.SinkFullAttentionSpec(**PAGE)), Reason.UNKNOWN_LAYOUT),
+    "sinks among others": (
+        pages(uneven(FULL, kv.SinkFullAttentionSpec(**PAGE))),
+        Reason.UNKNOWN_LAYOUT,
+    ),
     "finer hashes": (pages(FULL, hash_block_size=16), Reason.UNKNOWN_LAYOUT),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from engine_arguments import MakeArgs
+from since import since
 from test_connectors_beside import OURS, POOL, names, with_parts
 from test_engine_guard import FULL, PAGE, WINDOW, engine, pages
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -35,6 +36,16 @@ def test_the_manager_is_turned_off_by_default(args_for: MakeArgs, said: list[str
     assert args.kv_transfer_config.kv_connector == "kvcomm"
     assert args.prefix_cache_retention_interval == 0
     assert said == []
+
+
+@since("0.32", "a model's configuration that tells sizes layer by layer")
+def test_with_heads_of_several_sizes_it_is_turned_off_with_a_warning(
+    args_for: MakeArgs, said: list[str]
+) -> None:
+    args = args_for("Gemma4ForCausalLM", HYBRID)
+    args.create_model_config()
+    assert not stays_on(args)
+    assert said == ["hybrid_kv_cache has no effect beside KV heads of several sizes"]
 
 
 @pytest.mark.parametrize("name", ["kvcomm", "KVCommConnector", "kvcomm_hybrid"])

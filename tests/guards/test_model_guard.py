@@ -29,7 +29,6 @@ from kvcomm_vllm.reasons import Reason
         ("OPTForCausalLM", Reason.ABSOLUTE_POSITIONS),
         ("BertModel", Reason.POOLING),
         ("MistralForCausalLM", Reason.SLIDING_WINDOW_ONLY),
-        ("Gemma4ForCausalLM", Reason.UNEVEN_HEADS),
     ],
 )
 def test_models_whose_kv_cannot_be_reused_start_plainly_with_one_warning(
@@ -58,6 +57,7 @@ def test_models_whose_kv_cannot_be_reused_start_plainly_with_one_warning(
         "Qwen3ForCausalLM",
         "MixtralForCausalLM",
         "Gemma3ForCausalLM",
+        "Gemma4ForCausalLM",
         "DeepseekV2ForCausalLM",
     ],
 )
