@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ def serve(kind: Kind, folder: Path) -> Run:
     finally:
         llm.llm_engine.engine_core.shutdown()
         gc.collect()
-    with elsewhere():
+    # models that were made known here are known here alone
+    with nullcontext() if "limit_mm_per_prompt" in options else elsewhere():
         llm = make_engine(str(model), enable_prefix_caching=False, **options, **IN_ONE_PROCESS)
     try:
         answers = send(llm, adapters, [asked for asked, _ in run.exact])
