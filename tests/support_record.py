@@ -19,7 +19,7 @@ import pytest
 from kvcomm_vllm.guards.version import installed_version
 
 COLUMNS = ("reuse", "exactness", "layer 0", "memory", "mixed")
-PARAMETERS = ("run", "hybrid", "refused", "architecture")  # that name a row
+PARAMETERS = ("run", "hybrid", "both", "refused", "architecture")  # that name a row
 _PLACE, _VALUE = "support place", "support value"
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A MiMo of random weights: a small Qwen2 with one more layer that guesses the token after next."""
+"""Models of random weights with one more layer that guesses the token after next."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiny_families import FAMILIES, save_family
 from tiny_model import MAX_TOKENS, VOCABULARY, save_tokenizer
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ WIDTH, INNER, HEADS, KV_HEADS, HEAD = 128, 256, 4, 2, 32
 
 
 def save_mtp(folder: Path) -> None:
-    """Write model, tokenizer and the layer that guesses (``MiMoMTPModel``) to ``folder``."""
+    """A MiMo: a small Qwen2, and ``MiMoMTPModel``."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -41,10 +43,41 @@ def save_mtp(folder: Path) -> None:
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
         weights = folder / "model.safetensors"
         save_file({**load_file(weights), **_mtp_layer()}, weights)
-    own = {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**written, **own}))
+    _configure(folder, architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1)
     save_tokenizer(folder)
+
+
+def save_deepseek_mtp(folder: Path) -> None:
+    """The DeepSeek V3 of ``tiny_families``, and ``DeepSeekMTPModel``: its layer is one more of the
+    same kind, with what puts an embedding and a hidden state together.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    family = FAMILIES["deepseek v3"]
+    layers = family.settings()["num_hidden_layers"]
+    more = {**family.config, "num_hidden_layers": layers + 1}
+    save_family(replace(family, config=more), folder)
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    width = embedding.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    made = {
+        name: (1 + 0.3 * torch.randn(width, generator=generator)).to(embedding.dtype)
+        for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+    }
+    both = torch.randn(width, 2 * width, generator=generator) * (2 * width) ** -0.5
+    made["eh_proj.weight"] = both.to(embedding.dtype)
+    made["embed_tokens.weight"] = embedding.clone()
+    made["shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    weights |= {f"model.layers.{layers}.{name}": weight for name, weight in made.items()}
+    save_file(weights, folder / "model.safetensors")
+    _configure(folder, num_hidden_layers=layers, num_nextn_predict_layers=1)
+
+
+def _configure(folder: Path, **changes: object) -> None:
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, **changes}))
 
 
 def _mtp_layer() -> dict[str, torch.Tensor]:
