@@ -25,6 +25,7 @@ from vllm.logger import init_logger
 from kvcomm_vllm.compat.hybrid import beside_hybrid, choose, keep_findable, wants_hybrid
 from kvcomm_vllm.compat.offload import unknown_tiers
 from kvcomm_vllm.compat.parts import NAMES, other_parts, our_parts, with_part, without_us
+from kvcomm_vllm.compat.rules import asks_for_tiers
 from kvcomm_vllm.config import ConfigError, KVCommConfig
 from kvcomm_vllm.config.address import Address
 from kvcomm_vllm.config.file import load_file
@@ -237,8 +238,7 @@ def check_engine(args: EngineArgs, model: ModelConfig) -> None:
     hybrid = wants_hybrid(config, args, model)
     beside = beside_hybrid(config, args, model) if hybrid else None
     hybrid = hybrid and beside is None
-    tiers = config.tiers.wanted or args.kv_offloading_size is not None
-    copied = tiers or bool(other_parts(transfer))
+    copied = asks_for_tiers(args, config) or bool(other_parts(transfer))
     reason = unsupported_model(model, copied) or unsupported_arguments(
         args, transfer, config, model, hybrid
     )

@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from kvcomm_vllm.compat.parts import HYBRID, PLAIN, is_ours
-from kvcomm_vllm.compat.rules import asks_for_drafts, has_uneven_heads
+from kvcomm_vllm.compat.rules import asks_for_drafts, asks_for_tiers, has_uneven_heads
 from kvcomm_vllm.guards.model import has_sliding_layers
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def beside_hybrid(config: KVCommConfig, args: EngineArgs, model: ModelConfig) ->
     events = args.kv_events_config
     found = {
         "other connectors": not is_ours(args.kv_transfer_config),
-        "tiers": config.tiers.wanted or args.kv_offloading_size is not None,
+        "tiers": asks_for_tiers(args, config),
         "LoRA adapters": bool(args.enable_lora),
         "KV events": bool(events is not None and events.enable_kv_cache_events),
         "speculative decoding": asks_for_drafts(args),

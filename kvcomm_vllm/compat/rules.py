@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, ModelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from kvcomm_vllm.config import KVCommConfig
+
 _SPECULATIVE = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 # They look tokens up in the text, or have layers whose KV is moved and computed like the model's.
 # Of all others that is not known: a class of the user's own may have anything.
@@ -51,6 +53,11 @@ def settings_of_config(config: VllmConfig) -> EngineSettings:
         expert_ranks=parallel.data_parallel_size if experts else 1,
         drafts=_drafts_unknown(config.speculative_config),
     )
+
+
+def asks_for_tiers(args: EngineArgs, config: KVCommConfig) -> bool:
+    """Whether pages that leave the KV cache are to be kept elsewhere, in whatever way."""
+    return config.tiers.wanted or args.kv_offloading_size is not None
 
 
 def asks_for_drafts(args: EngineArgs) -> bool:

@@ -40,7 +40,7 @@ from kvcomm_vllm.scheduler.planner import first_approximate, generation
 from kvcomm_vllm.scheduler.reports import Reports
 from kvcomm_vllm.scheduler.requests import new_state
 from kvcomm_vllm.scheduler.service import note_service
-from kvcomm_vllm.scheduler.set_back import set_back, set_back_to_losses
+from kvcomm_vllm.scheduler.set_back import set_back
 from kvcomm_vllm.scheduler.sources import SourceFinder
 from kvcomm_vllm.scheduler.spans import Plan
 from kvcomm_vllm.scheduler.spread import SpreadPlans
@@ -322,10 +322,8 @@ class SchedulerHalf:
         for request_id, distances in report.distances.items():
             self.modes.on_distances(request_id, self.states.get(request_id), distances)
         if lost_pages:
-            self.store.lose(
-                lost_pages, [*self.states.values(), *self._leaving.values()], self.pages
-            )
-            set_back_to_losses(self.states.values(), lost_pages, self.block_size)
+            states = [*self.states.values(), *self._leaving.values()]
+            self.store.lose(lost_pages, states, self.pages)
         name_windows(report, self.states, self.pages)
         for request_id in report.written | report.failed:
             self.pages.release(request_id)

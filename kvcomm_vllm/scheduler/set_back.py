@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that begin anew: an operator resets what runs, or pages were lost."""
+"""Requests that begin anew when an operator resets what runs."""
 
 from __future__ import annotations
 
@@ -31,18 +31,3 @@ def set_back(
             state.windows = None
             found.append(state)
     return found
-
-
-def set_back_to_losses(states: Iterable[RequestState], lost: set[int], block_size: int) -> None:
-    """Each request that runs on lost pages computes them itself.
-
-    vLLM (0.28 - 0.33) has the first of them compute what they share and lets the others go on as if
-    it had; it may be aborted before, or be slower. The pages have lost their names, and what is
-    written twice is the same.
-    """
-    for state in states:
-        request = state.request
-        if request.status == RequestStatus.RUNNING:
-            first = next((n for n, page in enumerate(state.block_ids) if page in lost), None)
-            if first is not None:
-                request.num_computed_tokens = min(request.num_computed_tokens, first * block_size)

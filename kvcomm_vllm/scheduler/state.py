@@ -230,6 +230,16 @@ class RequestState:
         self.decline(Reason.LOAD_REPAIRED)
         count_cached_tokens(self.request, self.served_local, 0)
 
+    def compute_from(self, tokens: int) -> None:
+        """Behind so many tokens its pages are lost, and if it runs it computes them itself.
+
+        vLLM (0.28 - 0.33) has the first request on lost pages compute them and lets the others go
+        on as if it had; it may be aborted before, or be slower. The pages have lost their names,
+        and what is written twice is the same.
+        """
+        if self.request.status == RequestStatus.RUNNING:
+            self.request.num_computed_tokens = min(self.request.num_computed_tokens, tokens)
+
     def not_loaded(self) -> None:
         """Its loads have failed, and vLLM computes what was to be loaded."""
         self.failed, self.awaited = True, False

@@ -102,6 +102,7 @@ class SequenceStore:
             if first is not None:
                 pages.evict(state.block_ids[first:])
                 self.drop(state)
+                state.compute_from(first * self.block_size)
 
     def finish(
         self,
