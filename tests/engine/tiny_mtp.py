@@ -1,110 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of random weights with one more layer that guesses the token after next."""
+"""Models of ``tiny_families`` with one more layer, which guesses the token after next: it is of the
+same kind, with what puts an embedding and a hidden state together.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tiny_families import FAMILIES, save_family
-from tiny_model import MAX_TOKENS, VOCABULARY, save_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-WIDTH, INNER, HEADS, KV_HEADS, HEAD = 128, 256, 4, 2, 32
+    Weights = dict[str, torch.Tensor]
 
 
 def save_mtp(folder: Path) -> None:
-    """A MiMo: a small Qwen2, and ``MiMoMTPModel``."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=3,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD,
-        max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-        weights = folder / "model.safetensors"
-        save_file({**load_file(weights), **_mtp_layer()}, weights)
-    _configure(folder, architectures=["MiMoForCausalLM"], num_nextn_predict_layers=1)
-    save_tokenizer(folder)
+    """A MiMo, which is a Qwen2, and ``MiMoMTPModel``."""
+    norms = ("token_layernorm", "hidden_layernorm", "final_layernorm")
+    weights, guesses = _one_more_layer("qwen2, pages of 128", folder, norms, "input_proj")
+    weights |= {f"model.mtp_layers.0.{name}": weight for name, weight in guesses.items()}
+    _save(weights, folder, architectures=["MiMoForCausalLM"])
 
 
 def save_deepseek_mtp(folder: Path) -> None:
-    """The DeepSeek V3 of ``tiny_families``, and ``DeepSeekMTPModel``: its layer is one more of the
-    same kind, with what puts an embedding and a hidden state together.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
+    """A DeepSeek V3 and ``DeepSeekMTPModel``."""
+    norms = ("enorm", "hnorm", "shared_head.norm")
+    weights, guesses = _one_more_layer("deepseek v3", folder, norms, "eh_proj")
+    guesses["embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    guesses["shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"] - 1
+    weights |= {f"model.layers.{layers}.{name}": weight for name, weight in guesses.items()}
+    _save(weights, folder)
 
-    family = FAMILIES["deepseek v3"]
+
+def _one_more_layer(
+    name: str, folder: Path, norms: Sequence[str], joint: str
+) -> tuple[Weights, Weights]:
+    """Weights of a family's model, and those of the layer behind them by their names in it."""
+    import torch
+    from safetensors.torch import load_file
+
+    family = FAMILIES[name]
     layers = family.settings()["num_hidden_layers"]
-    more = {**family.config, "num_hidden_layers": layers + 1}
-    save_family(replace(family, config=more), folder)
+    save_family(replace(family, config={**family.config, "num_hidden_layers": layers + 1}), folder)
     weights = load_file(folder / "model.safetensors")
+    prefix = f"model.layers.{layers}."
+    own = [name for name in weights if name.startswith(prefix)]
+    guesses = {name.removeprefix(prefix): weights.pop(name) for name in own}
     embedding = weights["model.embed_tokens.weight"]
-    width = embedding.shape[1]
-    generator = torch.Generator().manual_seed(1)
-    made = {
-        name: (1 + 0.3 * torch.randn(width, generator=generator)).to(embedding.dtype)
-        for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
-    }
-    both = torch.randn(width, 2 * width, generator=generator) * (2 * width) ** -0.5
-    made["eh_proj.weight"] = both.to(embedding.dtype)
-    made["embed_tokens.weight"] = embedding.clone()
-    made["shared_head.head.weight"] = weights["lm_head.weight"].clone()
-    weights |= {f"model.layers.{layers}.{name}": weight for name, weight in made.items()}
+    width, generator = embedding.shape[1], torch.Generator().manual_seed(1)
+    for norm in norms:
+        drawn = 1 + 0.3 * torch.randn(width, generator=generator)
+        guesses[f"{norm}.weight"] = drawn.to(embedding.dtype)
+    drawn = torch.randn(width, 2 * width, generator=generator) * (2 * width) ** -0.5
+    guesses[f"{joint}.weight"] = drawn.to(embedding.dtype)
+    return weights, guesses
+
+
+def _save(weights: Weights, folder: Path, **changes: Any) -> None:
+    """The model's own layers are one less than were made."""
+    from safetensors.torch import save_file
+
     save_file(weights, folder / "model.safetensors")
-    _configure(folder, num_hidden_layers=layers, num_nextn_predict_layers=1)
-
-
-def _configure(folder: Path, **changes: object) -> None:
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**written, **changes}))
-
-
-def _mtp_layer() -> dict[str, torch.Tensor]:
-    import torch
-
-    query, key = HEADS * HEAD, KV_HEADS * HEAD
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_layernorm.weight": (WIDTH,),
-        "hidden_layernorm.weight": (WIDTH,),
-        "final_layernorm.weight": (WIDTH,),
-        "input_layernorm.weight": (WIDTH,),
-        "post_attention_layernorm.weight": (WIDTH,),
-        "input_proj.weight": (WIDTH, 2 * WIDTH),
-        "self_attn.q_proj.weight": (query, WIDTH),
-        "self_attn.q_proj.bias": (query,),
-        "self_attn.k_proj.weight": (key, WIDTH),
-        "self_attn.k_proj.bias": (key,),
-        "self_attn.v_proj.weight": (key, WIDTH),
-        "self_attn.v_proj.bias": (key,),
-        "self_attn.o_proj.weight": (WIDTH, query),
-        "mlp.gate_proj.weight": (INNER, WIDTH),
-        "mlp.up_proj.weight": (INNER, WIDTH),
-        "mlp.down_proj.weight": (WIDTH, INNER),
-    }
-    made = {}
-    for name, shape in shapes.items():
-        drawn = torch.randn(shape)
-        drawn = 1 + 0.3 * drawn if len(shape) == 1 else drawn * shape[-1] ** -0.5
-        made[f"model.mtp_layers.0.{name}"] = drawn.bfloat16()
-    return made
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    if "layer_types" in config:
+        config["layer_types"].pop()
+    config |= {"num_nextn_predict_layers": 1, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
