@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from built_models import built
 from tiny_model import MARKERS, MAX_TOKENS, VOCABULARY, save_tokenizer
 
 
@@ -272,7 +273,7 @@ def save_family(family: Family, folder: Path) -> None:
     config = AutoConfig.for_model(family.model_type, **family.settings())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = auto.from_config(config, dtype=torch.float32)
+        model = built(auto, config, torch.float32)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 _spread(name, weight)

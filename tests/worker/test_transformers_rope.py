@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from built_models import built
 from transformers import AutoConfig, AutoModel
-from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 
 from kvcomm_vllm.kernels.reference import turn_keys
 from kvcomm_vllm.reasons import Reason
@@ -56,11 +56,7 @@ def ropes(name: str, dtype: torch.dtype, **more: Any) -> list[TransformersRope |
         **{**MODELS.get(name, {}), **more},
     )
     config.dtype = dtype
-    # An engine that ran such a model in this process has left its class to ask for vLLM's settings.
-    settings = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
-    settings.model_config = SimpleNamespace(hf_config=config)
-    with set_current_vllm_config(settings):
-        model = AutoModel.from_config(config, dtype=dtype)
+    model = built(AutoModel, config, dtype)
     layers = [part for part in model.modules() if type(part).__name__.endswith("Attention")]
     inner = SimpleNamespace(head_size=HEAD)
     return [transformers_rope(model, layer, inner) for layer in layers]
