@@ -23,6 +23,8 @@ class Family:
         kv_heads: of 4 heads.
         vision: configuration of what sees images; the tokens that stand for them are there then.
         vision_class: class and module in ``vllm.model_executor.models`` of a model that sees them.
+        since: version of vLLM that runs it on a CPU as it is made here, and what older ones lack;
+            None: the oldest that is accepted does.
     """
 
     model_type: str
@@ -32,6 +34,7 @@ class Family:
     kv_heads: int = 2
     vision: dict[str, Any] | None = None
     vision_class: tuple[str, str] | None = None
+    since: tuple[str, str] | None = None
 
     def settings(self) -> dict[str, Any]:
         width, ends = 4 * self.head_dim, {"tie_word_embeddings": False, "eos_token_id": 1}
@@ -111,6 +114,8 @@ AS_V3 = {
     "scoring_func": "sigmoid",
 }
 ON_CPU = {"dtype": "float32", "attention_backend": "CPU_MLA"}
+MLA_ON_CPU = ("0.30", "MLA on a CPU")
+WITHOUT_TORCHVISION = ("0.32", "Qwen2-VL without torchvision")
 
 FAMILIES = {
     "llama3 scaling": Family("llama", 64, {"head_dim": 64, "rope_parameters": LLAMA3}),
@@ -197,7 +202,12 @@ FAMILIES = {
         "glm4", 64, {"head_dim": 64, "rope_parameters": rope(partial_rotary_factor=0.5)}
     ),
     "olmo3": Family("olmo3", 64, {"rope_parameters": rope(), **WINDOWED}),
-    "smollm3, no rope in a layer": Family("smollm3", 64, {"no_rope_layers": [1, 0, 1]}),
+    "smollm3, no rope in a layer": Family(
+        "smollm3",
+        64,
+        {"no_rope_layers": [1, 0, 1]},
+        since=("0.30", "code of transformers that turns keys itself"),
+    ),
     "bloom alibi": Family(
         "bloom", 64, {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, kv_heads=4
     ),
@@ -207,6 +217,7 @@ FAMILIES = {
         {"rope_parameters": SECTIONS},
         vision={"embed_dim": 64, "hidden_size": 256, "mlp_ratio": 2},
         vision_class=("Qwen2VLForConditionalGeneration", "qwen2_vl"),
+        since=WITHOUT_TORCHVISION,
     ),
     "qwen2.5-vl, m-rope, float32": Family(
         "qwen2_5_vl",
@@ -215,6 +226,7 @@ FAMILIES = {
         {"dtype": "float32"},
         vision={"intermediate_size": 128, "fullatt_block_indexes": [1]},
         vision_class=("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+        since=WITHOUT_TORCHVISION,
     ),
     "qwen3-vl, interleaved m-rope": Family(
         "qwen3_vl",
@@ -222,6 +234,7 @@ FAMILIES = {
         {"rope_parameters": INTERLEAVED, "head_dim": 64},
         vision={"intermediate_size": 128, "deepstack_visual_indexes": [0, 1]},
         vision_class=("Qwen3VLForConditionalGeneration", "qwen3_vl"),
+        since=("0.30", "Qwen3-VL on a CPU"),
     ),
     "glm-4v, m-rope in gpt-j pairs": Family(
         "glm4v",
@@ -230,17 +243,21 @@ FAMILIES = {
         vision={"intermediate_size": 128},
         vision_class=("Glm4vForConditionalGeneration", "glm4_1v"),
     ),
-    "deepseek v2 lite": Family("deepseek_v2", 32, {"q_lora_rank": None, **MLA}, ON_CPU),
-    "deepseek v2": Family("deepseek_v2", 32, {"q_lora_rank": 64, **MLA}, ON_CPU),
-    "deepseek v3": Family("deepseek_v3", 32, {"q_lora_rank": 64, **MLA, **AS_V3}, ON_CPU),
+    "deepseek v2 lite": Family(
+        "deepseek_v2", 32, {"q_lora_rank": None, **MLA}, ON_CPU, since=MLA_ON_CPU
+    ),
+    "deepseek v2": Family("deepseek_v2", 32, {"q_lora_rank": 64, **MLA}, ON_CPU, since=MLA_ON_CPU),
+    "deepseek v3": Family(
+        "deepseek_v3", 32, {"q_lora_rank": 64, **MLA, **AS_V3}, ON_CPU, since=MLA_ON_CPU
+    ),
 }
 
 
-def hybrid(name: str, *layer_types: str) -> dict[str, Family]:
+def hybrid(name: str, *layer_types: str, since: tuple[str, str] | None = None) -> dict[str, Family]:
     """A family in fp32 with such layers, served with vLLM's hybrid KV cache manager; by its row in
     docs/support.md.
     """
-    family = FAMILIES[name]
+    family = replace(FAMILIES[name], since=since)
     layers = {"layer_types": list(layer_types), "num_hidden_layers": len(layer_types)}
     config = {**family.config, **layers}
     engine = {**family.engine, "dtype": "float32"}
@@ -251,7 +268,7 @@ def hybrid(name: str, *layer_types: str) -> dict[str, Family]:
 HYBRID = {
     **hybrid("gemma3 two ropes", *[*[SLIDING] * 3, FULL] * 2),
     **hybrid("cohere2 no rope first", FULL, SLIDING, SLIDING),
-    **hybrid("gpt-oss, sinks", *[SLIDING, FULL] * 3),
+    **hybrid("gpt-oss, sinks", *[SLIDING, FULL] * 3, since=("0.32", "sinks in float32 on a CPU")),
     **hybrid("olmo3", SLIDING, SLIDING, FULL),
 }
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from no_torchvision import know
+from since import since
 from test_compiled import check_compiled
-from tiny_families import FAMILIES, save_family
+from tiny_families import FAMILIES, WITHOUT_TORCHVISION, save_family
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, since(*WITHOUT_TORCHVISION)]
 
 
 def test_holes_are_exact_with_compiled_code_for_rows_of_positions(

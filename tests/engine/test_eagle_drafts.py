@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from engines import IN_ONE_PROCESS, ask, connector, core, elsewhere, make_engine, text
 from latent_platform import V3, with_prefix_caching
+from since import GUESSES, since
 from stored_kv import KV, layers, start_log
 from test_exactness import PROMPTS, check_holes
 from tiny_eagle import save_eagle
+from tiny_families import MLA_ON_CPU
 from tiny_mtp import save_deepseek_mtp, save_mtp
 from vllm import LLM
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, GUESSES]
 
 SHARED, TAIL = text(871, 200), text(872, 6)
 SOURCE = text(873, 70) + SHARED + TAIL
@@ -26,10 +28,13 @@ READER = text(874, 61) + SHARED + TAIL
 OFF = {"mode": "off"}
 
 
-DRAFTERS = ("eagle", "eagle3", "mtp", "mtp with MLA")
-
-
-@pytest.fixture(scope="module", params=[f"drafts by {name}" for name in DRAFTERS])
+@pytest.fixture(
+    scope="module",
+    params=[
+        *[f"drafts by {name}" for name in ("eagle", "eagle3", "mtp")],
+        pytest.param("drafts by mtp with MLA", marks=since(*MLA_ON_CPU)),
+    ],
+)
 def both(
     request: pytest.FixtureRequest, tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[LLM, LLM]]:

@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import Answer, ask, core, make_engine, text
+from since import since
 from stored_kv import start_log
 from vllm import LLM
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    since("0.30", "a MultiConnector that tells its parts"),
+]
 
 SHARED = text(701, 192)
 PROMPTS = [text(seed, 64) + SHARED + text(seed + 1, 6) for seed in (702, 704)]

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 from engines import Answer, ask, core, make_engine, text
 from no_torchvision import know
+from since import since
 from stored_kv import layers, start_log
 from test_exactness import PROMPTS, check_holes, holes_only
-from tiny_families import FAMILIES, save_family
+from tiny_families import FAMILIES, WITHOUT_TORCHVISION, save_family
 from tiny_model import MARKERS
 from vision import IMAGE_TOKENS, know_images, look, with_image
 from vllm import LLM
 
 from kvcomm_vllm.scheduler.modes import plain as plain_mode
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, since(*WITHOUT_TORCHVISION)]
 
 FAMILY = FAMILIES["qwen2.5-vl, m-rope, float32"]
 SHARED, TAIL = text(801, 200), text(802, 6)

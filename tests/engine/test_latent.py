@@ -12,14 +12,16 @@ import pytest
 import torch
 from engines import Answer, ask, connector, core, settle, text
 from latent_platform import PAGE, plain_deepseek, reusing_deepseek
+from since import since
 from stored_kv import layers
 from test_exactness import PROMPTS, check_holes
+from tiny_families import MLA_ON_CPU
 from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from kvcomm_vllm.kernels.pages import Packing
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, since(*MLA_ON_CPU)]
 
 AGENT, OTHER, TAIL = text(11, 70), text(12, 40), text(13, 6)
 SHARED = text(14, 200)

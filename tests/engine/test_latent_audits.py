@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import pytest
 from engines import Answer, ask, settle, text
 from latent_platform import PAGE, plain_deepseek, reusing_deepseek
+from since import since
 from test_comparison import OFF, VOCABULARY, Heard, kl
+from tiny_families import MLA_ON_CPU
 from vllm import LLM
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, since(*MLA_ON_CPU)]
 
 SHARED = text(601, 200)
 

@@ -15,12 +15,13 @@ import pytest
 from accidents import abort_after, assert_nothing_is_held, break_part
 from engines import ask, core, make_engine, settle, text
 from guesses import Guesses, counted
+from since import GUESSES
 from stored_kv import KV, layers, start_log
 from test_exactness import PROMPTS, check_holes
 from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, GUESSES]
 
 SHARED, TAIL = text(851, 200), text(852, 6)
 SOURCE = text(853, 70) + SHARED + TAIL

@@ -19,6 +19,7 @@ from engines import IN_ONE_PROCESS, Answer, ask, core, elsewhere, make_engine, t
 from kv_memory import kv_held_against_plain, plain_pages
 from latent_platform import with_prefix_caching
 from no_torchvision import know
+from since import parameters
 from stored_kv import first_layer, start_log
 from support_record import tell
 from test_exactness import holes_only
@@ -60,7 +61,9 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     return functools.cache(lambda name: serve(FAMILIES[name], tmp_path_factory.mktemp("family")))
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda name: re.sub("[ ,]+", "-", name))
+@pytest.fixture(
+    scope="module", params=parameters(FAMILIES), ids=lambda name: re.sub("[ ,]+", "-", name)
+)
 def run(request: pytest.FixtureRequest, run_of: Callable[[str], Run]) -> Run:
     return run_of(request.param)
 

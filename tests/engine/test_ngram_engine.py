@@ -13,12 +13,13 @@ import pytest
 from accidents import abort_after, assert_nothing_is_held, break_part
 from engines import IN_ONE_PROCESS, Answer, ask, core, elsewhere, make_engine, settle, text
 from guesses import Guesses, counted
+from since import GUESSES, since
 from stored_kv import KV, layers, start_log
 from test_exactness import PROMPTS, check_holes
 from vllm import LLM
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, GUESSES]
 
 NGRAM = {
     "method": "ngram",
@@ -77,6 +78,7 @@ def test_holes_alone_give_exactly_the_dense_answer_beside_guesses(
 
 
 @pytest.mark.support("reuse", "drafts by ngram")
+@since("0.32", "steps filled up with guesses that nobody made")
 def test_a_step_that_loads_has_guesses_in_it(guessing: LLM, guesses: Guesses) -> None:
     ask(guessing, SOURCE, tokens=1)
     assert guesses == Guesses(), "a prompt that is computed has none"

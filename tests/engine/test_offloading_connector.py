@@ -22,10 +22,15 @@ from engines import (
     make_engine,
     text,
 )
+from since import since
 from stored_kv import start_log
 from vllm import LLM
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    since("0.30", "a MultiConnector that tells its parts"),
+]
 
 SHARED = text(801, 200)
 PAGES = 66

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from accidents import abort_after, assert_nothing_is_held, break_part
 from engines import Answer, ask, connector, core, make_engine, settle, text
-from strided_attention import StridedAttention
+from since import since
 from strided_platform import as_on_a_gpu
 from test_exactness import holes_only
 from vllm import LLM
@@ -30,6 +30,7 @@ from kvcomm_vllm.worker.half import WorkerHalf
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
+    since("0.30", "layouts of pages by name"),
     pytest.mark.skipif(not current_platform.is_cpu(), reason="stands in for a GPU on a CPU"),
 ]
 
@@ -272,6 +273,8 @@ def test_a_forward_waits_for_all_loads_of_its_step(
     llm: LLM, worker: WorkerHalf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for pieces of a request that waits, beside others: vLLM itself knows nothing of them."""
+    from strided_attention import StridedAttention
+
     for most in ("_beside", "max_tokens"):
         monkeypatch.setattr(connector(llm)._scheduler.spread, most, 64)
     steps: list[list[str]] = []
