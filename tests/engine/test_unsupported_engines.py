@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from engines import Answer, ask, core, elsewhere, make_engine, text
+from since import since
 from stored_kv import start_log
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, MLA_ON_CPU
 from vllm import LLM
 from vllm.model_executor.models.llama import LlamaAttention
 
@@ -161,6 +162,7 @@ def test_without_prefix_caching_the_engine_is_plain_vllm(
     assert [a.report for a in run.answers] == [{}, {}]
 
 
+@since(*MLA_ON_CPU)
 def test_mla_without_the_prefix_caching_that_vllm_switches_off_is_served_exactly(
     tiny_deepseek: str,
 ) -> None:
