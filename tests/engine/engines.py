@@ -111,7 +111,7 @@ def with_others(
 def connector(llm: LLM) -> Any:
     """Ours, whether or not there are others."""
     found = core(llm).scheduler.connector
-    parts = getattr(found, "sub_connectors", [found])
+    parts = getattr(found, "_connectors", [found])
     return next(part for part in parts if isinstance(part, KVCommConnector))
 
 

@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import Answer, ask, core, make_engine, text
-from since import since
 from stored_kv import start_log
 from vllm import LLM
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
-    since("0.30", "a MultiConnector that tells its parts"),
 ]
 
 SHARED = text(701, 192)
@@ -48,7 +46,7 @@ def served(model: str, ours: bool, last: bool, folder: Path) -> Served:
     with start_log() as log:
         llm = make_engine(model, {} if ours else None, beside=[example], last=last)
     try:
-        (part,) = core(llm).scheduler.connector.sub_connectors
+        (part,) = core(llm).scheduler.connector._connectors
         found = Served([], log)
         note = part.update_state_after_alloc
 

@@ -29,7 +29,7 @@ from vllm import LLM
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
-    since("0.30", "a MultiConnector that tells its parts"),
+    since("0.30", "pools made by the number of chunks"),
 ]
 
 SHARED = text(801, 200)
@@ -66,7 +66,7 @@ def both(request: pytest.FixtureRequest, tiny_llama: str) -> Iterator[LLM]:
 
 
 def offloading(llm: LLM) -> Any:
-    parts = core(llm).scheduler.connector.sub_connectors
+    parts = core(llm).scheduler.connector._connectors
     return next(part for part in parts if part is not connector(llm))
 
 
