@@ -61,6 +61,6 @@ def memory_line(windows: Sequence[int], tokens: int, block_size: int, dropped: b
     if dropped:
         return f"{said} takes {least} pages of a layer, {most} without hybrid_kv_cache"
     return (
-        f"{said} takes {most} pages of a layer beside kvcomm, {least} with hybrid_kv_cache: true "
-        "(docs/limits.md)"
+        f"{said} takes {most} pages of a layer beside kvcomm, {least} where vLLM drops what lies "
+        "behind (hybrid_kv_cache in docs/limits.md)"
     )

@@ -198,6 +198,20 @@ FAMILIES = {
             "logits_scaling": 2.0,
         },
     ),
+    "llama4, chunks": Family(
+        "llama4_text",
+        64,
+        {
+            "head_dim": 64,
+            "rope_parameters": rope(),
+            "attention_chunk_size": 64,
+            "no_rope_layers": [1, 0, 1],
+            "interleave_moe_layer_step": 1,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 256,
+        },
+        {"dtype": "float32"},
+    ),
     "glm4 partial": Family(
         "glm4", 64, {"head_dim": 64, "rope_parameters": rope(partial_rotary_factor=0.5)}
     ),

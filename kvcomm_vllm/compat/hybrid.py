@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvcomm_vllm.compat.parts import HYBRID, PLAIN, is_ours
 from kvcomm_vllm.compat.rules import asks_for_drafts, asks_for_tiers, has_uneven_heads
-from kvcomm_vllm.guards.model import has_sliding_layers
+from kvcomm_vllm.guards.model import has_chunked_layers, has_windowed_layers
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, ModelConfig
@@ -30,7 +30,7 @@ def choose(transfer: KVTransferConfig, hybrid: bool) -> KVTransferConfig:
 def wants_hybrid(config: KVCommConfig, args: EngineArgs, model: ModelConfig) -> bool:
     """Whether the manager is to stay on, and has any work."""
     wanted = config.hybrid_kv_cache and args.disable_hybrid_kv_cache_manager is not True
-    return wanted and has_sliding_layers(model)
+    return wanted and has_windowed_layers(model)
 
 
 def keep_findable(args: EngineArgs) -> None:
@@ -50,6 +50,7 @@ def beside_hybrid(config: KVCommConfig, args: EngineArgs, model: ModelConfig) ->
         "LoRA adapters": bool(args.enable_lora),
         "KV events": bool(events is not None and events.enable_kv_cache_events),
         "speculative decoding": asks_for_drafts(args),
+        "layers that see a chunk of the text": has_chunked_layers(model),
         # vLLM makes pages of as many bytes of them, and so of several numbers of tokens
         "KV heads of several sizes": has_uneven_heads(model),
     }

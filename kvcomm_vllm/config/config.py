@@ -230,8 +230,8 @@ class KVCommConfig:
         "on, which drops what lies behind the window; without, such layers keep all KV, and take "
         "as much of it as the others. Nothing is learned then (mode anchor is mode seam), nothing "
         "is healed, and text is computed where the KV of its window is gone. Has no effect beside "
-        "other connectors, tiers, LoRA adapters, speculative decoding and KV events, or with KV "
-        "heads of several sizes.",
+        "other connectors, tiers, LoRA adapters, speculative decoding and KV events, with KV heads "
+        "of several sizes, or with layers that see a chunk of the text (Llama 4).",
     )
     report: str = key(
         "auto",

@@ -53,11 +53,15 @@ def unsupported_model(model: ModelConfig, copied: bool = False) -> Reason | None
 
 def has_windowed_layers(model: ModelConfig) -> bool:
     """Whether some layers attend to a window only (Gemma, Mistral, gpt-oss, Llama 4)."""
+    return has_sliding_layers(model) or has_chunked_layers(model)
+
+
+def has_chunked_layers(model: ModelConfig) -> bool:
+    """Whether some layers see their own chunk of the text alone (Llama 4)."""
     if model.disable_sliding_window:
         return False
     return (
-        has_sliding_layers(model)
-        or "chunked_attention" in _layer_types(model)
+        "chunked_attention" in _layer_types(model)
         or getattr(model, "attention_chunk_size", None) is not None
     )
 

@@ -131,8 +131,14 @@ def equip(
         None, "", layout + said, rooms=rooms, alone=alone, compares=compares, layout=layout
     )
     members = (layer for group in groups for layer in group.layers)
-    facts.windows = [getattr(layer, "sliding_window", None) or 0 for layer in members]
+    facts.windows = [_window(layer) for layer in members]
     return Equipment(groups, kernel, side_forward, corrections, drafts), facts
+
+
+def _window(layer: Any) -> int:
+    """How many tokens a layer attends to at most, 0 for all; a chunk is a window that stays."""
+    sizes = (getattr(layer, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return next((int(size) for size in sizes if size), 0)
 
 
 def _side_forward(runner: Any, block_size: int) -> SideForward:

@@ -35,6 +35,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         **UNEVEN,
     },
+    "Llama4ForCausalLM": {
+        "model_type": "llama4_text",
+        "head_dim": 16,
+        "attention_chunk_size": 64,
+        "no_rope_layers": [1, 0],
+    },
     "DeepseekV2ForCausalLM": {"model_type": "deepseek_v2", "q_lora_rank": None, **MLA},
     "DeepseekV32ForCausalLM": {
         "model_type": "deepseek_v32",

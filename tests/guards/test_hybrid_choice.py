@@ -48,6 +48,15 @@ def test_with_heads_of_several_sizes_it_is_turned_off_with_a_warning(
     assert said == ["hybrid_kv_cache has no effect beside KV heads of several sizes"]
 
 
+def test_with_chunks_of_attention_it_is_turned_off_with_a_warning(
+    args_for: MakeArgs, said: list[str]
+) -> None:
+    args = args_for("Llama4ForCausalLM", HYBRID)
+    args.create_model_config()
+    assert not stays_on(args)
+    assert said == ["hybrid_kv_cache has no effect beside layers that see a chunk of the text"]
+
+
 @pytest.mark.parametrize("name", ["kvcomm", "KVCommConnector", "kvcomm_hybrid"])
 @pytest.mark.parametrize("forced", [None, False])
 def test_it_stays_on_where_that_was_asked_for(
@@ -174,5 +183,5 @@ def test_the_log_says_what_windows_take() -> None:
     line = memory_line([0, 64, 64, 5000], 2048, 32, dropped=False)
     assert line is not None
     assert line.startswith("2 of 4 layers attend to a window; a prompt of 2048 tokens takes 256 ")
-    assert "134 with hybrid_kv_cache" in line
+    assert "134 where vLLM drops what lies behind (hybrid_kv_cache" in line
     assert memory_line([0, 0], 2048, 32, dropped=False) is None
