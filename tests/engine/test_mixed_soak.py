@@ -75,6 +75,7 @@ KINDS = {
     "gpt-oss, hybrid": Kind("gpt-oss, sinks", THIRDS, plugin=HYBRID),
     "gemma4": Kind("gemma4, heads of two sizes"),
     "olmo3": Kind("olmo3"),
+    "llama4": Kind("llama4, chunks"),
     "beside OffloadingConnector": Kind(ours={"beside": [POOL]}, plugin={"audits": False}),
 }
 
