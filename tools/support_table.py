@@ -110,16 +110,16 @@ def _cells(
             found = record[version].get(row)
             if found is not None:
                 outcomes = tuple(_shown(found.get(column)) for column in COLUMNS)
-                versions.setdefault(outcomes, []).append(version)
+                versions.setdefault(outcomes, []).append(version.removesuffix(".0"))
         for outcomes, same in versions.items():
-            yield row, [*outcomes, ", ".join(same)]
+            yield row, [*outcomes, " ".join(same)]
 
 
 def _mixed(record: Mapping[str, Mapping[str, Row]]) -> Iterable[list[str]]:
     for version in sorted(record):
         for row, found in record[version].items():
             if MIXED in found:
-                yield [row, str(found[MIXED]), version]
+                yield [row, str(found[MIXED]), version.removesuffix(".0")]
 
 
 def _shown(outcome: Any) -> str:

@@ -43,13 +43,13 @@ def test_versions_share_a_line_only_where_they_have_the_same_outcomes() -> None:
     }
     lines = support_table.page(record, {"one": "llama", "other": "qwen2"}).splitlines()
     for line in (
-        "| llama | one | on | passed | passed | 1.00x | 0.30.0, 0.32.0 |",
-        "| qwen2 | other | on | passed | passed | 1.00x | 0.30.0 |",
-        "| qwen2 | other | on | failed | passed | 1.00x | 0.32.0 |",
-        "| option | passed | - | - | 0.28.0 |",
-        "| MambaModel | `mamba` | 0.28.0 |",
-        "| one | 1000 requests | 0.32.0 |",
-        "| an engine | 1001 requests | 0.32.0 |",
+        "| llama | one | on | passed | passed | 1.00x | 0.30 0.32 |",
+        "| qwen2 | other | on | passed | passed | 1.00x | 0.30 |",
+        "| qwen2 | other | on | failed | passed | 1.00x | 0.32 |",
+        "| option | passed | - | - | 0.28 |",
+        "| MambaModel | `mamba` | 0.28 |",
+        "| one | 1000 requests | 0.32 |",
+        "| an engine | 1001 requests | 0.32 |",
     ):
         assert line in lines
     assert not any("an engine | -" in line for line in lines), "it is no option that was not tried"
