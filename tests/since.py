@@ -28,6 +28,8 @@ def parameters(families: dict[str, Family]) -> list[Any]:
     ]
 
 
+TIERS = since("0.32", "tiers as they are used here")
+LAYOUTS_BY_NAME = since("0.30", "layouts of pages by name")
 GUESSES = pytest.mark.skipif(
     not older_than((0, 30)) and older_than((0, 31)),
     reason="vLLM 0.30 needs Triton to look at guesses, on a CPU too",

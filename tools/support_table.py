@@ -66,6 +66,7 @@ def page(record: Mapping[str, Mapping[str, Row]], known: Mapping[str, str]) -> s
         record: vLLM's version -> row -> column -> outcome.
         known: see :func:`families`.
     """
+    record = {version.removesuffix(".0"): found for version, found in record.items()}
     rows = dict.fromkeys(
         row
         for version in record.values()
@@ -110,7 +111,7 @@ def _cells(
             found = record[version].get(row)
             if found is not None:
                 outcomes = tuple(_shown(found.get(column)) for column in COLUMNS)
-                versions.setdefault(outcomes, []).append(version.removesuffix(".0"))
+                versions.setdefault(outcomes, []).append(version)
         for outcomes, same in versions.items():
             yield row, [*outcomes, " ".join(same)]
 
@@ -119,7 +120,7 @@ def _mixed(record: Mapping[str, Mapping[str, Row]]) -> Iterable[list[str]]:
     for version in sorted(record):
         for row, found in record[version].items():
             if MIXED in found:
-                yield [row, str(found[MIXED]), version.removesuffix(".0")]
+                yield [row, str(found[MIXED]), version]
 
 
 def _shown(outcome: Any) -> str:

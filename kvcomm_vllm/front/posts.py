@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-class PostMiddleware:
+class PostMiddleware(ABC):
     """Hands all other requests on as they are."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -18,6 +20,6 @@ class PostMiddleware:
         else:
             await self.app(scope, receive, send)
 
+    @abstractmethod
     async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One such request, which is to reach ``app``."""
-        raise NotImplementedError

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from engines import ask, connector, core, text
-from since import since
+from since import TIERS
 from small_cache import PAGES, SHARED, ended, fill, quoted, rest, started
 from vllm import LLM
 
-pytestmark = [pytest.mark.engine, since("0.32", "tiers as they are used here")]
+pytestmark = [pytest.mark.engine, TIERS]
 
 
 @pytest.fixture(scope="module")

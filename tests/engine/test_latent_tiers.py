@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 from engines import ask, connector, text
 from latent_platform import reusing_deepseek
-from since import since
+from since import TIERS
 from small_cache import QUIET, fill, quoted
 from vllm import LLM
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, since("0.32", "tiers as they are used here")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, TIERS]
 
 PAGES = 132  # of 16 tokens: a prompt of the longest length fits
 OFF = {"mode": "off"}

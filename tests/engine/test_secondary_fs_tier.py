@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from engines import ask, connector, core, text
-from since import since
+from since import TIERS
 from small_cache import SHARED, ended, quoted, rest, started
 from vllm import LLM, SamplingParams
 from vllm.v1.request import Request
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, since("0.32", "tiers as they are used here")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, TIERS]
 
 PROMPT = text(350, 400)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from engines import ask, text
-from since import since
+from since import TIERS
 from small_cache import SHARED, ended, quoted, rest, started
 from valkey_server import ValkeyServer
 from vllm import LLM
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, since("0.32", "tiers as they are used here")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, TIERS]
 
 
 PROMPT = text(350, 400)

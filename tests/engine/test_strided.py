@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from accidents import abort_after, assert_nothing_is_held, break_part
 from engines import Answer, ask, connector, core, make_engine, settle, text
-from since import since
+from since import LAYOUTS_BY_NAME
 from strided_platform import as_on_a_gpu
 from test_exactness import holes_only
 from vllm import LLM
@@ -30,7 +30,7 @@ from kvcomm_vllm.worker.half import WorkerHalf
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.slow,
-    since("0.30", "layouts of pages by name"),
+    LAYOUTS_BY_NAME,
     pytest.mark.skipif(not current_platform.is_cpu(), reason="stands in for a GPU on a CPU"),
 ]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from engines import ask, text
-from since import since
+from since import LAYOUTS_BY_NAME
 from strided_platform import OF_RANKS, as_on_a_gpu
 from test_tensor_parallel import pytestmark as of_two_ranks
 from test_tensor_parallel import two_ranks
@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 
 pytestmark = [
     *of_two_ranks,
-    since("0.30", "layouts of pages by name"),
+    LAYOUTS_BY_NAME,
     pytest.mark.skipif(not current_platform.is_cpu(), reason="stands in for a GPU on a CPU"),
 ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from engines import ask, elsewhere, make_engine, text
-from since import since
+from since import TIERS
 from vllm import LLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -137,7 +137,7 @@ def test_a_side_forward_that_fails_on_one_rank_ends_the_engine_like_vllm_s_own(
         ask(both, prompts[0])
 
 
-@since("0.32", "tiers as they are used here")
+@TIERS
 def test_ranks_bring_their_parts_of_pages_back_together(
     tiny_llama: str, prompts: list[list[int]], dense: list[list[int]]
 ) -> None:

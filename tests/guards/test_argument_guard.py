@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from engine_arguments import MakeArgs
-from since import since
+from since import TIERS, since
 from test_connectors_beside import OURS, POOL, with_parts
 
 from kvcomm_vllm.compat import rules
@@ -86,7 +86,7 @@ def test_an_engine_that_looks_tokens_up_reuses(args_for: MakeArgs) -> None:
         assert not rules.settings_of_config(config).drafts
 
 
-@since("0.32", "tiers as they are used here")
+@TIERS
 def test_a_size_for_offloading_is_that_of_our_host_pool(args_for: MakeArgs) -> None:
     args = args_for("LlamaForCausalLM", kv_offloading_size=2.5)
     args.create_model_config()
@@ -131,7 +131,7 @@ def test_other_models_with_heads_of_several_sizes_are_not_reused(
     assert line.startswith("KV reuse is off (uneven_heads)")
 
 
-@since("0.32", "tiers as they are used here")
+@TIERS
 def test_two_sizes_for_the_host_pool_are_refused(args_for: MakeArgs) -> None:
     args = args_for("LlamaForCausalLM", kv_offloading_size=2.5)
     args.kv_transfer_config.kv_connector_extra_config["tiers"] = {"host_gb": 1.0}

@@ -38,23 +38,24 @@ def test_the_manager_is_turned_off_by_default(args_for: MakeArgs, said: list[str
     assert said == []
 
 
-@since("0.32", "a model's configuration that tells sizes layer by layer")
-def test_with_heads_of_several_sizes_it_is_turned_off_with_a_warning(
-    args_for: MakeArgs, said: list[str]
+@pytest.mark.parametrize(
+    ("architecture", "beside"),
+    [
+        pytest.param(
+            "Gemma4ForCausalLM",
+            "KV heads of several sizes",
+            marks=since("0.32", "a model's configuration that tells sizes layer by layer"),
+        ),
+        ("Llama4ForCausalLM", "layers that see a chunk of the text"),
+    ],
+)
+def test_with_layers_it_does_not_fit_it_is_turned_off_with_a_warning(
+    args_for: MakeArgs, said: list[str], architecture: str, beside: str
 ) -> None:
-    args = args_for("Gemma4ForCausalLM", HYBRID)
+    args = args_for(architecture, HYBRID)
     args.create_model_config()
     assert not stays_on(args)
-    assert said == ["hybrid_kv_cache has no effect beside KV heads of several sizes"]
-
-
-def test_with_chunks_of_attention_it_is_turned_off_with_a_warning(
-    args_for: MakeArgs, said: list[str]
-) -> None:
-    args = args_for("Llama4ForCausalLM", HYBRID)
-    args.create_model_config()
-    assert not stays_on(args)
-    assert said == ["hybrid_kv_cache has no effect beside layers that see a chunk of the text"]
+    assert said == [f"hybrid_kv_cache has no effect beside {beside}"]
 
 
 @pytest.mark.parametrize("name", ["kvcomm", "KVCommConnector", "kvcomm_hybrid"])
