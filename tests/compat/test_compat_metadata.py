@@ -45,6 +45,9 @@ class Builder:
         table: torch.Tensor = common.block_table_tensor
         return table
 
+    def set_kernel_block_size(self, kernel_block_size: int) -> None:
+        """What vLLM 0.30 tells every builder."""
+
 
 class WideBuilder(Builder):
     requires_block_table_width = True
